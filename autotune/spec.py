@@ -1,0 +1,272 @@
+"""The job file: what a user submits, validated where it enters.
+
+Owns the format (`JOB_VERSION`), its defaults and its errors. Loading the model and the data
+named here is `compression/`'s work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from autotune.errors import InvalidJob
+from search_spaces import Precision
+from search_spaces.errors import InvalidChoice
+
+JOB_VERSION = 1
+# Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
+
+FILE_SCHEMES = ("onnx", "npz", "imagefolder")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Section):
+    """The source model.
+
+    `source` is `torchvision:NAME`, `onnx:PATH` or `python:MODULE:FUNCTION`. `weights` is a
+    state_dict (`.pt`, read with `weights_only`) or a `.safetensors` file.
+    """
+
+    source: str = Field(pattern=r"^(torchvision|onnx|python):.+")
+    weights: str | None = None
+    num_classes: int | None = Field(default=None, ge=2)
+
+
+class DataSpec(_Section):
+    """Labelled data: `npz:PATH` (arrays x and y), `imagefolder:PATH` or `python:MODULE:FUNCTION`.
+
+    `evaluation` is split, by a seeded stratified shuffle, into search data and held-out data;
+    the search never sees the held-out part. `training` feeds calibration and recovery
+    training; without it calibration samples are taken out of the search part and pruned
+    candidates get no recovery training.
+    """
+
+    evaluation: str = Field(pattern=r"^(npz|imagefolder|python):.+")
+    training: str | None = Field(default=None, pattern=r"^(npz|imagefolder|python):.+")
+    held_out_fraction: float = Field(default=0.6, gt=0.0, lt=1.0)
+    calibration_samples: int = Field(default=128, ge=1)
+
+
+class SearchSpec(_Section):
+    """The choices and the trial budget.
+
+    The search stops at `trials` finished trials or after `time_s` seconds, whichever comes
+    first. `prune_ratios` are fractions of a prunable group's channels.
+    """
+
+    precisions: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
+    prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
+    threads: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    trials: int = Field(default=40, ge=1)
+    time_s: float | None = Field(default=None, gt=0)
+    max_pruned_bases: int = Field(default=4, ge=0)
+    allow_without_pruning: bool = True
+
+    @field_validator("precisions")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            try:
+                Precision.parse(name)
+            except InvalidChoice as error:
+                raise ValueError(str(error)) from error
+        return names
+
+
+class RecoverySpec(_Section):
+    """Training after pruning: epochs of distillation from the FP32 model.
+
+    `learning_rate` is the peak of a one-cycle schedule of SGD with momentum; `temperature`
+    softens teacher and student (Hinton et al. 2015, section 2).
+    """
+
+    epochs: int = Field(default=8, ge=0)
+    learning_rate: float = Field(default=0.02, gt=0)
+    batch_size: int = Field(default=64, ge=2)
+    temperature: float = Field(default=4.0, gt=0)
+
+
+class MeasurementSpec(_Section):
+    """How exactly the device measures; see `device_agents.protocol.MeasurementPlan`."""
+
+    target_half_width: float = Field(default=0.02, gt=0, lt=1)
+    time_cap_s: float = Field(default=8.0, gt=0)
+    confirmation_half_width: float = Field(default=0.01, gt=0, lt=1)
+    confirmation_time_cap_s: float = Field(default=15.0, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0)
+
+
+class JobSpec(_Section):
+    """A tuning job.
+
+    `latency_budget` is `0.5x` (a fraction of the FP32 latency measured on the device) or a
+    duration such as `2.5ms` or `800us`; None asks for the whole front. `max_accuracy_drop`
+    is the largest acceptable loss of the metric against FP32, as a fraction: among the
+    trials inside the latency budget, the winner is the fastest one within it, or the most
+    accurate one where it is None.
+    """
+
+    version: Literal[1] = JOB_VERSION
+    name: str = Field(default="job", min_length=1, max_length=100)
+    model: ModelSpec
+    data: DataSpec
+    device: str | None = None
+    latency_budget: str | None = None
+    max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    search: SearchSpec = SearchSpec()
+    recovery: RecoverySpec = RecoverySpec()
+    measurement: MeasurementSpec = MeasurementSpec()
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("latency_budget")
+    @classmethod
+    def _readable(cls, text: str | None) -> str | None:
+        if text is not None:
+            LatencyBudget.parse(text)
+        return text
+
+
+_BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(x|us|µs|ms|s)\s*$")
+_NS = {"us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9}
+
+
+class LatencyBudget(_Section):
+    """A bound on latency: absolute in ns, or a fraction of the FP32 latency.
+
+    >>> LatencyBudget.parse("0.5x").nanoseconds(fp32_latency_ns=4e6)
+    2000000.0
+    >>> LatencyBudget.parse("3ms").nanoseconds(fp32_latency_ns=4e6)
+    3000000.0
+    """
+
+    fraction_of_fp32: float | None = None
+    absolute_ns: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> LatencyBudget:
+        """Read `0.5x`, `2.5ms`, `800us` or `1s`.
+
+        Raises:
+            ValueError: the text is neither, or not above zero.
+        """
+        match = _BUDGET.match(text)
+        if match is None or float(match[1]) <= 0:
+            raise ValueError(
+                f"{text!r} is not a latency budget; write a duration such as 2.5ms or 800us, "
+                "or a fraction of the FP32 latency such as 0.5x"
+            )
+        if match[2] == "x":
+            return cls(fraction_of_fp32=float(match[1]))
+        return cls(absolute_ns=float(match[1]) * _NS[match[2]])
+
+    def nanoseconds(self, *, fp32_latency_ns: float) -> float:
+        """The bound in ns, given the FP32 latency that the device measured."""
+        if self.absolute_ns is not None:
+            return self.absolute_ns
+        return (self.fraction_of_fp32 or 1.0) * fp32_latency_ns
+
+
+def read_job(path: Path) -> JobSpec:
+    """The job file at `path`, validated, its relative paths made absolute.
+
+    Paths in the file are relative to the file's own folder.
+
+    Raises:
+        InvalidJob: the file is missing, is not YAML, or does not hold a valid job.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidJob(f"cannot read the job file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidJob(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidJob(f"{path} must hold a mapping with at least `model` and `data`")
+    return map_files(parse_job(document), lambda p: str((path.parent / p).resolve()))
+
+
+def parse_job(document: Mapping[str, Any]) -> JobSpec:
+    """The validated job.
+
+    Raises:
+        InvalidJob: one line per mistake; an unknown key is told its nearest known one.
+    """
+    try:
+        return JobSpec.model_validate(dict(document))
+    except ValidationError as error:
+        lines = [_explain(entry) for entry in error.errors()]
+        raise InvalidJob("the job is not valid:\n" + "\n".join(f"  {x}" for x in lines)) from error
+
+
+def map_files(spec: JobSpec, change: Callable[[str], str]) -> JobSpec:
+    """The same job with `change` applied to every path of a file that it names."""
+
+    def reference(text: str | None) -> str | None:
+        if text is None:
+            return None
+        scheme, _, rest = text.partition(":")
+        return f"{scheme}:{change(rest)}" if scheme in FILE_SCHEMES else text
+
+    model = spec.model.model_copy(
+        update={
+            "source": reference(spec.model.source),
+            "weights": change(spec.model.weights) if spec.model.weights else None,
+        }
+    )
+    data = spec.data.model_copy(
+        update={
+            "evaluation": reference(spec.data.evaluation),
+            "training": reference(spec.data.training),
+        }
+    )
+    return spec.model_copy(update={"model": model, "data": data})
+
+
+def runs_job_code(spec: JobSpec) -> bool:
+    """The job names Python code, which runs only by consent."""
+    references = (spec.model.source, spec.data.evaluation, spec.data.training or "")
+    return any(text.startswith("python:") for text in references)
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, as published."""
+    schema = JobSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def job_schema_text() -> str:
+    """The published schema as text."""
+    return json.dumps(job_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def _explain(entry: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return _unknown_key(tuple(str(part) for part in entry["loc"]))
+    if entry["type"] == "missing":
+        return f"{where}: this key is required"
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message} (got {entry['input']!r})"
+
+
+def _unknown_key(location: tuple[str, ...]) -> str:
+    *parents, key = location
+    section: type[BaseModel] = JobSpec
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    known: Iterable[str] = section.model_fields
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    return f"{'.'.join(location)}: unknown key {key!r}; {hint}"

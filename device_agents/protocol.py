@@ -1,0 +1,233 @@
+"""The messages between the service and an agent, and the version of their format.
+
+Owns every message's shape and nothing else: how a latency is measured lives in
+`measurement.py`, how messages travel in `agent.py` and in the service's agent routes.
+
+Rules of the protocol: an agent dials out and never listens; it gets durations, never
+wall-clock deadlines; an artifact is data, named by its sha256 and verified before use;
+a result is accepted once, while its fencing token is current.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROTOCOL_VERSION = 1
+# Version 1 (2026-11-21): enrol, heartbeat, lease, artifact download, result.
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Message(BaseModel):
+    """Base of all messages: immutable; unknown keys are ignored, so that a newer peer may add."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Outcome(StrEnum):
+    """How a measurement ended. Only `OK` ranks; every other one comes with a reason."""
+
+    OK = "ok"
+    UNSTABLE = "unstable"
+    RUNTIME_CRASH = "runtime_crash"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    UNSUPPORTED = "unsupported"
+    ARTIFACT_CORRUPT = "artifact_corrupt"
+    ARTIFACT_MISSING = "artifact_missing"
+    DEVICE_DISK = "device_disk"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+
+
+class RuntimeBuild(Message):
+    """A runtime that the device can load, as its probe found it."""
+
+    name: str
+    version: str
+    providers: tuple[str, ...]
+
+
+class DeviceDescription(Message):
+    """What the device is. `host_id` is equal for processes that share one machine.
+
+    `host_id` is a digest of the machine id and the boot id, so that a service can tell that
+    an agent measures on the very machine its own workers compute on. `cpu_flags` holds only
+    the flags that decide about kernels (avx2, avx512_vnni, avx_vnni, asimddp, ...).
+    """
+
+    hostname: str
+    host_id: str
+    architecture: str
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    logical_cpus: int
+    memory_bytes: int
+    operating_system: str
+    kernel: str
+    python: str
+    agent_version: str
+    runtimes: tuple[RuntimeBuild, ...]
+    fingerprint: str = Field(description="sha256 over the fields that decide about latency")
+
+
+class Conditions(Message):
+    """The device's state at one moment; what the device does not have is None."""
+
+    load_1m: float | None = None
+    cpu_frequency_mhz: float | None = None
+    temperature_celsius: float | None = None
+    governor: str | None = None
+    available_memory_bytes: int | None = None
+    steal_fraction: float | None = None
+    missing: dict[str, str] = Field(default_factory=dict, description="field -> why it is None")
+
+
+class EnrolRequest(Message):
+    """An agent introduces its device, with a one-use enrolment token."""
+
+    protocol_version: int
+    token: str
+    name: str | None = None
+    device: DeviceDescription
+
+
+class EnrolReply(Message):
+    """The agent's identity; the key is shown once and stored hashed."""
+
+    agent_id: str
+    device_id: str
+    device_name: str
+    agent_key: str
+    heartbeat_s: float
+
+
+class Heartbeat(Message):
+    """The agent is alive; it renews the lease that it holds."""
+
+    protocol_version: int
+    lease_id: str | None = None
+    fencing_token: int | None = None
+    conditions: Conditions | None = None
+
+
+class HeartbeatReply(Message):
+    """`drop_lease`: the lease is no longer the agent's; stop that measurement."""
+
+    heartbeat_s: float
+    drop_lease: bool = False
+    reason: str | None = None
+
+
+class ArtifactReference(Message):
+    """A file by content; fetched from `/v1/agent/artifacts/{sha256}`."""
+
+    sha256: Sha256
+    size_bytes: int
+
+
+class RuntimeRequest(Message):
+    """The runtime to load and its options."""
+
+    runtime: str = "onnxruntime"
+    provider: str = "CPUExecutionProvider"
+    threads: int = Field(default=1, ge=1)
+
+
+class MeasurementPlan(Message):
+    """How long and how exactly to measure.
+
+    `target_half_width` is the half width of the 95 % interval as a fraction of the ratio to
+    the reference at which sampling stops; `time_cap_s` bounds the timed part.
+    `reference_latency_ns` is the reference's own calibrated median on this device; where it
+    is given, latencies are the ratio times it, which cancels the drift of the machine.
+    """
+
+    kind: Literal["screening", "confirmation"] = "screening"
+    target_half_width: float = Field(default=0.02, gt=0, lt=1)
+    time_cap_s: float = Field(default=10.0, gt=0)
+    min_blocks: int = Field(default=8, ge=4)
+    timeout_s: float = Field(default=120.0, gt=0)
+    reference_latency_ns: float | None = None
+    seed: int = 0
+
+
+class MeasurementRequest(Message):
+    """One artifact to measure against one reference model, at batch 1."""
+
+    measurement_id: str
+    artifact: ArtifactReference
+    reference: ArtifactReference
+    runtime: RuntimeRequest
+    plan: MeasurementPlan
+
+
+class LeaseRequest(Message):
+    """Ask for work; the service holds the request open for up to `wait_s` seconds."""
+
+    protocol_version: int
+    wait_s: float = Field(default=20.0, ge=0, le=60)
+
+
+class Lease(Message):
+    """The right to measure one artifact for `ttl_s` seconds, renewed by heartbeats."""
+
+    lease_id: str
+    fencing_token: int
+    ttl_s: float
+    request: MeasurementRequest
+
+
+class Block(Message):
+    """Samples taken one after the other: per-call durations in ns, of one of the two models."""
+
+    subject: Literal["candidate", "reference"]
+    samples_ns: tuple[int, ...]
+
+
+class LatencyReport(Message):
+    """The latency of one artifact on one device at batch 1; smaller is better.
+
+    All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
+    calibrated latency (`reference_latency_ns`); the interval is a block bootstrap's at
+    `confidence_level`, of the ratio, scaled likewise. `p90_ns` and `p99_ns` are the
+    candidate's sample quantiles scaled by the same calibration. `fp32_ratio` compares with
+    the reference model, which is the job's FP32 model: below 1 is faster.
+    """
+
+    p50_ns: float
+    p50_low_ns: float
+    p50_high_ns: float
+    p90_ns: float
+    p99_ns: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    confidence_level: float = 0.95
+    reference_p50_ns: float
+    reference_latency_ns: float
+    n_samples: int
+    n_blocks: int
+    is_steady: bool
+    unsteady_reason: str | None = None
+    wall_s: float
+    peak_memory_bytes: int | None = None
+    runtime: RuntimeRequest
+    runtime_version: str
+    before: Conditions
+    after: Conditions
+    blocks: tuple[Block, ...] = ()
+
+
+class MeasurementResult(Message):
+    """What came of a lease; `report` is there for `ok` and, where it exists, `unstable`."""
+
+    lease_id: str
+    fencing_token: int
+    measurement_id: str
+    outcome: Outcome
+    reason: str | None = None
+    report: LatencyReport | None = None

@@ -1,0 +1,26 @@
+"""What may be searched: layer inventories, choices, spaces and candidates.
+
+Standard library only: this package is the vocabulary that the service, the search and the
+storage share, so it must import anywhere. Nothing here touches a model file or a device.
+"""
+
+from search_spaces.candidate import Candidate
+from search_spaces.choices import FP32, INT8, W4, W8, Precision, RuntimeOptions
+from search_spaces.layers import Layer, LayerGroup, LayerInventory, LayerKind, PrunableGroup
+from search_spaces.space import SearchSpace
+
+__all__ = [
+    "FP32",
+    "INT8",
+    "W4",
+    "W8",
+    "Candidate",
+    "Layer",
+    "LayerGroup",
+    "LayerInventory",
+    "LayerKind",
+    "Precision",
+    "PrunableGroup",
+    "RuntimeOptions",
+    "SearchSpace",
+]

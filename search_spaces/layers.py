@@ -1,0 +1,147 @@
+"""The layer inventory: what a model is made of, seen as units that share a precision.
+
+Owns the description only. `autotune/compression/inventory.py` makes it from an ONNX graph;
+`search_spaces/space.py` turns it into choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+INVENTORY_VERSION = 1
+# Version 1 (2026-11-21): groups with their layers, prunable groups, float operators.
+
+
+class LayerKind(StrEnum):
+    """What a layer computes, as far as quantization and pruning care."""
+
+    CONV = "conv"
+    DEPTHWISE_CONV = "depthwise_conv"
+    GEMM = "gemm"
+    MATMUL = "matmul"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One node with weights.
+
+    `macs` are multiply-accumulates for one sample; shapes have no batch axis, except
+    `weight_shape`, which is the initializer's own.
+    """
+
+    name: str
+    kind: LayerKind
+    op_type: str
+    macs: int
+    parameters: int
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """Layers that the runtime fuses or that a residual Add ties: they share a precision.
+
+    `nodes` names every graph node of the unit (the layers, their activations, the Adds).
+    `precisions` lists the short names of the precisions that the unit can take at all, in
+    order of falling bits; a space offers a subset of them.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    nodes: tuple[str, ...]
+    precisions: tuple[str, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample, summed over the layers."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases, summed over the layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunableGroup:
+    """Output channels that must be removed together, across the layers named.
+
+    `layers` are torch module names; the first one is the root whose output channels count.
+    """
+
+    name: str
+    channels: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInventory:
+    """Everything the search may touch in one source model, in graph order.
+
+    `float_operators` counts the operators that stay FP32 because nothing is known about
+    quantizing them; `pruning_unavailable` says why no group can be pruned, if none can.
+    """
+
+    model_digest: str
+    groups: tuple[LayerGroup, ...]
+    prunable_groups: tuple[PrunableGroup, ...] = ()
+    float_operators: tuple[tuple[str, int], ...] = ()
+    pruning_unavailable: str | None = None
+
+    def group(self, name: str) -> LayerGroup:
+        """The group of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, with the format's version."""
+        return {"version": INVENTORY_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> LayerInventory:
+        """The inventory that `to_json` wrote."""
+        return cls(
+            model_digest=document["model_digest"],
+            groups=tuple(_group(entry) for entry in document["groups"]),
+            prunable_groups=tuple(
+                PrunableGroup(
+                    name=entry["name"], channels=entry["channels"], layers=tuple(entry["layers"])
+                )
+                for entry in document["prunable_groups"]
+            ),
+            float_operators=tuple((str(op), int(n)) for op, n in document["float_operators"]),
+            pruning_unavailable=document["pruning_unavailable"],
+        )
+
+
+def _group(entry: Mapping[str, Any]) -> LayerGroup:
+    return LayerGroup(
+        name=entry["name"],
+        layers=tuple(_layer(layer) for layer in entry["layers"]),
+        nodes=tuple(entry["nodes"]),
+        precisions=tuple(entry["precisions"]),
+    )
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    return Layer(
+        name=entry["name"],
+        kind=LayerKind(entry["kind"]),
+        op_type=entry["op_type"],
+        macs=entry["macs"],
+        parameters=entry["parameters"],
+        weight_shape=tuple(entry["weight_shape"]),
+        input_shape=tuple(entry["input_shape"]),
+        output_shape=tuple(entry["output_shape"]),
+    )

@@ -1,0 +1,222 @@
+"""Frozen records: what the repository returns and accepts.
+
+A record is changed by asking the repository; nothing here knows SQL. Times are
+timezone-aware UTC. A missing figure is None, with a reason beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from device_agents.protocol import (
+    DeviceDescription,
+    LatencyReport,
+    MeasurementRequest,
+    Outcome,
+)
+from search_spaces import Candidate, LayerInventory, SearchSpace
+
+
+class JobState(StrEnum):
+    """Where a job is. The last three are final; `resume` brings a job back to QUEUED."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING_FOR_DEVICE = "waiting_for_device"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing more happens without the user."""
+        return self in (JobState.FINISHED, JobState.CANCELLED, JobState.FAILED)
+
+
+class TrialState(StrEnum):
+    """PROPOSED and RUNNING trials are taken up again after a restart."""
+
+    PROPOSED = "proposed"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class TrialOutcome(StrEnum):
+    """How a finished trial ended. Only `OK` can enter the front."""
+
+    OK = "ok"
+    COMPRESSION_FAILED = "compression_failed"
+    ACCURACY_FAILED = "accuracy_failed"
+    MEASUREMENT_FAILED = "measurement_failed"
+    CANCELLED = "cancelled"
+
+
+class MeasurementState(StrEnum):
+    """QUEUED can be leased; LEASED returns to QUEUED when its lease runs out; DONE is final."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyReport:
+    """The metric of one artifact on labelled samples; larger is better.
+
+    `value`, `fp32_value`, `drop` and their bounds are fractions from 0 to 1. `drop` is
+    `fp32_value - value` on the same samples (positive: worse than FP32), with a paired
+    interval. `mean_kl` is the mean KL divergence of the artifact's class probabilities from
+    FP32's, in nats; smaller is better; it resolves what top-1 on few samples cannot.
+    """
+
+    metric: str = "top1"
+    split: str
+    n_samples: int
+    value: float
+    value_low: float
+    value_high: float
+    fp32_value: float
+    drop: float
+    drop_low: float
+    drop_high: float
+    mean_kl: float
+    confidence_level: float = 0.95
+    wall_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> AccuracyReport:
+        """The report that `to_json` wrote."""
+        return cls(**document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """A job with its state.
+
+    `spec` is the validated job file as JSON. `inventory`, `space`, `device_id`, `source` and
+    `latency_budget_ns` are None until the runner has found them. `reason` says why a job
+    waits or failed, or what its answer means (an impossible budget). `result` is the answer:
+    a dictionary whose keys `autotune.api_types.JobResult` documents.
+    """
+
+    id: str
+    name: str
+    state: JobState
+    phase: str
+    reason: str | None
+    spec: Mapping[str, Any]
+    cancel_requested: bool
+    source: Mapping[str, Any] | None = None
+    inventory: LayerInventory | None = None
+    space: SearchSpace | None = None
+    device_id: str | None = None
+    latency_budget_ns: float | None = None
+    reference_latency_ns: float | None = None
+    sensitivity: tuple[Mapping[str, Any], ...] = ()
+    result: Mapping[str, Any] | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One candidate with its reports and its outcome.
+
+    `proposed_by` names who had the idea (`baseline`, `sensitivity`, `optuna`, `mutation`).
+    `latency` comes without its raw samples; they are with the measurement. `artifact` facts
+    and `groups` (planned and effective precision, one entry per layer group) are None until
+    the file is built. `held_out_*` are filled when the trial is confirmed.
+    """
+
+    id: str
+    job_id: str
+    number: int
+    candidate: Candidate
+    proposed_by: str
+    state: TrialState
+    outcome: TrialOutcome | None = None
+    reason: str | None = None
+    artifact_sha256: str | None = None
+    artifact_size_bytes: int | None = None
+    compression: Mapping[str, Any] | None = None
+    accuracy: AccuracyReport | None = None
+    latency: LatencyReport | None = None
+    held_out_accuracy: AccuracyReport | None = None
+    confirmed_latency: LatencyReport | None = None
+    created_at: datetime
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementRecord:
+    """One request to a device and what came of it; `fencing_token` only grows."""
+
+    id: str
+    job_id: str
+    trial_id: str | None
+    device_id: str
+    request: MeasurementRequest
+    state: MeasurementState
+    fencing_token: int
+    attempts: int
+    lease_id: str | None = None
+    leased_by: str | None = None
+    lease_expires_at: datetime | None = None
+    outcome: Outcome | None = None
+    reason: str | None = None
+    report: LatencyReport | None = None
+    created_at: datetime
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRecord:
+    """A device that enrolled; `last_seen_at` moves with every heartbeat of its agent."""
+
+    id: str
+    name: str
+    pool: str | None
+    description: DeviceDescription
+    enrolled_at: datetime
+    last_seen_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentRecord:
+    """The process on a device, known by its key's hash."""
+
+    id: str
+    device_id: str
+    key_hash: str
+    enrolled_at: datetime
+    revoked_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRecord:
+    """A file by content; the bytes lie in `storage/artifacts.py`."""
+
+    sha256: str
+    size_bytes: int
+    kind: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRecord:
+    """Something that happened in a job, numbered without gaps per database."""
+
+    id: int
+    job_id: str
+    kind: str
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    created_at: datetime

@@ -20,7 +20,7 @@ from autotune.errors import InvalidJob
 from search_spaces import Precision
 from search_spaces.errors import InvalidChoice
 
-JOB_VERSION = 1
+JOB_VERSION: Literal[1] = 1
 # Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")

@@ -34,7 +34,7 @@ class Candidate:
 
     precisions: Mapping[str, Precision] = field(default_factory=dict)
     prune_ratios: Mapping[str, float] = field(default_factory=dict)
-    runtime: RuntimeOptions = RuntimeOptions()
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     def __post_init__(self) -> None:
         for name, ratio in self.prune_ratios.items():

@@ -1,0 +1,127 @@
+"""`autotune job`: submit, list, show, watch, cancel and resume."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from autotune.cli.session import Session, shared_options
+
+if TYPE_CHECKING:
+    from autotune.api_types import Job
+
+
+@click.group()
+def job() -> None:
+    """Submit, list, show, watch, cancel and resume jobs."""
+
+
+@job.command("submit")
+@click.argument("job_file", type=click.Path(path_type=Path), metavar="JOB.yaml")
+@click.option("--watch", is_flag=True, help="Follow the job until it ends.")
+@shared_options
+@click.pass_obj
+def submit(session: Session, job_file: Path, watch: bool) -> None:
+    """Submit the job of a job file; print its id.
+
+    The files that the job names are uploaded where the service does not have them.
+    """
+    from autotune.spec import read_job
+
+    spec = read_job(job_file)
+    client = session.client()
+    submitted = client.submit(spec)
+    if session.output_format == "table":
+        click.echo(submitted.id)
+    else:
+        _print_job(session, submitted)
+    if watch:
+        from autotune.cli.watching import follow, require_finished
+
+        require_finished(follow(client, submitted.id))
+
+
+@job.command("ls")
+@shared_options
+@click.pass_obj
+def list_jobs(session: Session) -> None:
+    """List the jobs."""
+    from autotune.cli.output import print_rows
+    from autotune.cli.views import JOBS
+
+    print_rows(JOBS, session.client().jobs(), output_format=session.output_format, to=sys.stdout)
+
+
+@job.command("show")
+@click.argument("reference", metavar="JOB")
+@shared_options
+@click.pass_obj
+def show(session: Session, reference: str) -> None:
+    """Show one job: its state, its progress and its answer.
+
+    JOB is an id, the unique start of one, or a name.
+    """
+    _print_job(session, session.client().job(reference))
+
+
+@job.command("watch")
+@click.argument("reference", metavar="JOB")
+@shared_options
+@click.pass_obj
+def watch(session: Session, reference: str) -> None:
+    """Follow a job until it ends; exit 0 when it has its answer.
+
+    Ctrl-C stops watching; the job goes on.
+    """
+    from autotune.cli.watching import follow, require_finished
+
+    client = session.client()
+    ended = follow(client, client.job(reference).id)
+    _print_job(session, ended)
+    require_finished(ended)
+
+
+@job.command("cancel")
+@click.argument("reference", metavar="JOB")
+@shared_options
+@click.pass_obj
+def cancel(session: Session, reference: str) -> None:
+    """Ask a job to stop; its finished trials are kept and it can be resumed."""
+    cancelled = session.client().cancel(reference)
+    click.echo(f"job {cancelled.id} is {cancelled.state}; asked to stop", err=True)
+    if session.output_format != "table":
+        _print_job(session, cancelled)
+
+
+@job.command("resume")
+@click.argument("reference", metavar="JOB")
+@click.option(
+    "--trials",
+    "extra_trials",
+    type=click.IntRange(min=1),
+    help="Trials to add to the job's own budget.",
+)
+@click.option("--watch", is_flag=True, help="Follow the job until it ends.")
+@shared_options
+@click.pass_obj
+def resume(session: Session, reference: str, extra_trials: int | None, watch: bool) -> None:
+    """Take up a job that was cancelled, failed or finished; finished trials are kept."""
+    client = session.client()
+    resumed = client.resume(reference, extra_trials)
+    click.echo(f"job {resumed.id} is {resumed.state}", err=True)
+    if session.output_format != "table":
+        _print_job(session, resumed)
+    if watch:
+        from autotune.cli.watching import follow, require_finished
+
+        require_finished(follow(client, resumed.id))
+
+
+def _print_job(session: Session, shown: Job) -> None:
+    from autotune.cli.output import print_one
+    from autotune.cli.views import JOB
+
+    print_one(JOB, shown, output_format=session.output_format, to=sys.stdout)

@@ -1,0 +1,70 @@
+"""Types of command-line values: a fraction, a latency budget, an input shape.
+
+A mistake is a usage error that shows the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+class Fraction(click.ParamType[float]):
+    """A share written as `1%` or `0.01`."""
+
+    name = "fraction"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The share as a number from 0 to 1."""
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            number = -1.0
+        if not 0.0 <= number <= 1.0:
+            self.fail(f"{value!r} is not a share from 0 to 1; write 1% or 0.01", param, ctx)
+        return number
+
+
+class Budget(click.ParamType[str]):
+    """A latency budget such as `3ms`, `800us` or `0.5x`."""
+
+    name = "latency"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, once it is known to be readable."""
+        from autotune.spec import LatencyBudget
+
+        try:
+            LatencyBudget.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value).strip()
+
+
+class Shape(click.ParamType["tuple[int, ...]"]):
+    """A shape without its batch axis, such as `3,224,224`."""
+
+    name = "shape"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The axes."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            axes = tuple(int(part) for part in str(value).replace("x", ",").split(","))
+        except ValueError:
+            axes = ()
+        if not axes or min(axes) < 1:
+            self.fail(f"{value!r} is not a shape; write the axes as 3,224,224", param, ctx)
+        return axes
+
+
+FRACTION = Fraction()
+BUDGET = Budget()
+SHAPE = Shape()

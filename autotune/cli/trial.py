@@ -1,0 +1,53 @@
+"""`autotune trial`: the trials of a job, and one of them in full."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from autotune.cli.session import Session, shared_options
+
+
+@click.group()
+def trial() -> None:
+    """List and show the trials of a job."""
+
+
+@trial.command("ls")
+@click.argument("job", metavar="JOB")
+@shared_options
+@click.pass_obj
+def list_trials(session: Session, job: str) -> None:
+    """List the trials of a job, in the order they were proposed."""
+    from autotune.cli.output import print_rows
+    from autotune.cli.views import TRIALS
+
+    trials = session.client().trials(job)
+    print_rows(TRIALS, trials, output_format=session.output_format, to=sys.stdout)
+
+
+@trial.command("show")
+@click.argument("job", metavar="JOB")
+@click.argument("reference", metavar="TRIAL")
+@shared_options
+@click.pass_obj
+def show(session: Session, job: str, reference: str) -> None:
+    """Show one trial: figures, and per layer group the planned and effective precision.
+
+    TRIAL is a number, an id or the unique start of one.
+    """
+    from autotune.cli.output import print_one, print_rows
+    from autotune.cli.views import GROUPS, PRUNING, TRIAL
+
+    shown = session.client().trial(job, reference.removeprefix("#"))
+    print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)
+    if session.output_format != "table":
+        return
+    if shown.groups:
+        click.echo()
+        print_rows(GROUPS, shown.groups, output_format="table", to=sys.stdout)
+    pruned = sorted(shown.prune_ratios.items())
+    if pruned:
+        click.echo()
+        print_rows(PRUNING, pruned, output_format="table", to=sys.stdout)

@@ -54,7 +54,8 @@ def test_only_the_command_lines_talk_to_the_terminal(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
     }
-    allowed = "cli" in path.relative_to(ROOT).with_suffix("").parts
+    is_program = path == ROOT / "autotune/export/run_bundle.py"  # copied into bundles as run.py
+    allowed = is_program or "cli" in path.relative_to(ROOT).with_suffix("").parts
     assert allowed or not calls & {"print", "sys.exit", "exit", "quit"}
 
 

@@ -1,0 +1,169 @@
+"""Which figures of a trial to show, and how: with unit, interval and n.
+
+Owns the rule "confirmed and held-out where there is one, else screening and search data", and
+the text of a figure. The bundle's README and the report use it alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from device_agents.protocol import LatencyReport
+from storage.records import AccuracyReport, TrialOutcome, TrialRecord
+
+NONE = "–"
+
+
+def latency_of(trial: TrialRecord) -> LatencyReport | None:
+    """The confirmed latency where there is one, else the screening's; None before either."""
+    return trial.confirmed_latency or trial.latency
+
+
+def accuracy_of(trial: TrialRecord) -> AccuracyReport | None:
+    """The accuracy on held-out data where there is one, else on search data."""
+    return trial.held_out_accuracy or trial.accuracy
+
+
+def is_ranked(trial: TrialRecord) -> bool:
+    """The trial may stand on the front: it ended well, with accuracy and a steady latency."""
+    return (
+        trial.outcome == TrialOutcome.OK
+        and trial.accuracy is not None
+        and trial.latency is not None
+        and trial.latency.is_steady
+        and math.isfinite(trial.accuracy.value)
+        and math.isfinite(trial.latency.p50_ns)
+    )
+
+
+def front_line(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that no faster one equals in accuracy, fastest first, by screening figures.
+
+    This is the line of the picture; the front that answers budgets is the search's own.
+    """
+    line: list[TrialRecord] = []
+    best = -math.inf
+    for trial in sorted(filter(is_ranked, trials), key=_speed_then_accuracy):
+        if trial.accuracy is not None and trial.accuracy.value > best:
+            best = trial.accuracy.value
+            line.append(trial)
+    return line
+
+
+def duration_text(nanoseconds: float) -> str:
+    """A duration with four significant digits.
+
+    >>> duration_text(1_234_567), duration_text(81_300), duration_text(2.5e9)
+    ('1.235 ms', '81.30 µs', '2.500 s')
+    """
+    scale, unit = _unit(nanoseconds)
+    return f"{_significant(nanoseconds / scale)} {unit}"
+
+
+def duration_interval_text(value: float, low: float, high: float) -> str:
+    """A duration with its interval, all in the value's unit.
+
+    >>> duration_interval_text(1_234_567, 1_220_000, 1_250_000)
+    '1.235 ms [1.220, 1.250]'
+    """
+    scale, unit = _unit(value)
+    value_text, low_text, high_text = (_significant(ns / scale) for ns in (value, low, high))
+    return f"{value_text} {unit} [{low_text}, {high_text}]"
+
+
+def latency_text(report: LatencyReport | None) -> str:
+    """The median with its interval; an unsteady one says so."""
+    if report is None:
+        return NONE
+    text = duration_interval_text(report.p50_ns, report.p50_low_ns, report.p50_high_ns)
+    return text if report.is_steady else f"{text} (unsteady: {report.unsteady_reason})"
+
+
+def ratio_text(report: LatencyReport | None) -> str:
+    """Latency over the FP32 model's in the same process; below 1 is faster."""
+    if report is None:
+        return NONE
+    return f"{report.ratio:.3f} [{report.ratio_low:.3f}, {report.ratio_high:.3f}]"
+
+
+def accuracy_text(report: AccuracyReport | None) -> str:
+    """The metric in percent with its interval."""
+    if report is None:
+        return NONE
+    return (
+        f"{100 * report.value:.2f} % [{100 * report.value_low:.2f}, {100 * report.value_high:.2f}]"
+    )
+
+
+def drop_text(report: AccuracyReport | None) -> str:
+    """Percentage points lost against FP32 on the same samples; negative is a gain."""
+    if report is None:
+        return NONE
+    low, high = 100 * report.drop_low, 100 * report.drop_high
+    return f"{100 * report.drop:+.2f} points [{low:+.2f}, {high:+.2f}]"
+
+
+def size_text(size_bytes: int | None) -> str:
+    """A size in decimal units.
+
+    >>> size_text(9_137_554), size_text(812), size_text(None)
+    ('9.14 MB', '812 B', '–')
+    """
+    if size_bytes is None:
+        return NONE
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.2f} {unit}"
+    return f"{size_bytes} B"
+
+
+def precision_counts(trial: TrialRecord) -> dict[str, int]:
+    """Layer groups per effective precision, most frequent first; planned where not yet known.
+
+    FP32 groups are counted only where the compressor reported them: a candidate names none.
+    """
+    groups = group_precisions(trial)
+    if groups:
+        return dict(Counter(entry["effective"] for entry in groups).most_common())
+    return dict(Counter(p.name for p in trial.candidate.precisions.values()).most_common())
+
+
+def precisions_text(trial: TrialRecord) -> str:
+    """For example `38 w8a8, 14 fp32`."""
+    counts = precision_counts(trial)
+    return ", ".join(f"{n} {name}" for name, n in counts.items()) or "fp32"
+
+
+def prune_text(trial: TrialRecord) -> str:
+    """How many groups are pruned and by how much, or that none is."""
+    ratios = sorted(trial.candidate.prune_ratios.values())
+    if not ratios:
+        return "none"
+    low, high = f"{ratios[0]:.0%}", f"{ratios[-1]:.0%}"
+    span = low if low == high else f"{low} to {high}"
+    return f"{len(ratios)} groups by {span}"
+
+
+def group_precisions(trial: TrialRecord) -> Sequence[Mapping[str, Any]]:
+    """Planned and effective precision per layer group, empty until the file was built."""
+    return (trial.compression or {}).get("groups") or ()
+
+
+def _speed_then_accuracy(trial: TrialRecord) -> tuple[float, float]:
+    accuracy = trial.accuracy.value if trial.accuracy else -math.inf
+    return (trial.latency.p50_ns if trial.latency else math.inf, -accuracy)
+
+
+def _unit(nanoseconds: float) -> tuple[float, str]:
+    for scale, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
+        if abs(nanoseconds) >= scale:
+            return scale, unit
+    return 1.0, "ns"
+
+
+def _significant(value: float) -> str:
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{min(max(digits, 0), 4)}f}"

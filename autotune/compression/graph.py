@@ -1,0 +1,144 @@
+"""A read-only view of one ONNX graph: who makes a tensor, who takes it, shapes and weights.
+
+Owns look-ups, and the one way a model becomes bytes. Cleaning a foreign graph is
+`cleanup.py`'s work, writing a quantized one `quantization.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from autotune.errors import InvalidModel
+
+BATCH_AXIS = "N"
+_WEIGHT_SUFFIXES = (".weight", "_weight", "/weight", ".kernel", "/kernel", "_W", ".W")
+
+
+class GraphView:
+    """Look-ups over a graph that nobody changes while the view is in use.
+
+    Nodes keep their graph order, which ONNX requires to be topological.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes: list[onnx.NodeProto] = list(model.graph.node)
+        self.initializers = {i.name: i for i in model.graph.initializer}
+        self.producer: dict[str, onnx.NodeProto] = {
+            name: node for node in self.nodes for name in node.output if name
+        }
+        self.consumers: Mapping[str, list[onnx.NodeProto]] = self._find_consumers()
+        self.input_name = model.graph.input[0].name
+        self.output_name = model.graph.output[0].name
+        self._shapes = {value.name: shape_of(value) for value in self._values()}
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def array(self, name: str) -> np.ndarray:
+        """The constant of that name, read once."""
+        if name not in self._arrays:
+            self._arrays[name] = numpy_helper.to_array(self.initializers[name])
+        return self._arrays[name]
+
+    def is_constant(self, name: str) -> bool:
+        """The tensor is an initializer."""
+        return name in self.initializers
+
+    def data_inputs(self, node: onnx.NodeProto) -> list[str]:
+        """The tensors that flow into the node, without constants and absent inputs."""
+        return [name for name in node.input if name and name not in self.initializers]
+
+    def only_consumer(self, tensor: str) -> onnx.NodeProto | None:
+        """The one node that takes the tensor; None where several do or it is an output."""
+        takers = self.consumers.get(tensor, [])
+        if tensor == self.output_name or len(takers) != 1:
+            return None
+        return takers[0]
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape without the batch axis; an unknown extent is 0, an unknown rank ()."""
+        return self._shapes.get(tensor, ())[1:]
+
+    def rank(self, tensor: str) -> int:
+        """Number of axes with the batch axis; 0 where unknown."""
+        return len(self._shapes.get(tensor, ()))
+
+    def _values(self) -> Iterator[onnx.ValueInfoProto]:
+        graph = self.model.graph
+        yield from graph.value_info
+        yield from graph.input
+        yield from graph.output
+
+    def _find_consumers(self) -> Mapping[str, list[onnx.NodeProto]]:
+        takers: defaultdict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                if name:
+                    takers[name].append(node)
+        return dict(takers)
+
+
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """The shape with its batch axis; a symbolic or unknown extent is 0."""
+    return tuple(int(d.dim_value) for d in value.type.tensor_type.shape.dim)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute, or the default where it is not set."""
+    for entry in node.attribute:
+        if entry.name == name:
+            return helper.get_attribute_value(entry)
+    return default
+
+
+def layer_name(weight: str) -> str:
+    """The name of the layer that owns a weight: the initializer's name without its suffix.
+
+    >>> layer_name("features.3.conv.0.weight"), layer_name("dense_1/kernel"), layer_name("w7")
+    ('features.3.conv.0', 'dense_1', 'w7')
+    """
+    for suffix in _WEIGHT_SUFFIXES:
+        if weight.endswith(suffix) and len(weight) > len(suffix):
+            return weight.removesuffix(suffix)
+    return weight
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names in order, a repeated one with `#2`, `#3` behind it.
+
+    >>> unique_names(["a", "b", "a"])
+    ['a', 'b', 'a#2']
+    """
+    seen: dict[str, int] = defaultdict(int)
+    taken = set(names)
+    result = []
+    for name in names:
+        seen[name] += 1
+        unique = name
+        while seen[name] > 1 and (unique == name or unique in taken):
+            unique = f"{name}#{seen[name]}"
+            if unique in taken:
+                seen[name] += 1
+        taken.add(unique)
+        result.append(unique)
+    return result
+
+
+def model_bytes(model: onnx.ModelProto) -> bytes:
+    """The model as a file; the same model gives the same bytes in every process.
+
+    Raises:
+        InvalidModel: it exceeds what one file can hold (2 GiB).
+    """
+    try:
+        return bytes(model.SerializeToString(deterministic=True))
+    except Exception as error:
+        # protobuf raises its own EncodeError or a ValueError, depending on the back end
+        raise InvalidModel(
+            f"the model does not fit into one ONNX file (2 GiB at most): {error}"
+        ) from error

@@ -1,0 +1,331 @@
+"""The source model: loaded from where the job says, digested, as one FP32 ONNX graph.
+
+Owns loading (`torchvision:`, `onnx:`, `python:`), weights and the one export to ONNX that a
+base needs. Never downloads anything, never unpickles. The normal form of the graph is
+`cleanup.py`'s, what the model is made of `inventory.py`'s.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import pickle
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from autotune.compression.cleanup import clean_up
+from autotune.compression.graph import BATCH_AXIS, model_bytes, shape_of
+from autotune.compression.torchvision_repair import import_torchvision
+from autotune.errors import InvalidModel, UntrustedCode
+from autotune.spec import ModelSpec
+
+EXPORT_OPSET = 20
+_INIT_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceModel:
+    """The user's model.
+
+    `graph` is FP32 in normal form: BatchNorm folded, a symbolic batch axis, weights named as
+    the torch parameters. `module` is None for an ONNX source. `input_shape` has no batch
+    axis. `digest` is the sha256 of `fp32_bytes`.
+    """
+
+    reference: str
+    digest: str
+    graph: onnx.ModelProto
+    module: torch.nn.Module | None
+    input_name: str
+    input_shape: tuple[int, ...]
+    output_name: str
+    num_classes: int
+
+    @property
+    def fp32_bytes(self) -> bytes:
+        """The FP32 model as a file; the same bytes in every process."""
+        return model_bytes(self.graph)
+
+
+def load_source_model(
+    spec: ModelSpec, *, input_shape: tuple[int, ...], trust_job_code: bool = False
+) -> SourceModel:
+    """Load the model that a job names.
+
+    `input_shape` is one sample's shape, as the data has it.
+
+    Raises:
+        InvalidModel: no such model, unreadable or unfitting weights, or a graph that cannot
+            be tuned; the message names the key, node or axis.
+        UntrustedCode: the source is code and `trust_job_code` is off.
+    """
+    scheme, _, rest = spec.source.partition(":")
+    if scheme == "python" and not trust_job_code:
+        raise UntrustedCode(
+            f"model source {spec.source!r} runs code of the job; pass --trust-job-code if you "
+            "trust it, or give an onnx: or torchvision: source"
+        )
+    if scheme == "onnx":
+        return _from_onnx(spec, Path(rest), input_shape)
+    state = _read_weights(Path(spec.weights)) if spec.weights else None
+    made = _torchvision_model(rest, spec, state) if scheme == "torchvision" else _called(rest)
+    if isinstance(made, onnx.ModelProto):
+        return _source(spec, clean_up(made), None, input_shape)
+    if not isinstance(made, torch.nn.Module):
+        raise InvalidModel(
+            f"{spec.source!r} returned {type(made).__name__}; it must return a torch.nn.Module "
+            "or an onnx.ModelProto"
+        )
+    if state is not None:
+        _load_state(made, state, spec)
+    module = made.float().eval()
+    return _source(spec, export_module(module, input_shape), module, input_shape)
+
+
+def export_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> onnx.ModelProto:
+    """The module as an FP32 ONNX graph in normal form: input `input`, output `output`.
+
+    Weights keep the names of their parameters, so a pruned module has the same layer groups
+    as the one it was made from.
+
+    Raises:
+        InvalidModel: the module cannot be traced for that input shape, or its graph cannot
+            be tuned.
+    """
+    was_training = module.training
+    module.eval()
+    try:
+        program = _exported(module, torch.zeros(2, *input_shape))
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidModel(
+            f"{type(module).__name__} cannot be exported to ONNX for an input of shape "
+            f"{input_shape}: {_first_line(error)}"
+        ) from error
+    finally:
+        module.train(was_training)
+    return clean_up(_named_after_scopes(program))
+
+
+def _exported(module: torch.nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+    with warnings.catch_warnings():
+        # The exporter's own use of what torch has deprecated is nothing the user can act on.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim(BATCH_AXIS)},),
+            input_names=["input"],
+            output_names=["output"],
+            opset_version=EXPORT_OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise InvalidModel(f"{type(module).__name__} gave no ONNX program")
+    return program.model_proto
+
+
+def _named_after_scopes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A weight that the exporter transposed lost its name; its node knows the module."""
+    held = {i.name: i for i in model.graph.initializer}
+    renamed: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in held or "." in node.input[1]:
+            continue
+        scopes = {p.key: p.value for p in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
+        path = _innermost_module(scopes or "")
+        if path and f"{path}.weight" not in held and node.input[1] not in renamed:
+            renamed[node.input[1]] = f"{path}.weight"
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    for old, new in renamed.items():
+        held[old].name = new
+    return model
+
+
+def _innermost_module(scopes: str) -> str:
+    """The last but one of `['', 'a', 'a.b', 'operator']`."""
+    parts = [part.strip().strip("'\"") for part in scopes.strip("[]").split(",")]
+    return parts[-2] if len(parts) > 1 else ""
+
+
+def _from_onnx(spec: ModelSpec, path: Path, input_shape: tuple[int, ...]) -> SourceModel:
+    if spec.weights:
+        raise InvalidModel(
+            f"weights {spec.weights!r} were given for the ONNX source {str(path)!r}; an ONNX "
+            "file holds its own weights: remove `weights`"
+        )
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except OSError as error:
+        raise InvalidModel(
+            f"cannot read the ONNX file {path}: {error.strerror or error}"
+        ) from error
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        raise InvalidModel(
+            f"{path} is not a valid ONNX file (truncated or of another kind?): {_first_line(error)}"
+        ) from error
+    return _source(spec, clean_up(model), None, input_shape)
+
+
+def _source(
+    spec: ModelSpec,
+    graph: onnx.ModelProto,
+    module: torch.nn.Module | None,
+    input_shape: tuple[int, ...],
+) -> SourceModel:
+    declared = shape_of(graph.graph.input[0])[1:]
+    if declared != tuple(input_shape):
+        raise InvalidModel(
+            f"{spec.source!r} takes samples of shape {declared}, the data has {input_shape}"
+        )
+    data = model_bytes(graph)
+    classes = _classes(spec, data, graph)
+    return SourceModel(
+        reference=spec.source,
+        digest=hashlib.sha256(data).hexdigest(),
+        graph=graph,
+        module=module,
+        input_name=graph.graph.input[0].name,
+        input_shape=tuple(input_shape),
+        output_name=graph.graph.output[0].name,
+        num_classes=classes,
+    )
+
+
+def _classes(spec: ModelSpec, data: bytes, graph: onnx.ModelProto) -> int:
+    shape = shape_of(graph.graph.output[0])
+    if len(shape) != 2 or shape[1] < 2:
+        raise InvalidModel(
+            f"output {graph.graph.output[0].name!r} of {spec.source!r} has shape "
+            f"(N, {', '.join(map(str, shape[1:]))}); a classifier gives (N, classes) with at "
+            "least 2 classes"
+        )
+    if spec.num_classes is not None and spec.num_classes != shape[1]:
+        raise InvalidModel(
+            f"num_classes is {spec.num_classes}, but {spec.source!r} gives {shape[1]} classes"
+        )
+    try:
+        onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime's exceptions share no public base class
+        raise InvalidModel(
+            f"{spec.source!r} does not load in onnxruntime {onnxruntime.__version__}: "
+            f"{_first_line(error)}"
+        ) from error
+    return shape[1]
+
+
+def _torchvision_model(
+    name: str, spec: ModelSpec, state: Mapping[str, torch.Tensor] | None
+) -> torch.nn.Module:
+    """Untrained weights are drawn from a fixed seed, so that the model has one digest."""
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "see torchvision.models.list_models()"
+        )
+        raise InvalidModel(f"torchvision has no classification model {name!r}; {hint}")
+    classes = spec.num_classes or _classes_in(state, models, name)
+    options = {} if classes is None else {"num_classes": classes}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Some constructors warn of defaults that will change; weights are loaded afterwards.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(_INIT_SEED)
+        return models.get_model(name, weights=None, **options)
+
+
+def _classes_in(state: Mapping[str, torch.Tensor] | None, models: Any, name: str) -> int | None:
+    """The classifier comes last in torchvision's models; its bias has one entry per class."""
+    if not state:
+        return None
+    with torch.device("meta"):
+        last = list(models.get_model(name, weights=None).state_dict())[-1]
+    tensor = state.get(last, state.get(f"module.{last}"))
+    return None if tensor is None else int(tensor.shape[0])
+
+
+def _called(reference: str) -> Any:
+    """The result of `MODULE:FUNCTION`."""
+    module_name, _, function_name = reference.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function: Any = importlib.import_module(module_name)
+        for part in function_name.split("."):
+            function = getattr(function, part)
+        return function()
+    except Exception as error:
+        # the user's code may raise anything
+        raise InvalidModel(
+            f"python:{reference} failed with {type(error).__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
+    if not path.is_file():
+        raise InvalidModel(f"the weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(sorted(load_file(path).items()))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InvalidModel(
+            f"{path} holds more than tensors and is not unpickled; save the state_dict alone, "
+            "or as .safetensors"
+        ) from error
+    except Exception as error:
+        # safetensors and torch each raise several unrelated classes for a damaged file
+        raise InvalidModel(f"cannot read the weights in {path}: {_first_line(error)}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise InvalidModel(f"{path} does not hold a state_dict (a mapping of names to tensors)")
+    return state
+
+
+def _load_state(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], spec: ModelSpec
+) -> None:
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    own = module.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            if name.endswith("num_batches_tracked"):
+                state[name] = tensor
+                continue
+            raise InvalidModel(
+                f"weights {spec.weights!r} have no {name!r}, which {spec.source!r} needs"
+            )
+        if state[name].shape != tensor.shape:
+            raise InvalidModel(
+                f"{name!r} has shape {tuple(state[name].shape)} in {spec.weights!r}, but "
+                f"{tuple(tensor.shape)} in {spec.source!r}; check the model's name and num_classes"
+            )
+    extra = [name for name in state if name not in own]
+    if extra:
+        raise InvalidModel(
+            f"weights {spec.weights!r} hold {extra[0]!r}, which {spec.source!r} does not have "
+            f"({len(extra)} such keys)"
+        )
+    module.load_state_dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -33,6 +33,10 @@ class DatabaseUnavailable(StorageError):
     """The database does not answer or its schema is newer than this release."""
 
 
+class DatabaseFull(DatabaseUnavailable):
+    """The disk that holds the database is full; free some space and resume the job."""
+
+
 class ArtifactStoreFull(StorageError):
     """The disk that holds the artifacts is full; free some space and resume the job."""
 

@@ -1,0 +1,56 @@
+"""Raw samples as bytes: how `LatencyReport.blocks` is kept beside a measurement.
+
+zlib over compact JSON, because anything reads it, and because digits of similar durations
+compress as well as packed integers do.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Final
+
+from device_agents.protocol import Block, LatencyReport
+from storage.errors import StorageError
+
+SAMPLES_VERSION: Final = 1
+# Version 1 (2026-11-21): {"version", "blocks": [[subject, [ns, ...]], ...]}, in time order.
+
+
+def encode_blocks(blocks: tuple[Block, ...]) -> bytes:
+    """The blocks as bytes."""
+    document = {
+        "version": SAMPLES_VERSION,
+        "blocks": [[block.subject, block.samples_ns] for block in blocks],
+    }
+    return zlib.compress(json.dumps(document, separators=(",", ":")).encode())
+
+
+def decode_blocks(encoded: bytes) -> tuple[Block, ...]:
+    """The blocks that `encode_blocks` wrote.
+
+    Raises:
+        StorageError: the bytes are damaged or of a newer release.
+    """
+    try:
+        document = json.loads(zlib.decompress(encoded))
+        if document["version"] != SAMPLES_VERSION:
+            raise StorageError(
+                f"raw samples have format version {document['version']!r}; "
+                f"this release reads version {SAMPLES_VERSION}"
+            )
+        return tuple(
+            Block(subject=subject, samples_ns=tuple(samples))
+            for subject, samples in document["blocks"]
+        )
+    except (zlib.error, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"raw samples cannot be read: {error}") from error
+
+
+def split_blocks(
+    report: LatencyReport | None,
+) -> tuple[LatencyReport | None, tuple[Block, ...]]:
+    """The report without its raw samples, and the samples."""
+    if report is None:
+        return None, ()
+    return report.model_copy(update={"blocks": ()}), report.blocks

@@ -126,7 +126,7 @@ def _trace(module: nn.Module, input_shape: tuple[int, ...]) -> torch_pruning.Dep
             return torch_pruning.DependencyGraph().build_dependency(
                 module, example_inputs=torch.zeros(1, *input_shape), verbose=False
             )
-    except Exception as error:  # noqa: BLE001 - torch-pruning and the module may raise anything
+    except Exception as error:  # torch-pruning and the module may raise anything
         raise CompressionError(
             f"{type(module).__name__} cannot be pruned: torch-pruning fails to trace it with "
             f"an input of shape {input_shape}: {type(error).__name__}: {error}"
@@ -159,7 +159,7 @@ def _all_channels(graph: torch_pruning.DependencyGraph, root: nn.Module) -> torc
         return graph.get_pruning_group(
             root, pruner.prune_out_channels, list(range(graph.get_out_channels(root)))
         )
-    except Exception as error:  # noqa: BLE001 - torch-pruning has no error type of its own
+    except Exception as error:  # torch-pruning has no error type of its own
         raise CompressionError(
             f"{type(graph.model).__name__} cannot be pruned: the channels coupled with layer "
             f"{name!r} cannot be followed: {type(error).__name__}: {error}"
@@ -260,7 +260,7 @@ def _remove(
     try:
         pruner = graph.get_pruner_of_module(root)
         graph.get_pruning_group(root, pruner.prune_out_channels, channels).prune()
-    except Exception as error:  # noqa: BLE001 - torch-pruning has no error type of its own
+    except Exception as error:  # torch-pruning has no error type of its own
         raise CompressionError(
             f"group {name!r} cannot be pruned: {type(error).__name__}: {error}"
         ) from error
@@ -277,7 +277,7 @@ def _require_running(
     try:
         with torch.no_grad():
             shape = pruned(sample).shape
-    except Exception as error:  # noqa: BLE001 - a module's forward may raise anything
+    except Exception as error:  # a module's forward may raise anything
         raise CompressionError(
             f"{type(module).__name__} no longer runs after pruning {names}: {error}"
         ) from error

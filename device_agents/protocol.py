@@ -156,12 +156,17 @@ class MeasurementPlan(Message):
 
 
 class MeasurementRequest(Message):
-    """One artifact to measure against one reference model, at batch 1."""
+    """One artifact to measure against one reference model, at batch 1.
+
+    `reference_runtime` is pinned for a whole job, so that the ratio of a candidate that runs
+    on two threads is still a ratio to the same reference.
+    """
 
     measurement_id: str
     artifact: ArtifactReference
     reference: ArtifactReference
     runtime: RuntimeRequest
+    reference_runtime: RuntimeRequest = RuntimeRequest()
     plan: MeasurementPlan
 
 

@@ -1,0 +1,92 @@
+"""What a job may search and what it concludes: the space, its limits, and the answer in words.
+
+Pure functions of records; the phases that call them are `tuning.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autotune.api_types import JobResult
+from autotune.errors import InvalidJob
+from autotune.search.front import Answer, blocking_groups
+from autotune.spec import JobSpec
+from search_spaces import LayerInventory, Precision, RuntimeOptions, SearchSpace
+from storage.records import JobRecord, TrialRecord
+
+
+def build_space(spec: JobSpec, inventory: LayerInventory) -> SearchSpace:
+    """The job's choices applied to the model's inventory."""
+    return SearchSpace.build(
+        inventory,
+        precisions=[Precision.parse(name) for name in spec.search.precisions],
+        prune_ratios=spec.search.prune_ratios,
+        runtimes=[RuntimeOptions(threads=threads) for threads in spec.search.threads or (1,)],
+    )
+
+
+def limits(spec: JobSpec, inventory: LayerInventory, *, has_training: bool) -> list[str]:
+    """What the job asked for and this model or data cannot give, one sentence each.
+
+    Raises:
+        InvalidJob: pruning was asked for, is impossible, and may not be left out.
+    """
+    notices = []
+    asked = any(ratio > 0 for ratio in spec.search.prune_ratios)
+    if asked and inventory.pruning_unavailable:
+        if not spec.search.allow_without_pruning:
+            raise InvalidJob(
+                f"the job asks for pruning: {inventory.pruning_unavailable}; set "
+                "search.allow_without_pruning to true, or search.prune_ratios to [0]"
+            )
+        notices.append(f"going on without pruning: {inventory.pruning_unavailable}")
+    elif asked and not has_training:
+        notices.append(
+            "no training data: pruned candidates get BatchNorm re-estimation only, no recovery "
+            "training; name data.training to change that"
+        )
+    if inventory.float_operators:
+        listed = ", ".join(f"{op} x{n}" for op, n in inventory.float_operators)
+        notices.append(f"operators that stay in FP32: {listed}")
+    return notices
+
+
+def baseline_trials(
+    space: SearchSpace, trials: Sequence[TrialRecord]
+) -> tuple[TrialRecord | None, TrialRecord | None]:
+    """The FP32 and the uniform INT8 trial on the first runtime; None where not tried yet."""
+    by_digest = {trial.candidate.digest: trial for trial in trials}
+    return by_digest.get(space.fp32().digest), by_digest.get(space.uniform_int8().digest)
+
+
+def conclude(
+    job: JobRecord, trials: Sequence[TrialRecord], found: Answer, *, stopped_because: str
+) -> JobResult:
+    """The answer with its reasons, for people and programs."""
+    fp32, int8 = (None, None) if job.space is None else baseline_trials(job.space, trials)
+    winner = found.winner
+    is_baseline = winner.proposed_by == "baseline"
+    sentences = [f"trial {winner.number} wins: {found.explanation}"]
+    if is_baseline:
+        sentences.append("it is a baseline: nothing that was searched beats it")
+    held_out = winner.held_out_accuracy
+    if held_out is not None:
+        sentences.append(
+            f"on {held_out.n_samples} held-out samples it loses {held_out.drop * 100:.2f} points "
+            f"({held_out.drop_low * 100:.2f} to {held_out.drop_high * 100:.2f})"
+        )
+    blocking: list[str] = []
+    if found.verdict == "impossible_budget" and job.inventory is not None:
+        blocking = blocking_groups(winner, job.inventory)
+        sentences.append(f"the groups that hold it back: {', '.join(blocking)}")
+    return JobResult(
+        winner=winner.id,
+        verdict=found.verdict,
+        explanation="; ".join(sentences),
+        missed_by_ns=found.missed_by_ns,
+        blocking_groups=blocking,
+        fp32_trial=fp32.id if fp32 else None,
+        int8_trial=int8.id if int8 else None,
+        beats_baseline=not is_baseline,
+        stopped_because=stopped_because,
+    )

@@ -1,0 +1,216 @@
+"""Measurement requests: from an artifact to an agent's report.
+
+Owns the choice of the device, the waiting, and the quiet window. The agents lease what is
+queued here through the service's routes; nothing in this module talks to a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from autotune.search.interruption import Stopped
+from device_agents.protocol import (
+    ArtifactReference,
+    MeasurementPlan,
+    MeasurementRequest,
+    Outcome,
+    RuntimeRequest,
+)
+from search_spaces import RuntimeOptions
+from storage.errors import NotFound
+from storage.records import DeviceRecord, JobRecord, MeasurementRecord, MeasurementState
+from storage.repository import Repository
+
+ONLINE_WITHIN_S = 10.0
+"""A device counts as online this long after its last heartbeat: three heartbeats of 3 s."""
+
+_RETRIED = (Outcome.UNSTABLE, Outcome.LOST, Outcome.ARTIFACT_CORRUPT)
+"""Outcomes that say more about the moment than about the artifact: tried once more."""
+
+_POLL_S = 0.5
+
+
+class QuietWindow:
+    """Keeps the host either computing or measuring, never both.
+
+    A device agent on the workers' own host would time their cache misses and stolen cycles.
+    Devices elsewhere do not care.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The workers may compute; waits for a local measurement to end."""
+        with self._lock:
+            yield
+
+    @contextmanager
+    def quiet(self, *, shares_host: bool) -> Iterator[None]:
+        """No worker computes, where the device shares the host."""
+        if not shares_host:
+            yield
+            return
+        with self._lock:
+            yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementOrder:
+    """What to measure for a trial."""
+
+    trial_id: str
+    artifact: ArtifactReference
+    reference: ArtifactReference
+    runtime: RuntimeOptions
+    reference_runtime: RuntimeOptions
+    plan: MeasurementPlan
+
+
+class Fleet:
+    """The devices, seen from the search.
+
+    Args:
+        repository: where requests are queued and reports appear.
+        host_id: this host's id, to know an agent that measures on it.
+        window: the host's quiet window, shared with the workers.
+    """
+
+    def __init__(self, repository: Repository, *, host_id: str | None, window: QuietWindow) -> None:
+        self._repository = repository
+        self._host_id = host_id
+        self._window = window
+        self._changed = threading.Condition()
+
+    def wake(self) -> None:
+        """Something about measurements or devices changed."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def find_device(self, selector: str | None) -> DeviceRecord | None:
+        """The device of that name, id or pool; without one, the online device seen last.
+
+        In a pool the online device seen last is preferred. None where nothing fits.
+        """
+        devices = self._repository.list_devices()
+        if selector is not None:
+            named = [d for d in devices if selector in (d.id, d.name)]
+            devices = named or [d for d in devices if d.pool == selector]
+        else:
+            devices = [d for d in devices if is_online(d)]
+        newest_first = sorted(devices, key=lambda d: d.last_seen_at, reverse=True)
+        return next(iter(newest_first), None)
+
+    def shares_host(self, device: DeviceRecord) -> bool:
+        """The device is the host that the workers compute on."""
+        return self._host_id is not None and device.description.host_id == self._host_id
+
+    def wait_for_change(self, timeout_s: float = _POLL_S) -> None:
+        """Return when something changed, or after the timeout."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def measure(
+        self,
+        job: JobRecord,
+        device: DeviceRecord,
+        order: MeasurementOrder,
+        *,
+        should_stop: Callable[[], bool],
+        on_offline: Callable[[DeviceRecord], None] | None = None,
+        on_online: Callable[[DeviceRecord], None] | None = None,
+    ) -> MeasurementRecord:
+        """Measure in a quiet window; returns the finished record, whatever its outcome.
+
+        A request that was queued before a restart is found again by its id and not repeated.
+        An outcome that speaks of the moment (unstable, lost) is tried once more.
+
+        Raises:
+            Stopped: `should_stop` became true.
+        """
+        with self._window.quiet(shares_host=self.shares_host(device)):
+            for attempt in range(2):
+                record = self._enqueue(job, device, order, attempt)
+                record = self._wait(record, device, should_stop, on_offline, on_online)
+                if record.outcome not in _RETRIED:
+                    break
+        return record
+
+    def _enqueue(
+        self, job: JobRecord, device: DeviceRecord, order: MeasurementOrder, attempt: int
+    ) -> MeasurementRecord:
+        identity = _measurement_id(order, device, attempt)
+        try:
+            return self._repository.get_measurement(identity)
+        except NotFound:
+            pass
+        return self._repository.enqueue_measurement(
+            job_id=job.id,
+            trial_id=order.trial_id,
+            device_id=device.id,
+            request=MeasurementRequest(
+                measurement_id=identity,
+                artifact=order.artifact,
+                reference=order.reference,
+                runtime=_runtime_request(order.runtime),
+                reference_runtime=_runtime_request(order.reference_runtime),
+                plan=order.plan,
+            ),
+        )
+
+    def _wait(
+        self,
+        record: MeasurementRecord,
+        device: DeviceRecord,
+        should_stop: Callable[[], bool],
+        on_offline: Callable[[DeviceRecord], None] | None,
+        on_online: Callable[[DeviceRecord], None] | None,
+    ) -> MeasurementRecord:
+        said_offline = False
+        while record.state is not MeasurementState.DONE:
+            if should_stop():
+                raise Stopped
+            self.wait_for_change()
+            record = self._repository.get_measurement(record.id)
+            online = is_online(self._repository.get_device(device.id))
+            if online == said_offline:
+                tell = on_online if online else on_offline
+                if tell is not None:
+                    tell(device)
+            said_offline = not online
+        if said_offline and on_online is not None:
+            on_online(device)
+        return record
+
+
+def is_online(device: DeviceRecord) -> bool:
+    """The device's agent was heard of within the last three heartbeats."""
+    return (datetime.now(UTC) - device.last_seen_at).total_seconds() <= ONLINE_WITHIN_S
+
+
+def _runtime_request(options: RuntimeOptions) -> RuntimeRequest:
+    return RuntimeRequest(
+        runtime=options.runtime, provider=options.provider, threads=options.threads
+    )
+
+
+def _measurement_id(order: MeasurementOrder, device: DeviceRecord, attempt: int) -> str:
+    """The same order gets the same id again, before and after a restart."""
+    identity = ":".join(
+        (
+            order.trial_id,
+            device.id,
+            order.artifact.sha256,
+            repr(order.runtime),
+            order.plan.kind,
+            str(order.plan.seed),
+            str(attempt),
+        )
+    )
+    return "m-" + hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -1,0 +1,174 @@
+"""What the search proposes from structure, before and beside Optuna.
+
+Owns the baselines, the pruned bases, the first candidates that sensitivity suggests and the
+single-group flips of front members. Measures nothing; the runner decides how many are tried.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from search_spaces import FP32, INT8, Candidate, LayerInventory, LayerKind, SearchSpace
+from storage.records import TrialRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A candidate and who had the idea."""
+
+    candidate: Candidate
+    proposed_by: str
+
+
+def baselines(space: SearchSpace) -> list[Proposal]:
+    """FP32 and uniform INT8, on every runtime option; what any result must beat."""
+    candidates = [space.fp32(runtime) for runtime in space.runtimes]
+    candidates += [space.uniform_int8(runtime) for runtime in space.runtimes]
+    return [Proposal(candidate=c, proposed_by="baseline") for c in _distinct(candidates)]
+
+
+def uniform_bases(space: SearchSpace) -> list[dict[str, float]]:
+    """One set of prune ratios per offered ratio above zero, applied everywhere, rising."""
+    ratios = sorted({r for choices in space.prune_ratios.values() for r in choices if r > 0})
+    return [space.uniform_prune_ratios(ratio) for ratio in ratios]
+
+
+def mixed_base(
+    space: SearchSpace,
+    inventory: LayerInventory,
+    low: Mapping[str, float],
+    high: Mapping[str, float],
+    *,
+    rng: random.Random,
+) -> dict[str, float]:
+    """A base between two others: groups that save most take `high`, the others `low`.
+
+    A group's saving is the multiply-accumulates of its layers; it is weighed by a random
+    factor between 0.5 and 1.5, so that repeated calls try different mixtures.
+    """
+    macs = {layer.name: layer.macs for group in inventory.groups for layer in group.layers}
+    saving = {
+        group.name: sum(macs.get(layer, 0) for layer in group.layers) * rng.uniform(0.5, 1.5)
+        for group in inventory.prunable_groups
+        if group.name in space.prune_ratios
+    }
+    heaviest = sorted(saving, key=lambda name: -saving[name])
+    chosen = set(heaviest[: len(heaviest) // 2])
+    return {name: (high if name in chosen else low).get(name, 0.0) for name in saving}
+
+
+def first_candidates(
+    space: SearchSpace,
+    inventory: LayerInventory,
+    damage: Mapping[tuple[str, str], float],
+    bases: Sequence[Mapping[str, float]],
+) -> list[Candidate]:
+    """The warm start, most promising first.
+
+    `damage` is the sensitivity: mean KL to FP32 in nats when only that (group, precision) is
+    quantized; larger is worse. On every base, and unpruned, there is a ladder: all INT8, then
+    the most sensitive 1, 2, 4, 8, ... groups left in FP32; beside it the mixtures by layer
+    kind that are known to beat uniform INT8 where small or depthwise layers are slower in it.
+    """
+    ladders = [_on_base(ladder(space, damage), base) for base in ({}, *bases)]
+    shapes = by_kind(space, inventory, damage)
+    kinds = [shapes, *[_on_base(shapes[:1], base) for base in bases]]
+    interleaved = [c for row in zip_longest(*ladders, *kinds) for c in row if c is not None]
+    runtimes = space.runtimes
+    return _distinct(
+        [
+            replace(candidate, runtime=runtimes[index % len(runtimes)])
+            for index, candidate in enumerate(interleaved)
+        ]
+    )
+
+
+def ladder(space: SearchSpace, damage: Mapping[tuple[str, str], float]) -> list[Candidate]:
+    """Uniform INT8 with the 0, 1, 2, 4, 8, ... most sensitive groups left in FP32.
+
+    Stops at half of the groups: past that little is quantized at all.
+    """
+    uniform = space.uniform_int8()
+    ranked = sorted(uniform.precisions, key=lambda g: (-damage.get((g, INT8.name), 0.0), g))
+    steps = [0]
+    while (step := max(1, steps[-1] * 2)) <= len(ranked) // 2:
+        steps.append(step)
+    return [_leave_float(uniform, ranked[:step]) for step in steps]
+
+
+def by_kind(
+    space: SearchSpace,
+    inventory: LayerInventory,
+    damage: Mapping[tuple[str, str], float],
+) -> list[Candidate]:
+    """Mixtures by layer kind: weight-only where it is mild, no depthwise, heavy groups only."""
+    uniform = space.uniform_int8()
+    groups = {group.name: group for group in inventory.groups}
+    depthwise = [
+        name
+        for name in uniform.precisions
+        if all(layer.kind is LayerKind.DEPTHWISE_CONV for layer in groups[name].layers)
+    ]
+    by_macs = sorted(uniform.precisions, key=lambda name: groups[name].macs)
+    light = by_macs[: len(by_macs) // 2]
+    shapes = [
+        _leave_float(uniform, depthwise),
+        _leave_float(uniform, light),
+        _weight_only(space, uniform, damage),
+    ]
+    return [shape for shape in _distinct(shapes) if shape != uniform]
+
+
+def flips(
+    front: Sequence[TrialRecord],
+    space: SearchSpace,
+    damage: Mapping[tuple[str, str], float],
+    *,
+    rng: random.Random,
+) -> Iterator[Candidate]:
+    """Neighbours of front members: one group's precision changed, promising ones first.
+
+    A group that hurts is raised to more bits, one that does not is lowered; ranked by
+    sensitivity with a random factor, so that ties and wrong rankings get their turn.
+    """
+    moves: list[tuple[float, int, Candidate]] = []
+    for trial in front:
+        for group, choices in space.precisions.items():
+            current = trial.candidate.precision(group)
+            for choice in choices:
+                if choice == current:
+                    continue
+                gain = damage.get((group, current.name), 0.0) - damage.get(
+                    (group, choice.name), 0.0
+                )
+                score = gain * rng.uniform(0.5, 1.5) + rng.uniform(0.0, 1e-6)
+                moves.append((-score, len(moves), trial.candidate.with_precision(group, choice)))
+    for _, _, candidate in sorted(moves, key=lambda move: move[:2]):
+        yield candidate
+
+
+def _leave_float(candidate: Candidate, groups: Sequence[str]) -> Candidate:
+    return replace(candidate, precisions={**candidate.precisions, **dict.fromkeys(groups, FP32)})
+
+
+def _weight_only(
+    space: SearchSpace, uniform: Candidate, damage: Mapping[tuple[str, str], float]
+) -> Candidate:
+    """Uniform INT8, with the mildest weight-only precision where one is offered."""
+    changed = dict(uniform.precisions)
+    for name, choices in space.precisions.items():
+        options = [p for p in choices if p.is_weight_only]
+        if options:
+            changed[name] = min(options, key=lambda p: (damage.get((name, p.name), 0.0), p))
+    return replace(uniform, precisions=changed)
+
+
+def _on_base(candidates: Sequence[Candidate], base: Mapping[str, float]) -> list[Candidate]:
+    return [replace(candidate, prune_ratios=base) for candidate in candidates]
+
+
+def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return list({candidate.digest: candidate for candidate in candidates}.values())

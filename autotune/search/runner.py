@@ -1,0 +1,137 @@
+"""The job loop: takes one job after the other and lives as long as the service.
+
+Owns the thread, the choice of the next job and the last line of defence against errors.
+What happens inside a job is `tuning.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from autotune.search.fleet import Fleet, QuietWindow
+from autotune.search.interruption import Stopped
+from autotune.search.tuning import Host, Tuning
+from autotune.search.verification import VerificationOutcome, verify
+from autotune.search.workers import start_ray, stop_ray
+from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
+from storage.records import JobRecord, JobState
+from storage.repository import Repository
+
+_log = logging.getLogger(__name__)
+_IDLE_S = 1.0
+
+
+class Runner:
+    """Runs queued jobs, oldest first, one at a time; a restart takes up what was running.
+
+    Args:
+        repository: the truth.
+        artifacts: where the files lie.
+        data_dir: pruned bases are cached below it.
+        workers: worker processes; 0 means one per core.
+        trust_job_code: jobs may run Python code of their own.
+        host_id: this host's id, to open a quiet window for an agent on it.
+        ray_address: a Ray cluster to join; None starts Ray on this host.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        artifacts: ArtifactStore,
+        *,
+        data_dir: Path,
+        workers: int = 0,
+        trust_job_code: bool = False,
+        host_id: str | None = None,
+        ray_address: str | None = None,
+    ) -> None:
+        self._window = QuietWindow()
+        self._fleet = Fleet(repository, host_id=host_id, window=self._window)
+        self._stopping = threading.Event()
+        self._woken = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._n_workers = workers or os.cpu_count() or 1
+        self._ray_address = ray_address
+        self._repository = repository
+        self._artifacts = artifacts
+        self._host = Host(
+            repository=repository,
+            artifacts=artifacts,
+            fleet=self._fleet,
+            window=self._window,
+            data_dir=data_dir,
+            n_workers=self._n_workers,
+            trust_job_code=trust_job_code,
+            should_stop=self._stopping.is_set,
+        )
+
+    def start(self) -> None:
+        """Begin to take jobs, in a thread of its own."""
+        self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop in the middle of what is under way; it goes on after the next start."""
+        self._stopping.set()
+        self.wake("stop")
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+            stop_ray()
+
+    def wake(self, topic: str) -> None:  # noqa: ARG002 - every topic wakes
+        """Something changed in the database."""
+        self._woken.set()
+        self._fleet.wake()
+
+    def verify(self, job: JobRecord, model: bytes) -> VerificationOutcome:
+        """Measure a bundle's model again; see `verification.verify`."""
+        return verify(
+            job,
+            model,
+            repository=self._repository,
+            artifacts=self._artifacts,
+            fleet=self._fleet,
+            window=self._window,
+            trust_job_code=self._host.trust_job_code,
+            should_stop=self._stopping.is_set,
+        )
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            self._woken.clear()
+            job = self._next_job()
+            if job is None:
+                self._woken.wait(_IDLE_S)
+                continue
+            self._run(job)
+
+    def _next_job(self) -> JobRecord | None:
+        open_jobs = [job for job in self._repository.list_jobs() if not job.state.is_final]
+        return min(open_jobs, key=lambda job: (job.created_at, job.id), default=None)
+
+    def _run(self, job: JobRecord) -> None:
+        try:
+            start_ray(n_workers=self._n_workers, address=self._ray_address)
+            Tuning(self._host, job).run()
+        except Stopped:
+            return
+        except Exception as error:  # noqa: BLE001 - the loop outlives any one job
+            _log.exception("job %s failed", job.id)
+            self._fail(job, error)
+
+    def _fail(self, job: JobRecord, error: Exception) -> None:
+        try:
+            self._repository.update_job(
+                job.id,
+                state=JobState.FAILED,
+                reason=f"an error inside the service: {error!r}; its log has the details",
+                finished_at=datetime.now(UTC),
+            )
+        except StorageError:
+            _log.exception("the failure of job %s could not be recorded", job.id)
+            self._stopping.wait(_IDLE_S)

@@ -1,0 +1,501 @@
+"""One job from its first phase to its answer.
+
+    load ─▶ wait for the device ─▶ baselines ─▶ prune ─▶ sensitivity ─▶ search ─▶ confirm
+
+Owns the order of the phases and when to stop. Each phase reads what the database already
+holds and does only what is missing, so that a job goes on after a restart without losing or
+repeating a finished trial. What happens to one candidate is `evaluation.py`'s.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from autotune.compression.data import DataSplits, split_data
+from autotune.errors import AutotuneError, DeviceUnavailable, JobNotReady
+from autotune.search import planner
+from autotune.search.conclusion import baseline_trials, build_space, conclude, limits
+from autotune.search.evaluation import Evaluation
+from autotune.search.fleet import Fleet, QuietWindow, is_online
+from autotune.search.front import Answer, answer, non_dominated
+from autotune.search.interruption import Stopped
+from autotune.search.planner import Proposal
+from autotune.search.sampler import Sampler
+from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
+from autotune.spec import LatencyBudget, parse_job, resolve_uploads
+from device_agents.protocol import ArtifactReference
+from search_spaces import Candidate, LayerInventory, SearchSpace
+from storage.artifacts import ArtifactStore
+from storage.errors import ArtifactStoreFull
+from storage.records import (
+    DeviceRecord,
+    JobRecord,
+    JobState,
+    TrialOutcome,
+    TrialRecord,
+    TrialState,
+)
+from storage.repository import Repository
+
+_BATCH = 4
+"""Proposals made at once: enough to keep two workers busy, few enough to learn from."""
+
+_CONFIRMED_FRONT_MEMBERS = 4
+"""Front members confirmed beside the winner and the baselines."""
+
+_CONFIRM_ROUNDS = 4
+"""How often the winner may fail to confirm before the best confirmed trial is taken."""
+
+_SENSITIVITY_CHUNK = 4
+"""Layer groups per call, so that workers share the load and a stop is quick."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What a tuning needs from the service around it."""
+
+    repository: Repository
+    artifacts: ArtifactStore
+    fleet: Fleet
+    window: QuietWindow
+    data_dir: Path
+    n_workers: int
+    trust_job_code: bool
+    should_stop: Callable[[], bool]
+
+
+class Tuning:
+    """The phases of one job; `run` does those that are left."""
+
+    def __init__(self, host: Host, job: JobRecord) -> None:
+        self._host = host
+        self._repository = host.repository
+        self._job = job
+        self._spec = resolve_uploads(parse_job(job.spec), host.artifacts.path)
+        self._stopped_because = ""
+        self._pool: WorkerPool | None = None
+
+    def run(self) -> JobRecord:
+        """Do what is left of the job; returns it in its final state.
+
+        Raises:
+            Stopped: the service is going down; the job goes on after the next start.
+        """
+        started = self._job.started_at or datetime.now(UTC)
+        self._job = self._update(state=JobState.RUNNING, started_at=started, reason=None)
+        self._started = started
+        try:
+            self._run_phases()
+            return self._end(JobState.FINISHED)
+        except Stopped:
+            if not self._is_cancelled():
+                raise
+            self._stopped_because = "cancelled by hand"
+            return self._end(JobState.CANCELLED)
+        except (AutotuneError, ArtifactStoreFull) as error:
+            return self._end(JobState.FAILED, reason=str(error))
+        finally:
+            if self._pool is not None:
+                self._pool.close()
+
+    def _run_phases(self) -> None:
+        splits = self._load()
+        inspection = self._inspect(splits)
+        device = self._wait_for_device()
+        evaluation = self._baselines(inspection, device)
+        if not self._is_over():
+            bases = self._prune(inspection.inventory)
+            damage = self._sensitivity()
+            self._search(evaluation, inspection.inventory, bases, damage)
+        self._confirm(evaluation)
+
+    # The phases, in order.
+
+    def _load(self) -> DataSplits:
+        self._enter("loading")
+        return split_data(
+            self._spec.data, seed=self._spec.seed, trust_job_code=self._host.trust_job_code
+        )
+
+    def _inspect(self, splits: DataSplits) -> Inspection:
+        with self._host.window.computing():
+            self._pool = WorkerPool(
+                self._spec,
+                splits,
+                cache_dir=self._host.data_dir / "bases",
+                n_workers=self._host.n_workers,
+                trust=self._host.trust_job_code,
+            )
+            inspection: Inspection = self._call("inspect")
+        if self._job.inventory is None:
+            has_training = splits.training is not None
+            for notice in limits(self._spec, inspection.inventory, has_training=has_training):
+                self._notice(notice)
+        reference = self._store_reference(inspection.fp32)
+        self._job = self._update(
+            inventory=inspection.inventory,
+            space=build_space(self._spec, inspection.inventory),
+            source={
+                "digest": inspection.source_digest,
+                "artifact_sha256": reference.sha256,
+                "artifact_size_bytes": reference.size_bytes,
+                "input_name": inspection.input_name,
+                "input_shape": list(inspection.input_shape),
+                "output_name": inspection.output_name,
+                "num_classes": inspection.num_classes,
+            },
+        )
+        return inspection
+
+    def _wait_for_device(self) -> DeviceRecord:
+        selector = self._job.device_id or self._spec.device
+        while True:
+            device = self._host.fleet.find_device(selector)
+            if device is not None and is_online(device):
+                self._job = self._update(device_id=device.id, state=JobState.RUNNING, reason=None)
+                self._require_runtimes(device)
+                return device
+            self._wait_because(_absence(selector, device))
+            if self._must_stop():
+                raise Stopped
+            self._host.fleet.wait_for_change()
+
+    def _baselines(self, inspection: Inspection, device: DeviceRecord) -> Evaluation:
+        self._enter("baselines")
+        evaluation = self._evaluation(device, self._store_reference(inspection.fp32))
+        first, *others = planner.baselines(self._space)
+        fp32 = self._evaluate(evaluation, [first])
+        evaluation = self._calibrate(evaluation, fp32[0])
+        self._evaluate(evaluation, others)
+        # What a restart left open comes before anything new.
+        evaluation.run([t for t in self._trials() if t.state is not TrialState.FINISHED])
+        return evaluation
+
+    def _prune(self, inventory: LayerInventory) -> list[dict[str, float]]:
+        """The pruned bases of this job that could be made, those of earlier trials first."""
+        if not self._space.prune_ratios or self._spec.search.max_pruned_bases == 0:
+            return []
+        self._enter("pruning")
+        wanted = planner.uniform_bases(self._space)
+        if len(wanted) >= 2:
+            rng = random.Random(self._spec.seed)  # noqa: S311 - a search, not a secret
+            wanted.append(
+                planner.mixed_base(self._space, inventory, wanted[-2], wanted[-1], rng=rng)
+            )
+        wanted = _distinct_bases(wanted)[: self._spec.search.max_pruned_bases]
+        made: dict[int, dict[str, float]] = {}
+        calls = [Call(method="prepare_base", arguments=(base,)) for base in wanted]
+        with self._host.window.computing():
+            for index, result in self._workers.run(calls, should_stop=self._must_stop):
+                if isinstance(result, CallFailed):
+                    self._notice(f"a pruned base could not be made: {result.error}")
+                else:
+                    made[index] = wanted[index]
+                    self._event("base_prepared", {"base": result})
+        return [made[index] for index in sorted(made)]
+
+    def _sensitivity(self) -> dict[tuple[str, str], float]:
+        """Mean KL to FP32 of each (group, precision) alone; kept entry by entry."""
+        self._enter("sensitivity")
+        known = {(e["group"], e["precision"]): e for e in self._job.sensitivity}
+        missing = [
+            (name, precision)
+            for name, choices in self._space.precisions.items()
+            for precision in choices
+            if not precision.is_float and (name, precision.name) not in known
+        ]
+        chunks = [
+            missing[i : i + _SENSITIVITY_CHUNK] for i in range(0, len(missing), _SENSITIVITY_CHUNK)
+        ]
+        calls = [Call(method="sensitivity", arguments=(chunk,)) for chunk in chunks]
+        with self._host.window.computing():
+            for _, result in self._workers.run(calls, should_stop=self._must_stop):
+                if isinstance(result, CallFailed):
+                    self._notice(f"a sensitivity could not be measured: {result.error}")
+                    continue
+                known |= {(entry["group"], entry["precision"]): entry for entry in result}
+                self._job = self._update(sensitivity=tuple(known.values()))
+        return {key: float(entry["mean_kl"]) for key, entry in known.items()}
+
+    def _search(
+        self,
+        evaluation: Evaluation,
+        inventory: LayerInventory,
+        bases: list[dict[str, float]],
+        damage: Mapping[tuple[str, str], float],
+    ) -> None:
+        self._enter("search")
+        warm = planner.first_candidates(self._space, inventory, damage, bases)
+        queue = [Proposal(candidate=c, proposed_by="sensitivity") for c in warm]
+        # Half of what is left goes to the warm start, the rest to what it teaches.
+        queue = [p for p in queue if not self._is_known(p.candidate)]
+        queue = queue[: max(_BATCH, self._trials_left() // 2)]
+        turn = 0
+        while not self._is_over():
+            batch = queue[:_BATCH] or self._refine(bases, damage, turn)
+            queue = queue[_BATCH:]
+            turn += 1
+            if not batch:
+                self._stopped_because = "nothing new is left to propose"
+                break
+            self._evaluate(evaluation, batch[: self._trials_left()])
+
+    def _refine(
+        self, bases: list[dict[str, float]], damage: Mapping[tuple[str, str], float], turn: int
+    ) -> list[Proposal]:
+        """A batch shared by Optuna and by single-group flips of front members."""
+        trials = self._trials()
+        sampler = Sampler(
+            space=self._space,
+            bases=[{}, *bases],
+            seed=self._spec.seed,
+            latency_budget_ns=self._job.latency_budget_ns,
+        )
+        proposals = [
+            Proposal(candidate=c, proposed_by="optuna")
+            for c in sampler.propose(trials, _BATCH // 2, is_known=self._is_known)
+        ]
+        rng = random.Random(self._spec.seed * 1000 + turn)  # noqa: S311 - a search, not a secret
+        neighbours = planner.flips(self._flip_from(trials), self._space, damage, rng=rng)
+        fresh = (c for c in neighbours if not self._is_known(c))
+        taken = {p.candidate.digest for p in proposals}
+        new = (c for c in fresh if c.digest not in taken)
+        return proposals + [
+            Proposal(candidate=c, proposed_by="mutation")
+            for c in islice(new, _BATCH - len(proposals))
+        ]
+
+    def _confirm(self, evaluation: Evaluation) -> None:
+        """Confirm baselines, front and winner; a winner that does not confirm gives way."""
+        self._enter("confirming")
+        trials = self._trials()
+        baselines = [t for t in baseline_trials(self._space, trials) if t is not None]
+        front = non_dominated(trials)[:_CONFIRMED_FRONT_MEMBERS]
+        for trial in [*baselines, *front]:
+            self._confirm_trial(evaluation, trial)
+        for _ in range(_CONFIRM_ROUNDS):
+            found = self._answer()
+            if found is None or found.winner.confirmed_latency is not None:
+                break
+            self._confirm_trial(evaluation, found.winner)
+
+    # What the phases share.
+
+    def _evaluate(self, evaluation: Evaluation, proposals: Sequence[Proposal]) -> list[TrialRecord]:
+        opened = evaluation.open_trials(proposals)
+        evaluation.run(opened)
+        digests = {p.candidate.digest for p in proposals}
+        return [t for t in self._trials() if t.candidate.digest in digests]
+
+    def _confirm_trial(self, evaluation: Evaluation, trial: TrialRecord) -> None:
+        current = self._repository.get_trial(trial.id)
+        if current.outcome is not TrialOutcome.OK or current.confirmed_latency is not None:
+            return
+        confirmed = evaluation.confirm(current)
+        self._event("trial_confirmed", {"trial": confirmed.id, "number": confirmed.number})
+        if confirmed.confirmed_latency is None:
+            # It could not be measured again: it does not get to be the answer.
+            self._repository.update_trial(
+                confirmed.id,
+                outcome=TrialOutcome.MEASUREMENT_FAILED,
+                reason="the latency could not be confirmed in a fresh process",
+            )
+
+    def _store_reference(self, fp32: bytes) -> ArtifactReference:
+        stored = self._host.artifacts.put(fp32)
+        self._repository.record_artifact(stored.sha256, stored.size_bytes, "reference")
+        return ArtifactReference(sha256=stored.sha256, size_bytes=stored.size_bytes)
+
+    def _calibrate(self, evaluation: Evaluation, fp32: TrialRecord) -> Evaluation:
+        """Pin the reference's own latency; everything later is a ratio times it."""
+        if fp32.latency is None or fp32.outcome is not TrialOutcome.OK:
+            raise DeviceUnavailable(
+                "the FP32 model itself could not be measured, so there is nothing to compare "
+                f"with: {fp32.reason or fp32.outcome}"
+            )
+        if self._job.reference_latency_ns is None:
+            budget = self._spec.latency_budget
+            self._job = self._update(
+                reference_latency_ns=fp32.latency.reference_p50_ns,
+                latency_budget_ns=None
+                if budget is None
+                else LatencyBudget.parse(budget).nanoseconds(fp32_latency_ns=fp32.latency.p50_ns),
+            )
+        return replace(evaluation, job=self._job)
+
+    def _evaluation(self, device: DeviceRecord, reference: ArtifactReference) -> Evaluation:
+        return Evaluation(
+            job=self._job,
+            device=device,
+            reference=reference,
+            reference_runtime=self._space.runtimes[0],
+            settings=self._spec.measurement,
+            seed=self._spec.seed,
+            repository=self._repository,
+            artifacts=self._host.artifacts,
+            pool=self._workers,
+            fleet=self._host.fleet,
+            window=self._host.window,
+            should_stop=self._must_stop,
+            on_offline=lambda d: self._wait_because(_absence(None, d)),
+            on_online=self._go_on,
+            on_finished=self._report_trial,
+        )
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        calls = [Call(method=method, arguments=arguments)]
+        ((_, result),) = list(self._workers.run(calls, should_stop=self._must_stop))
+        if isinstance(result, CallFailed):
+            raise result.exception or AutotuneError(result.error)
+        return result
+
+    @property
+    def _workers(self) -> WorkerPool:
+        if self._pool is None:
+            raise JobNotReady("the workers are not started yet")
+        return self._pool
+
+    @property
+    def _space(self) -> SearchSpace:
+        if self._job.space is None:
+            raise JobNotReady("the search space is not built yet")
+        return self._job.space
+
+    def _trials(self) -> list[TrialRecord]:
+        return self._repository.list_trials(self._job.id)
+
+    def _is_known(self, candidate: Candidate) -> bool:
+        return any(t.candidate.digest == candidate.digest for t in self._trials())
+
+    def _flip_from(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The trials whose neighbours are worth trying: the current answer, then the front."""
+        found = self._answer()
+        front = non_dominated(trials)
+        return [found.winner] if found is not None and found.winner in front else front
+
+    # When to stop.
+
+    def _trials_left(self) -> int:
+        finished = sum(t.state is TrialState.FINISHED for t in self._trials())
+        return max(self._spec.search.trials - finished, 0)
+
+    def _is_over(self) -> bool:
+        if self._must_stop():
+            raise Stopped
+        if self._trials_left() == 0:
+            self._stopped_because = f"all {self._spec.search.trials} trials are done"
+            return True
+        limit = self._spec.search.time_s
+        if limit is not None and (datetime.now(UTC) - self._started).total_seconds() >= limit:
+            self._stopped_because = f"the {limit:g} s of the time budget are spent"
+            return True
+        return False
+
+    def _must_stop(self) -> bool:
+        return self._host.should_stop() or self._is_cancelled()
+
+    def _is_cancelled(self) -> bool:
+        return self._repository.get_job(self._job.id).cancel_requested
+
+    # The answer.
+
+    def _answer(self) -> Answer | None:
+        return answer(
+            self._trials(),
+            latency_budget_ns=self._job.latency_budget_ns,
+            max_accuracy_drop=self._spec.max_accuracy_drop,
+        )
+
+    def _end(self, state: JobState, reason: str | None = None) -> JobRecord:
+        """Close the job with the best answer there is, whatever ended it."""
+        self._repository.cancel_measurements(self._job.id)
+        found = self._answer()
+        result = None
+        if found is not None:
+            result = conclude(
+                self._job, self._trials(), found, stopped_because=self._stopped_because
+            )
+            if found.verdict == "impossible_budget":
+                reason = reason or result.explanation
+        self._job = self._update(
+            state=state,
+            phase=state.value,
+            reason=reason,
+            result=None if result is None else result.model_dump(),
+            finished_at=datetime.now(UTC),
+        )
+        self._event("state", {"state": state.value, "reason": reason})
+        return self._job
+
+    # Telling the user.
+
+    def _update(self, **changes: Any) -> JobRecord:
+        return self._repository.update_job(self._job.id, **changes)
+
+    def _enter(self, phase: str) -> None:
+        if self._must_stop():
+            raise Stopped
+        self._job = self._update(phase=phase)
+        self._event("phase", {"phase": phase})
+
+    def _event(self, kind: str, payload: Mapping[str, Any]) -> None:
+        self._repository.append_event(self._job.id, kind, payload)
+
+    def _notice(self, message: str) -> None:
+        self._event("notice", {"message": message})
+
+    def _wait_because(self, reason: str) -> None:
+        current = self._repository.get_job(self._job.id)
+        if current.state is not JobState.WAITING_FOR_DEVICE or current.reason != reason:
+            self._job = self._update(state=JobState.WAITING_FOR_DEVICE, reason=reason)
+            self._event("state", {"state": JobState.WAITING_FOR_DEVICE.value, "reason": reason})
+
+    def _go_on(self, device: DeviceRecord) -> None:
+        self._job = self._update(state=JobState.RUNNING, reason=None)
+        self._event(
+            "state", {"state": JobState.RUNNING.value, "reason": f"device {device.name} is back"}
+        )
+
+    def _report_trial(self, trial: TrialRecord) -> None:
+        self._event(
+            "trial_finished",
+            {
+                "trial": trial.id,
+                "number": trial.number,
+                "outcome": trial.outcome.value if trial.outcome else None,
+                "reason": trial.reason,
+                "proposed_by": trial.proposed_by,
+                "accuracy": trial.accuracy.value if trial.accuracy else None,
+                "latency_ns": trial.latency.p50_ns if trial.latency else None,
+            },
+        )
+
+    def _require_runtimes(self, device: DeviceRecord) -> None:
+        offered = {build.name for build in device.description.runtimes}
+        missing = {r.runtime for r in self._space.runtimes} - offered
+        if missing:
+            raise DeviceUnavailable(
+                f"device {device.name} has no runtime {', '.join(sorted(missing))}; "
+                f"it has {', '.join(sorted(offered)) or 'none'}"
+            )
+
+
+def _absence(selector: str | None, device: DeviceRecord | None) -> str:
+    if device is not None:
+        return f"device {device.name} is offline; the job goes on when its agent is back"
+    if selector is None:
+        return "no device is online; start an agent (`autotune device enroll`)"
+    return (
+        f"no device or pool is called {selector!r}; enrol it (`autotune device enroll`) and the "
+        "job goes on, or cancel the job"
+    )
+
+
+def _distinct_bases(bases: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    return list({Candidate(prune_ratios=base).base_digest: base for base in bases}.values())

@@ -1,0 +1,96 @@
+"""A bundle's model measured again: the very bytes a user holds, on the device and held-out data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autotune.compression.accuracy import AccuracyEvaluator
+from autotune.compression.data import split_data
+from autotune.errors import BundleError, DeviceUnavailable, JobNotReady
+from autotune.search.evaluation import measurement_plan
+from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow, is_online
+from autotune.spec import parse_job, resolve_uploads
+from device_agents.protocol import ArtifactReference
+from storage.artifacts import ArtifactStore
+from storage.records import AccuracyReport, DeviceRecord, JobRecord, MeasurementRecord
+from storage.repository import Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerificationOutcome:
+    """What the second look found; the measurement says its own outcome."""
+
+    artifact_sha256: str
+    device: DeviceRecord
+    measurement: MeasurementRecord
+    held_out: AccuracyReport
+
+
+def verify(
+    job: JobRecord,
+    model: bytes,
+    *,
+    repository: Repository,
+    artifacts: ArtifactStore,
+    fleet: Fleet,
+    window: QuietWindow,
+    trust_job_code: bool,
+    should_stop: Callable[[], bool],
+) -> VerificationOutcome:
+    """Measure `model` on the job's device in a fresh process, and on the held-out data.
+
+    Raises:
+        BundleError: the bytes are not one of this job's artifacts.
+        JobNotReady: the job has not measured anything yet.
+        DeviceUnavailable: the device is offline.
+    """
+    digest = hashlib.sha256(model).hexdigest()
+    trial = next((t for t in repository.list_trials(job.id) if t.artifact_sha256 == digest), None)
+    if trial is None:
+        raise BundleError(
+            f"the model ({digest[:12]}) is not one that job {job.id} made; it was changed, or it "
+            "belongs to another job. Export it again"
+        )
+    if job.source is None or job.device_id is None or job.space is None:
+        raise JobNotReady(f"job {job.id} has measured nothing yet (it is {job.state.value})")
+    reference = ArtifactReference(
+        sha256=job.source["artifact_sha256"], size_bytes=job.source["artifact_size_bytes"]
+    )
+    device = repository.get_device(job.device_id)
+    if not is_online(device):
+        raise DeviceUnavailable(
+            f"device {device.name} is offline; start its agent again and repeat the call"
+        )
+    spec = resolve_uploads(parse_job(job.spec), artifacts.path)
+    with window.computing():
+        splits = split_data(spec.data, seed=spec.seed, trust_job_code=trust_job_code)
+        evaluator = AccuracyEvaluator(
+            artifacts.read(reference.sha256), splits.held_out, split="held_out", threads=1
+        )
+        held_out = evaluator.evaluate(model)
+    verifications = sum(m.trial_id == trial.id for m in repository.list_measurements(job.id))
+    plan = measurement_plan(
+        spec.measurement,
+        confirmation=True,
+        reference_latency_ns=job.reference_latency_ns,
+        # A new seed each time makes it a new request: looking again really measures again.
+        seed=spec.seed + 1_000_003 * (verifications + 1),
+    )
+    measurement = fleet.measure(
+        job,
+        device,
+        MeasurementOrder(
+            trial_id=trial.id,
+            artifact=ArtifactReference(sha256=digest, size_bytes=len(model)),
+            reference=reference,
+            runtime=trial.candidate.runtime,
+            reference_runtime=job.space.runtimes[0],
+            plan=plan,
+        ),
+        should_stop=should_stop,
+    )
+    return VerificationOutcome(
+        artifact_sha256=digest, device=device, measurement=measurement, held_out=held_out
+    )

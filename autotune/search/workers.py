@@ -1,0 +1,299 @@
+"""The one door to Ray: worker processes that keep a job's model and data warm.
+
+Each worker is an actor with one thread, so that as many workers as cores use all of them and
+oversubscribe none. A worker holds the FP32 graph, its calibration and the evaluation data;
+the data travels once, through Ray's object store. A worker that dies costs one retry on a
+fresh one; what kills two workers in a row is reported as that call's failure.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autotune.errors import AutotuneError, CompressionError
+from autotune.search.interruption import Stopped
+from autotune.spec import JobSpec
+from search_spaces import Candidate, LayerInventory, Precision
+from storage.records import AccuracyReport
+
+if TYPE_CHECKING:
+    from autotune.compression.accuracy import AccuracyEvaluator
+    from autotune.compression.compressor import Compressor
+    from autotune.compression.data import DataSplits
+    from autotune.compression.source import SourceModel
+
+_POLL_S = 0.2
+_OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a worker found in the source model."""
+
+    inventory: LayerInventory
+    source_digest: str
+    fp32: bytes
+    input_name: str
+    input_shape: tuple[int, ...]
+    output_name: str
+    num_classes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A candidate's artifact with its accuracy; `failure` says why there is none."""
+
+    artifact: bytes | None = None
+    sha256: str | None = None
+    compression: Mapping[str, Any] | None = None
+    accuracy: AccuracyReport | None = None
+    failed_at: str | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One method call on any worker."""
+
+    method: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFailed:
+    """The call killed its worker twice, or raised; `error` is for people."""
+
+    error: str
+    exception: AutotuneError | None = None
+
+
+class CompressionWorker:
+    """What runs in a worker process."""
+
+    def __init__(self, spec: JobSpec, splits: DataSplits, cache_dir: str, trust: bool) -> None:
+        # Loading waits for the first call, so that a wrong model is that call's error and
+        # not a worker that cannot start.
+        self._spec, self._cache_dir, self._trust = spec, Path(cache_dir), trust
+        self.splits = splits
+        self._evaluators: dict[str, AccuracyEvaluator] = {}
+
+    @cached_property
+    def source(self) -> SourceModel:
+        """The source model, loaded once and held against the data."""
+        from autotune.compression.data import require_fit
+        from autotune.compression.source import load_source_model
+
+        source = load_source_model(
+            self._spec.model,
+            input_shape=self.splits.search.x.shape[1:],
+            trust_job_code=self._trust,
+        )
+        require_fit(source, self.splits)
+        return source
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """The compressor, with its graph and calibration warm."""
+        from autotune.compression.compressor import Compressor
+
+        return Compressor(
+            self.source,
+            self.splits,
+            recovery=self._spec.recovery,
+            cache_dir=self._cache_dir,
+            seed=self._spec.seed,
+            threads=1,
+        )
+
+    def inspect(self) -> Inspection:
+        """The source model's facts."""
+        return Inspection(
+            inventory=self.compressor.inventory,
+            source_digest=self.source.digest,
+            fp32=self.source.fp32_bytes,
+            input_name=self.source.input_name,
+            input_shape=tuple(self.source.input_shape),
+            output_name=self.source.output_name,
+            num_classes=self.source.num_classes,
+        )
+
+    def prepare_base(self, prune_ratios: Mapping[str, float]) -> Mapping[str, Any]:
+        """Prune, recover, export and calibrate one base; kept on disk for all workers."""
+        return self.compressor.prepare_base(prune_ratios).to_json()
+
+    def build(self, candidate: Candidate) -> Built:
+        """The candidate's artifact and its accuracy on the search data."""
+        try:
+            artifact = self.compressor.build(candidate)
+        except CompressionError as error:
+            return Built(failed_at="compression", failure=str(error))
+        try:
+            accuracy = self._evaluator("search").evaluate(artifact.data)
+        except AutotuneError as error:
+            return Built(failed_at="accuracy", failure=str(error))
+        return Built(
+            artifact=artifact.data,
+            sha256=artifact.sha256,
+            compression={
+                "base": artifact.base.to_json(),
+                "groups": [
+                    {
+                        "group": group.group,
+                        "planned": group.planned,
+                        "effective": group.effective,
+                        "reason": group.reason,
+                    }
+                    for group in artifact.groups
+                ],
+            },
+            accuracy=accuracy,
+        )
+
+    def sensitivity(self, choices: Sequence[tuple[str, Precision]]) -> list[Mapping[str, Any]]:
+        """The damage of each (group, precision) alone."""
+        from autotune.compression.sensitivity import measure_sensitivity
+
+        entries = measure_sensitivity(self.compressor, self._evaluator("search"), choices)
+        return [entry.to_json() for entry in entries]
+
+    def held_out(self, artifact: bytes) -> AccuracyReport:
+        """The artifact's accuracy on data that the search never saw."""
+        return self._evaluator("held_out").evaluate(artifact)
+
+    def _evaluator(self, split: str) -> AccuracyEvaluator:
+        from autotune.compression.accuracy import AccuracyEvaluator
+
+        if split not in self._evaluators:
+            data = self.splits.search if split == "search" else self.splits.held_out
+            self._evaluators[split] = AccuracyEvaluator(
+                self.source.fp32_bytes, data, split=split, threads=1
+            )
+        return self._evaluators[split]
+
+
+def start_ray(*, n_workers: int, address: str | None = None) -> None:
+    """Start Ray in this process tree (or join the cluster at `address`); once is enough.
+
+    Token authentication is switched on before ray is imported; local Ray listens on the
+    loopback address, without a dashboard and without usage reports.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        return
+    ray.init(
+        num_cpus=n_workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def stop_ray() -> None:
+    """End Ray's processes, if this process started any."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+class WorkerPool:
+    """The workers of one job.
+
+    Args:
+        spec: the job, its files resolved to local paths.
+        splits: the data; put into the object store once.
+        cache_dir: where pruned bases are kept, shared by the workers.
+        n_workers: how many processes; one per core to be used.
+        trust: job code may run.
+    """
+
+    def __init__(
+        self, spec: JobSpec, splits: DataSplits, *, cache_dir: Path, n_workers: int, trust: bool
+    ) -> None:
+        import ray
+
+        self._ray = ray
+        self._splits = ray.put(splits)
+        self._arguments = (spec, str(cache_dir), trust)
+        self._idle: list[Any] = [self._new_worker() for _ in range(n_workers)]
+
+    def run(
+        self, calls: Sequence[Call], *, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, Any]]:
+        """Run the calls on the workers; yields (index of the call, result) as they finish.
+
+        A call that failed yields a `CallFailed` in place of its result.
+
+        Raises:
+            Stopped: `should_stop` became true; unfinished calls were ended.
+        """
+        waiting = [(index, call, 0) for index, call in reversed(list(enumerate(calls)))]
+        running: dict[Any, tuple[int, Call, int, Any]] = {}
+        while waiting or running:
+            while waiting and self._idle:
+                index, call, attempt = waiting.pop()
+                worker = self._idle.pop()
+                future = getattr(worker, call.method).remote(*call.arguments)
+                running[future] = (index, call, attempt, worker)
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_S)
+            if should_stop():
+                self._end([worker for *_, worker in running.values()])
+                raise Stopped
+            for future in done:
+                index, call, attempt, worker = running.pop(future)
+                result = self._collect(future, worker)
+                if isinstance(result, CallFailed) and result.exception is None and attempt == 0:
+                    waiting.append((index, call, attempt + 1))
+                    continue
+                yield index, result
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._idle:
+            self._ray.kill(worker)
+        self._idle = []
+
+    def _collect(self, future: Any, worker: Any) -> Any:
+        """The call's result; puts the worker back, or a fresh one in its place."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            result = self._ray.get(future)
+        except RayTaskError as error:
+            self._idle.append(worker)
+            cause = error.cause
+            known = cause if isinstance(cause, AutotuneError) else None
+            # An error of ours is an answer; anything else may be the worker's bad luck.
+            return CallFailed(error=str(cause), exception=known)
+        except RayActorError as error:
+            self._idle.append(self._new_worker())
+            return CallFailed(error=f"a worker process died: {str(error).splitlines()[0]}")
+        self._idle.append(worker)
+        return result
+
+    def _end(self, workers: Sequence[Any]) -> None:
+        for worker in workers:
+            self._ray.kill(worker)
+            self._idle.append(self._new_worker())
+
+    def _new_worker(self) -> Any:
+        spec, cache_dir, trust = self._arguments
+        actor = self._ray.remote(CompressionWorker).options(num_cpus=1, max_restarts=0)
+        return actor.remote(spec, self._splits, cache_dir, trust)

@@ -1,0 +1,93 @@
+"""What is proposed from structure: baselines, bases, a ladder by sensitivity, flips."""
+
+from __future__ import annotations
+
+import random
+
+from autotune.search import planner
+from search_spaces import FP32, INT8, Candidate
+from tests.unit.records import trial
+from tests.unit.spaces import inventory, space
+
+DAMAGE = {
+    ("stem", "w8a8"): 0.5,
+    ("dw", "w8a8"): 0.1,
+    ("body", "w8a8"): 0.01,
+    ("head", "w8a8"): 0.02,
+    ("head", "w8"): 0.001,
+    ("head", "w4"): 0.03,
+}
+
+
+def test_the_baselines_are_fp32_first_then_uniform_int8_on_every_runtime() -> None:
+    built = space(threads=(1, 2))
+    found = [p.candidate for p in planner.baselines(built)]
+    assert found[0] == built.fp32()
+    assert {c.digest for c in found} == {
+        c.digest for r in built.runtimes for c in (built.fp32(r), built.uniform_int8(r))
+    }
+
+
+def test_a_space_without_int8_has_one_baseline() -> None:
+    from search_spaces import SearchSpace
+
+    built = SearchSpace.build(inventory(), precisions=[FP32])
+    assert [p.candidate for p in planner.baselines(built)] == [built.fp32()]
+
+
+def test_the_ladder_frees_the_most_sensitive_groups_first() -> None:
+    steps = planner.ladder(space(), DAMAGE)
+    assert steps[0] == space().uniform_int8()
+    assert [sorted(g for g in space().precisions if s.precision(g) == FP32) for s in steps] == [
+        [],
+        ["stem"],
+        ["dw", "stem"],
+    ]
+
+
+def test_uniform_bases_rise() -> None:
+    assert planner.uniform_bases(space()) == [
+        {"stem": 0.25, "body": 0.25},
+        {"stem": 0.5, "body": 0.5},
+    ]
+
+
+def test_a_mixed_base_prunes_the_heavy_group_more() -> None:
+    low, high = planner.uniform_bases(space())
+    mixed = planner.mixed_base(space(), inventory(), low, high, rng=random.Random(0))
+    assert mixed == {"stem": 0.25, "body": 0.5}
+
+
+def test_the_first_candidates_lie_in_the_space_and_differ() -> None:
+    bases = planner.uniform_bases(space())
+    found = planner.first_candidates(space(), inventory(), DAMAGE, bases)
+    for candidate in found:
+        space().require(candidate)
+    assert len({c.digest for c in found}) == len(found)
+    assert found[0] == space().uniform_int8()
+    assert [c.prune_ratios for c in found[1:3]] == bases
+
+
+def test_one_of_them_takes_the_mildest_weight_only_precision() -> None:
+    shapes = planner.by_kind(space(), inventory(), DAMAGE)
+    assert any(s.precision("head").name == "w8" for s in shapes)
+    assert any(s.precision("dw") == FP32 and s.precision("body") == INT8 for s in shapes)
+
+
+def test_flips_change_one_group_and_undo_the_worst_damage_first() -> None:
+    member = trial(0, 1.0, 0.9, candidate=space().uniform_int8())
+    found = list(planner.flips([member], space(), DAMAGE, rng=random.Random(0)))
+    assert found[0] == member.candidate.with_precision("stem", FP32)
+    assert all(
+        sum(c.precision(g) != member.candidate.precision(g) for g in space().precisions) == 1
+        for c in found
+    )
+
+
+def test_flips_of_an_empty_front_are_none() -> None:
+    assert list(planner.flips([], space(), DAMAGE, rng=random.Random(0))) == []
+
+
+def test_a_repeated_candidate_is_proposed_once() -> None:
+    only = Candidate()
+    assert planner._distinct([only, only]) == [only]

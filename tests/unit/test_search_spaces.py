@@ -1,0 +1,91 @@
+"""Candidates keep one identity; a space offers what a group can take and nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from search_spaces import FP32, INT8, W4, Candidate, LayerInventory, Precision, SearchSpace
+from search_spaces.errors import InvalidCandidate, InvalidChoice
+from tests.unit.spaces import inventory, space
+
+
+def test_precisions_are_read_from_the_names_they_print() -> None:
+    for precision in (FP32, INT8, W4, Precision(8, 16), Precision(8, 32)):
+        assert Precision.parse(precision.name) == precision
+
+
+@pytest.mark.parametrize("name", ["int7", "w8a", "", "fp8", "w3a8"])
+def test_an_unknown_precision_says_what_is_allowed(name: str) -> None:
+    with pytest.raises(InvalidChoice, match=r"fp32|bits"):
+        Precision.parse(name)
+
+
+def test_a_candidate_survives_json() -> None:
+    candidate = space().sample(random.Random(3))
+    again = Candidate.from_json(json.loads(candidate.canonical_json()))
+    assert again == candidate
+    assert again.digest == candidate.digest
+
+
+def test_runtime_options_change_the_candidate_but_not_its_artifact() -> None:
+    one, two = space(threads=(1, 2)).runtimes
+    a, b = (
+        Candidate(precisions={"body": INT8}, runtime=one),
+        Candidate(precisions={"body": INT8}, runtime=two),
+    )
+    assert a.digest != b.digest
+    assert a.artifact_digest == b.artifact_digest
+
+
+def test_a_candidate_of_a_newer_format_is_refused() -> None:
+    document = {**Candidate().to_json(), "version": 99}
+    with pytest.raises(InvalidCandidate, match="99"):
+        Candidate.from_json(document)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
+def test_a_prune_ratio_outside_its_range_is_refused(ratio: float) -> None:
+    with pytest.raises(InvalidCandidate, match=r"\[0, 1\)"):
+        Candidate(prune_ratios={"stem": ratio})
+
+
+def test_a_group_is_offered_only_what_it_can_take() -> None:
+    built = space()
+    assert built.precisions["body"] == (FP32, INT8)
+    assert built.precisions["head"] == (FP32, Precision(8, 32), W4, INT8)
+
+
+def test_a_space_counts_its_candidates() -> None:
+    assert space(threads=(1, 2)).n_candidates == 2 * 2 * 2 * 4 * 3 * 3 * 2
+
+
+def test_without_ratios_nothing_is_prunable() -> None:
+    assert space(ratios=(0.0,)).prune_ratios == {}
+
+
+def test_samples_are_points_of_the_space() -> None:
+    built, rng = space(), random.Random(0)
+    for _ in range(50):
+        built.require(built.sample(rng))
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(precisions={"nowhere": INT8}),
+        Candidate(precisions={"body": W4}),
+        Candidate(prune_ratios={"body": 0.3}),
+    ],
+)
+def test_a_candidate_outside_the_space_is_refused(candidate: Candidate) -> None:
+    with pytest.raises(InvalidCandidate):
+        space().require(candidate)
+
+
+def test_space_and_inventory_survive_json() -> None:
+    built = space()
+    assert SearchSpace.from_json(json.loads(json.dumps(built.to_json()))) == built
+    assert LayerInventory.from_json(json.loads(json.dumps(inventory().to_json()))) == inventory()

@@ -21,7 +21,7 @@ def device() -> None:
 def list_devices(session: Session) -> None:
     """List the devices that enrolled, and whether their agents are there."""
     from autotune.cli.output import print_rows
-    from autotune.cli.views import DEVICES
+    from autotune.cli.views.devices import DEVICES
 
     devices = session.client().devices()
     print_rows(DEVICES, devices, output_format=session.output_format, to=sys.stdout)
@@ -37,7 +37,7 @@ def show(session: Session, reference: str) -> None:
     DEVICE is an id, the unique start of one, or a name.
     """
     from autotune.cli.output import print_one
-    from autotune.cli.views import DEVICE
+    from autotune.cli.views.devices import DEVICE
 
     shown = session.client().device(reference)
     print_one(DEVICE, shown, output_format=session.output_format, to=sys.stdout)
@@ -69,7 +69,7 @@ def enroll(session: Session, pool: str | None, name: str | None, service_url: st
         click.echo(shlex.join(words))
     else:
         from autotune.cli.output import print_one
-        from autotune.cli.views import ENROLMENTS
+        from autotune.cli.views.devices import ENROLMENTS
 
         row = (shlex.join(words), token)
         print_one(ENROLMENTS, row, output_format=session.output_format, to=sys.stdout)

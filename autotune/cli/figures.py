@@ -7,6 +7,7 @@ is `MISSING`, never 0.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from autotune.api_types import Interval
 
@@ -61,6 +62,20 @@ def percent(figure: Interval | None) -> str:
     if figure is None:
         return MISSING
     return f"{figure.value:.1%} [{figure.low:.1%}, {figure.high:.1%}]".replace("%", "")
+
+
+def optional(value: float | None) -> str:
+    """A bare number that may not exist."""
+    return MISSING if value is None else number(value)
+
+
+def counted(counter: Counter[str]) -> str:
+    """How many of each kind, most first.
+
+    >>> counted(Counter(["w8a8", "fp32", "w8a8"]))
+    '2 w8a8, 1 fp32'
+    """
+    return ", ".join(f"{amount} {name}" for name, amount in counter.most_common())
 
 
 def latency(ns: float | None) -> str:

@@ -37,7 +37,7 @@ def front(session: Session, job: str, budget: str | None, max_drop: float | None
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False))
         return
     from autotune.cli.output import print_rows
-    from autotune.cli.views import front_rows, front_view
+    from autotune.cli.views.front import front_rows, front_view
 
     rows = front_rows(
         found.trials,

@@ -12,6 +12,7 @@ from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
     from autotune.api_types import Job
+    from autotune.client import Client
 
 
 @click.group()
@@ -39,9 +40,7 @@ def submit(session: Session, job_file: Path, watch: bool) -> None:
     else:
         _print_job(session, submitted)
     if watch:
-        from autotune.cli.watching import follow, require_finished
-
-        require_finished(follow(client, submitted.id))
+        _watch(client, submitted.id)
 
 
 @job.command("ls")
@@ -50,7 +49,7 @@ def submit(session: Session, job_file: Path, watch: bool) -> None:
 def list_jobs(session: Session) -> None:
     """List the jobs."""
     from autotune.cli.output import print_rows
-    from autotune.cli.views import JOBS
+    from autotune.cli.views.jobs import JOBS
 
     print_rows(JOBS, session.client().jobs(), output_format=session.output_format, to=sys.stdout)
 
@@ -76,10 +75,10 @@ def watch(session: Session, reference: str) -> None:
 
     Ctrl-C stops watching; the job goes on.
     """
-    from autotune.cli.watching import follow, require_finished
+    from autotune.cli.watching import require_finished
 
     client = session.client()
-    ended = follow(client, client.job(reference).id)
+    ended = _follow(client, client.job(reference).id)
     _print_job(session, ended)
     require_finished(ended)
 
@@ -115,13 +114,26 @@ def resume(session: Session, reference: str, extra_trials: int | None, watch: bo
     if session.output_format != "table":
         _print_job(session, resumed)
     if watch:
-        from autotune.cli.watching import follow, require_finished
+        _watch(client, resumed.id)
 
-        require_finished(follow(client, resumed.id))
+
+def _follow(client: Client, job_id: str) -> Job:
+    from autotune.cli.panel import open_display
+    from autotune.cli.watching import follow
+
+    with open_display() as display:
+        return follow(client, job_id, display)
+
+
+def _watch(client: Client, job_id: str) -> None:
+    """Follow the job; raises when it ends without an answer."""
+    from autotune.cli.watching import require_finished
+
+    require_finished(_follow(client, job_id))
 
 
 def _print_job(session: Session, shown: Job) -> None:
     from autotune.cli.output import print_one
-    from autotune.cli.views import JOB
+    from autotune.cli.views.jobs import JOB
 
     print_one(JOB, shown, output_format=session.output_format, to=sys.stdout)

@@ -21,7 +21,7 @@ def trial() -> None:
 def list_trials(session: Session, job: str) -> None:
     """List the trials of a job, in the order they were proposed."""
     from autotune.cli.output import print_rows
-    from autotune.cli.views import TRIALS
+    from autotune.cli.views.trials import TRIALS
 
     trials = session.client().trials(job)
     print_rows(TRIALS, trials, output_format=session.output_format, to=sys.stdout)
@@ -38,7 +38,7 @@ def show(session: Session, job: str, reference: str) -> None:
     TRIAL is a number, an id or the unique start of one.
     """
     from autotune.cli.output import print_one, print_rows
-    from autotune.cli.views import GROUPS, PRUNING, TRIAL
+    from autotune.cli.views.trials import GROUPS, PRUNING, TRIAL
 
     shown = session.client().trial(job, reference.removeprefix("#"))
     print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)

@@ -1,0 +1,194 @@
+"""Handing over a finished job: the front, the bundle, its verification and the report.
+
+Owns what `autotune tune` prints at its end. The figures come from the service; nothing is
+computed here beyond whether two intervals meet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autotune.api_types import Front, Interval, Job, JobResult, Trial, Verification
+from autotune.cli import figures
+from autotune.cli.output import Column, Field, View, print_rows
+from autotune.cli.views.front import front_rows, front_view
+from autotune.errors import BundleError, DiskFull, JobNotReady
+
+if TYPE_CHECKING:
+    from autotune.client import Client
+
+_ENOSPC = 28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A figure as the search had it and as the verified bundle shows it."""
+
+    name: str
+    unit: str
+    searched: Interval | None
+    verified: Interval | None
+    n: int | None
+    scale: float
+
+    @property
+    def agrees(self) -> bool | None:
+        """The two 95 % intervals meet; None where one is missing."""
+        if self.searched is None or self.verified is None:
+            return None
+        return self.searched.low <= self.verified.high and self.verified.low <= self.searched.high
+
+
+def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format: str) -> None:
+    """Print the front, export the winner, verify it, write the report.
+
+    Raises:
+        BundleError: the bundle cannot be written, or does not read back as it was written.
+        JobNotReady: the job has no result.
+        DiskFull: no room for the report.
+    """
+    if job.result is None:
+        raise JobNotReady(f"job {job.id} is {job.state} and has no result")
+    trials = client.trials(job.id)
+    front = client.front(job.id)
+    rows = front_rows(front.trials, trials, result=job.result)
+    if output_format != "json":
+        print_rows(front_view(rows), rows, output_format=output_format, to=sys.stdout)
+    for line in answer_lines(job.result, trials):
+        click.echo(line, err=output_format != "table")
+
+    bundle, verification = export_and_verify(client, job, out)
+    winner = next(trial for trial in trials if trial.id == job.result.winner)
+    comparisons = compare(winner, verification)
+    _write_report(client, job, report)
+    if output_format == "json":
+        _print_document(job, front, verification, bundle=bundle, report=report)
+    elif output_format == "table":
+        click.echo(f"\nthe bundle, loaded back and measured again on {verification.device_name}:")
+        print_rows(COMPARISONS, comparisons, output_format="table", to=sys.stdout)
+        if verification.reason:
+            click.echo(f"{verification.outcome}: {verification.reason}")
+    click.echo(f"bundle: {bundle}", err=output_format != "table")
+    click.echo(f"report: {report}", err=output_format != "table")
+
+
+def answer_lines(result: JobResult, trials: list[Trial]) -> list[str]:
+    """Which trial wins and why, as lines for people."""
+    numbers = {trial.id: trial.number for trial in trials}
+    lines = ["", f"winner: trial #{numbers.get(result.winner, '?')}. {result.explanation}"]
+    if result.verdict == "impossible_budget":
+        lines.append(
+            f"the budget is out of reach: the fastest trial misses it by "
+            f"{figures.latency(result.missed_by_ns)}"
+        )
+        if result.blocking_groups:
+            lines.append(f"held back by: {', '.join(result.blocking_groups)}")
+    if not result.beats_baseline:
+        lines.append("no trial beats the better baseline, so the baseline itself is the answer")
+    if result.stopped_because:
+        lines.append(f"the search stopped because {result.stopped_because}")
+    return lines
+
+
+def export_and_verify(client: Client, job: Job, out: Path) -> tuple[Path, Verification]:
+    """Export the winner, read the bundle back and have its model measured again.
+
+    Raises:
+        BundleError: the bundle is damaged, or what was measured is not what it holds.
+    """
+    from autotune.export.bundle import read_bundle
+
+    click.echo("exporting the winner and measuring the bundle again", err=True)
+    path = client.export(job.id, out)
+    bundle = read_bundle(path)
+    verification = client.verify(job.id, bundle.model)
+    if verification.artifact_sha256 != bundle.sha256:
+        raise BundleError(
+            f"the bundle {path} holds {bundle.sha256}, "
+            f"but {verification.artifact_sha256} was measured"
+        )
+    return path, verification
+
+
+def compare(winner: Trial, verification: Verification) -> list[Comparison]:
+    """The winner's figures beside those of the verified bundle."""
+    latency = winner.confirmed_latency_ns or winner.latency_ns
+    ratio = winner.confirmed_fp32_ratio or winner.fp32_ratio
+    accuracy = winner.held_out_accuracy or winner.accuracy
+    n_latency, n_held_out = verification.latency_samples, verification.held_out_samples
+    rows: list[tuple[Any, ...]] = [
+        ("latency p50", "ms", latency, verification.latency_ns, n_latency, 1e-6),
+        ("ratio to FP32", "x", ratio, verification.fp32_ratio, n_latency, 1.0),
+        ("held-out accuracy", "%", accuracy, verification.held_out_accuracy, n_held_out, 100.0),
+        (
+            "held-out drop",
+            "points",
+            winner.held_out_accuracy_drop or winner.accuracy_drop,
+            verification.held_out_accuracy_drop,
+            n_held_out,
+            100.0,
+        ),
+    ]
+    names = ("name", "unit", "searched", "verified", "n", "scale")
+    return [Comparison(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def _agreement(row: Comparison) -> str:
+    return {None: figures.MISSING, True: "yes", False: "NO"}[row.agrees]
+
+
+COMPARISONS: View[Comparison] = View(
+    columns=[
+        Column(title="figure", text=lambda row: f"{row.name}, {row.unit}"),
+        Column(
+            title="search [95 %]",
+            text=lambda row: figures.interval(row.searched, scale=row.scale),
+            right=True,
+        ),
+        Column(
+            title="verified [95 %]",
+            text=lambda row: figures.interval(row.verified, scale=row.scale),
+            right=True,
+        ),
+        Column(title="n", text=lambda row: str(row.n or figures.MISSING), right=True),
+        Column(title="intervals meet", text=_agreement),
+    ],
+    fields=[
+        Field(name="figure", value=lambda row: row.name),
+        Field(name="searched", value=lambda row: row.searched.value if row.searched else None),
+        Field(name="verified", value=lambda row: row.verified.value if row.verified else None),
+        Field(name="n", value=lambda row: row.n),
+        Field(name="agrees", value=lambda row: row.agrees),
+    ],
+    document=lambda row: {"figure": row.name, "agrees": row.agrees},
+    style=lambda row: "yellow" if row.agrees is False else None,
+)
+
+
+def _write_report(client: Client, job: Job, path: Path) -> None:
+    html = client.report(job.id)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        known = DiskFull if error.errno == _ENOSPC else BundleError
+        raise known(f"cannot write the report {path}: {error.strerror}") from error
+
+
+def _print_document(
+    job: Job, front: Front, verification: Verification, *, bundle: Path, report: Path
+) -> None:
+    document = {
+        "job": job.model_dump(mode="json"),
+        "front": front.model_dump(mode="json"),
+        "verification": verification.model_dump(mode="json"),
+        "bundle": str(bundle),
+        "report": str(report),
+    }
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))

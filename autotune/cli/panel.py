@@ -1,0 +1,229 @@
+"""What is shown while a job runs: one live panel on a terminal, plain lines elsewhere.
+
+Owns the two displays and the words in them. Where the facts come from is `watching.py`'s
+work. Everything here is talk, so it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+from autotune.api_types import Event, Job, Trial
+from autotune.cli import figures
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_BAR_WIDTH = 30
+
+
+class Display(Protocol):
+    """Shows a job while it runs; a context manager, so that a terminal is always restored."""
+
+    def show(self, job: Job) -> None:
+        """The job as it is now."""
+
+    def note(self, event: Event) -> None:
+        """Something happened in the job."""
+
+    def say(self, text: str) -> None:
+        """A line for the person who waits."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+
+def open_display(stream: TextIO | None = None) -> Display:
+    """The live panel where the stream is a terminal, plain lines otherwise."""
+    stream = stream or sys.stderr
+    return LivePanel(stream) if stream.isatty() else PlainLines(stream)
+
+
+def panel_lines(job: Job) -> list[tuple[str, str]]:
+    """What the panel says, as label and text; a fact that does not exist yet is left out."""
+    progress = job.progress
+    lines = [
+        ("phase", f"{progress.phase or job.phase} ({job.state})"),
+        ("trials", f"{progress.trials_finished} of {progress.trials_total}"),
+        ("best inside the budget", best_text(progress.best_trial)),
+        ("front", _front_text(job)),
+        ("device", device_text(job)),
+        ("time", _time_text(job)),
+    ]
+    if job.latency_budget_ns is not None:
+        lines.insert(2, ("budget", _budget_text(job)))
+    if job.reason:
+        lines.append(("note", job.reason))
+    lines += [("note", notice) for notice in job.notices]
+    return lines
+
+
+def best_text(trial: Trial | None) -> str:
+    """The best feasible trial so far, with accuracy and latency."""
+    if trial is None:
+        return "none yet"
+    return (
+        f"#{trial.number}: {figures.percent(trial.accuracy)} % accuracy "
+        f"(n={trial.accuracy_samples}), {figures.milliseconds(trial.latency_ns)} ms p50 "
+        f"(n={trial.latency_samples}{', unsteady' if trial.is_steady is False else ''})"
+    )
+
+
+def device_text(job: Job) -> str:
+    """The measuring device, and whether its agent is there."""
+    progress = job.progress
+    if progress.device_name is None:
+        return "none yet"
+    return progress.device_name if progress.device_online else f"{progress.device_name}, OFFLINE"
+
+
+def _front_text(job: Job) -> str:
+    text = f"{job.progress.front_size} trials"
+    if job.progress.hypervolume is not None:
+        text += f", hypervolume {job.progress.hypervolume:.5f}"
+    return text
+
+
+def _budget_text(job: Job) -> str:
+    text = figures.latency(job.latency_budget_ns)
+    if job.fp32_latency_ns and job.latency_budget_ns:
+        share = job.latency_budget_ns / job.fp32_latency_ns
+        text += f" ({share:.2f} x FP32, which takes {figures.latency(job.fp32_latency_ns)})"
+    return text
+
+
+def _time_text(job: Job) -> str:
+    left = job.progress.time_left_s
+    text = f"{figures.seconds(job.progress.elapsed_s)} elapsed"
+    return text if left is None else f"{text}, about {figures.seconds(left)} left"
+
+
+class LivePanel:
+    """One panel that is redrawn in place.
+
+    It draws when told to and has no refresh thread: the device may be this very machine, and
+    a display must not disturb what is being measured on it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(file=stream)
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
+        self._last_event = ""
+
+    def show(self, job: Job) -> None:
+        """Redraw."""
+        self._live.update(self._render(job), refresh=True)
+
+    def note(self, event: Event) -> None:
+        """Keep the last event for the panel's lower edge."""
+        self._last_event = event_text(event)
+
+    def say(self, text: str) -> None:
+        """Print above the panel."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def _render(self, job: Job) -> RenderableType:
+        from rich.markup import escape
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in panel_lines(job):
+            grid.add_row(label, Text(text))
+            if label == "trials":
+                done, total = job.progress.trials_finished, max(1, job.progress.trials_total)
+                grid.add_row("", ProgressBar(total=total, completed=done, width=_BAR_WIDTH))
+        return Panel(
+            grid,
+            title=f"[bold]{escape(job.name)}[/bold] {escape(job.id[:8])}",
+            subtitle=escape(self._last_event) or None,
+            title_align="left",
+            subtitle_align="left",
+        )
+
+
+class PlainLines:
+    """One line per event and per change of state, each with the seconds since the start."""
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._start = clock()
+        self._said: set[str] = set()
+        self._state = ""
+
+    def show(self, job: Job) -> None:
+        """Print what changed since the last call, nothing where nothing did."""
+        state = f"{job.state}: {job.phase}" + (f": {job.reason}" if job.reason else "")
+        if state != self._state:
+            self._state = state
+            self.say(state)
+        for notice in job.notices:
+            if notice not in self._said:
+                self._said.add(notice)
+                self.say(f"note: {notice}")
+
+    def note(self, event: Event) -> None:
+        """Print the event."""
+        self.say(event_text(event))
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._stream.write(f"[{self._clock() - self._start:7.1f} s] {text}\n")
+        self._stream.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.flush()
+
+
+def event_text(event: Event) -> str:
+    """An event as one line: what happened, then its facts."""
+    facts = [f"{key}={_fact(value)}" for key, value in event.payload.items() if value is not None]
+    return " ".join([event.kind.replace("_", " "), *facts])
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return figures.number(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False) if " " in value else value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,80 @@
+"""Jobs."""
+
+from __future__ import annotations
+
+from autotune.api_types import Job
+from autotune.cli import figures
+from autotune.cli.output import Column, Field, View
+
+
+def _progress_text(job: Job) -> str:
+    return f"{job.progress.trials_finished}/{job.progress.trials_total}"
+
+
+def _verdict(job: Job) -> str:
+    if job.result is None:
+        return figures.MISSING
+    missed = job.result.missed_by_ns
+    return f"{job.result.verdict}{f', missed by {figures.latency(missed)}' if missed else ''}"
+
+
+_JOB_FIELDS: list[Field[Job]] = [
+    Field(name="job", value=lambda j: j.id),
+    Field(name="name", value=lambda j: j.name),
+    Field(name="state", value=lambda j: j.state),
+    Field(name="phase", value=lambda j: j.phase),
+    Field(name="reason", value=lambda j: j.reason),
+    Field(name="trials_finished", value=lambda j: j.progress.trials_finished),
+    Field(name="trials_total", value=lambda j: j.progress.trials_total),
+    Field(name="front_size", value=lambda j: j.progress.front_size),
+    Field(name="hypervolume", value=lambda j: j.progress.hypervolume),
+    Field(name="device", value=lambda j: j.progress.device_name),
+    Field(name="latency_budget_ns", value=lambda j: j.latency_budget_ns),
+    Field(name="fp32_latency_ns", value=lambda j: j.fp32_latency_ns),
+    Field(name="winner", value=lambda j: j.result.winner if j.result else None),
+    Field(name="verdict", value=lambda j: j.result.verdict if j.result else None),
+    Field(name="elapsed_s", value=lambda j: j.progress.elapsed_s),
+    Field(name="created_at", value=lambda j: j.created_at.isoformat()),
+]
+
+
+JOBS: View[Job] = View(
+    columns=[
+        Column(title="job", text=lambda j: j.id),
+        Column(title="name", text=lambda j: j.name),
+        Column(title="state", text=lambda j: j.state),
+        Column(title="phase", text=lambda j: j.phase),
+        Column(title="trials", text=_progress_text, right=True),
+        Column(title="front", text=lambda j: str(j.progress.front_size), right=True),
+        Column(title="device", text=lambda j: j.progress.device_name or figures.MISSING),
+        Column(title="created (UTC)", text=lambda j: f"{j.created_at:%Y-%m-%d %H:%M:%S}"),
+        Column(title="reason", text=lambda j: j.reason or ""),
+    ],
+    fields=_JOB_FIELDS,
+    document=lambda job: job.model_dump(mode="json"),
+    style=lambda job: {"failed": "red", "finished": "green"}.get(job.state),
+)
+
+
+JOB: View[Job] = View(
+    columns=[
+        Column(title="job", text=lambda j: j.id),
+        Column(title="name", text=lambda j: j.name),
+        Column(title="state", text=lambda j: f"{j.state}, {j.phase}" if j.phase else j.state),
+        Column(title="reason", text=lambda j: j.reason or figures.MISSING),
+        Column(title="model", text=lambda j: str(j.spec.get("model", {}).get("source", ""))),
+        Column(title="trials", text=_progress_text),
+        Column(title="front", text=lambda j: f"{j.progress.front_size} trials"),
+        Column(title="hypervolume", text=lambda j: figures.optional(j.progress.hypervolume)),
+        Column(title="device", text=lambda j: j.progress.device_name or figures.MISSING),
+        Column(title="latency budget", text=lambda j: figures.latency(j.latency_budget_ns)),
+        Column(title="FP32 latency", text=lambda j: figures.latency(j.fp32_latency_ns)),
+        Column(title="elapsed", text=lambda j: figures.seconds(j.progress.elapsed_s)),
+        Column(title="time left", text=lambda j: figures.seconds(j.progress.time_left_s)),
+        Column(title="verdict", text=_verdict),
+        Column(title="why", text=lambda j: j.result.explanation if j.result else figures.MISSING),
+        Column(title="notices", text=lambda j: "; ".join(j.notices) or "none"),
+    ],
+    fields=_JOB_FIELDS,
+    document=lambda job: job.model_dump(mode="json"),
+)

@@ -1,0 +1,193 @@
+"""Trials and their layer groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from autotune.api_types import GroupPrecision, Interval, Trial
+from autotune.cli import figures
+from autotune.cli.output import Column, Field, View
+
+
+def group_counts(trial: Trial) -> str:
+    """How many layer groups really run in which precision, most first.
+
+    A trial whose file was never built shows its plan.
+    """
+    if not trial.groups:
+        precisions = trial.candidate.get("precisions", {})
+        planned = Counter(str(name) for name in precisions.values())
+        return figures.counted(planned) + " planned" if planned else "all fp32"
+    text = figures.counted(Counter(group.effective for group in trial.groups))
+    differing = sum(group.planned != group.effective for group in trial.groups)
+    return f"{text} ({differing} not as planned)" if differing else text
+
+
+def prune_summary(trial: Trial) -> str:
+    """How many prunable groups lose which share of their channels."""
+    counter = Counter(ratio for ratio in trial.prune_ratios.values() if ratio > 0)
+    if not counter:
+        return "none"
+    return ", ".join(f"{amount} x {ratio:.0%}" for ratio, amount in sorted(counter.items()))
+
+
+def threads(trial: Trial) -> int:
+    """The runtime's threads; 1 where the candidate does not say."""
+    return int(trial.candidate.get("runtime", {}).get("threads", 1))
+
+
+def latency_text(trial: Trial) -> str:
+    text = figures.milliseconds(trial.latency_ns)
+    return f"{text} unsteady" if trial.is_steady is False else text
+
+
+def _samples(trial: Trial) -> str:
+    return figures.MISSING if trial.latency_samples is None else str(trial.latency_samples)
+
+
+def _outcome(trial: Trial) -> str:
+    if trial.outcome is None:
+        return trial.state
+    return f"{trial.outcome}: {trial.reason}" if trial.reason else trial.outcome
+
+
+def _claim(value: bool | None) -> str:
+    return {None: figures.MISSING, True: "yes", False: "no"}[value]
+
+
+def _bounds(name: str, pick: Callable[[Trial], Interval | None]) -> list[Field[Trial]]:
+    """Three fields of an interval: the figure, its lower and its upper bound."""
+
+    def part(attribute: str) -> Callable[[Trial], float | None]:
+        def value(trial: Trial) -> float | None:
+            figure = pick(trial)
+            return None if figure is None else float(getattr(figure, attribute))
+
+        return value
+
+    return [
+        Field(name=name, value=part("value")),
+        Field(name=f"{name}_low", value=part("low")),
+        Field(name=f"{name}_high", value=part("high")),
+    ]
+
+
+TRIAL_FIELDS: list[Field[Trial]] = [
+    Field(name="trial", value=lambda t: t.id),
+    Field(name="number", value=lambda t: t.number),
+    Field(name="state", value=lambda t: t.state),
+    Field(name="outcome", value=lambda t: t.outcome),
+    Field(name="reason", value=lambda t: t.reason),
+    Field(name="proposed_by", value=lambda t: t.proposed_by),
+    *_bounds("accuracy", lambda t: t.accuracy),
+    *_bounds("accuracy_drop", lambda t: t.accuracy_drop),
+    Field(name="accuracy_samples", value=lambda t: t.accuracy_samples),
+    Field(name="mean_kl_nats", value=lambda t: t.mean_kl),
+    *_bounds("latency_ns", lambda t: t.latency_ns),
+    Field(name="latency_p90_ns", value=lambda t: t.latency_p90_ns),
+    Field(name="latency_samples", value=lambda t: t.latency_samples),
+    Field(name="is_steady", value=lambda t: t.is_steady),
+    *_bounds("fp32_ratio", lambda t: t.fp32_ratio),
+    Field(name="is_feasible", value=lambda t: t.is_feasible),
+    Field(name="is_on_front", value=lambda t: t.is_on_front),
+    *_bounds("held_out_accuracy", lambda t: t.held_out_accuracy),
+    *_bounds("held_out_accuracy_drop", lambda t: t.held_out_accuracy_drop),
+    Field(name="held_out_samples", value=lambda t: t.held_out_samples),
+    *_bounds("confirmed_latency_ns", lambda t: t.confirmed_latency_ns),
+    *_bounds("confirmed_fp32_ratio", lambda t: t.confirmed_fp32_ratio),
+    Field(name="size_bytes", value=lambda t: t.artifact_size_bytes),
+    Field(name="groups", value=group_counts),
+    Field(name="pruning", value=prune_summary),
+    Field(name="threads", value=threads),
+    Field(name="candidate_digest", value=lambda t: t.candidate_digest),
+    Field(name="artifact_sha256", value=lambda t: t.artifact_sha256),
+]
+
+
+TRIALS: View[Trial] = View(
+    columns=[
+        Column(title="trial", text=lambda t: f"#{t.number}", right=True),
+        Column(title="outcome", text=_outcome),
+        Column(title="accuracy % [95 %]", text=lambda t: figures.percent(t.accuracy), right=True),
+        Column(title="p50 ms [95 %]", text=latency_text, right=True),
+        Column(title="n", text=_samples, right=True),
+        Column(title="x FP32", text=lambda t: figures.interval(t.fp32_ratio), right=True),
+        Column(title="size", text=lambda t: figures.size(t.artifact_size_bytes), right=True),
+        Column(title="groups", text=group_counts),
+        Column(title="pruned", text=prune_summary),
+        Column(title="by", text=lambda t: t.proposed_by),
+        Column(title="front", text=lambda t: "yes" if t.is_on_front else ""),
+    ],
+    fields=TRIAL_FIELDS,
+    document=lambda trial: trial.model_dump(mode="json"),
+    style=lambda trial: "bold" if trial.is_on_front else None,
+)
+
+
+TRIAL: View[Trial] = View(
+    columns=[
+        Column(title="trial", text=lambda t: f"#{t.number}  {t.id}"),
+        Column(title="outcome", text=_outcome),
+        Column(title="proposed by", text=lambda t: t.proposed_by),
+        Column(
+            title="accuracy, search data",
+            text=lambda t: f"{figures.percent(t.accuracy)} %, n={t.accuracy_samples}",
+        ),
+        Column(title="drop from FP32, points", text=lambda t: figures.percent(t.accuracy_drop)),
+        Column(
+            title="accuracy, held-out data",
+            text=lambda t: f"{figures.percent(t.held_out_accuracy)} %, n={t.held_out_samples}",
+        ),
+        Column(title="mean KL from FP32, nats", text=lambda t: figures.optional(t.mean_kl)),
+        Column(title="latency p50", text=lambda t: f"{latency_text(t)} ms, n={_samples(t)}"),
+        Column(title="latency p90", text=lambda t: figures.latency(t.latency_p90_ns)),
+        Column(
+            title="confirmed in a fresh process",
+            text=lambda t: f"{figures.milliseconds(t.confirmed_latency_ns)} ms",
+        ),
+        Column(title="ratio to FP32", text=lambda t: figures.interval(t.fp32_ratio)),
+        Column(title="inside the budget", text=lambda t: _claim(t.is_feasible)),
+        Column(title="on the front", text=lambda t: _claim(t.is_on_front)),
+        Column(title="size", text=lambda t: figures.size(t.artifact_size_bytes)),
+        Column(title="threads", text=lambda t: str(threads(t))),
+        Column(title="groups", text=group_counts),
+        Column(title="pruned", text=prune_summary),
+        Column(title="recovery training", text=lambda t: figures.seconds(t.recovery_s)),
+        Column(title="artifact sha256", text=lambda t: t.artifact_sha256 or figures.MISSING),
+        Column(title="candidate digest", text=lambda t: t.candidate_digest),
+    ],
+    fields=TRIAL_FIELDS,
+    document=lambda trial: trial.model_dump(mode="json"),
+)
+
+
+GROUPS: View[GroupPrecision] = View(
+    columns=[
+        Column(title="layer group", text=lambda g: g.group),
+        Column(title="planned", text=lambda g: g.planned),
+        Column(title="effective", text=lambda g: g.effective),
+        Column(title="why they differ", text=lambda g: g.reason or ""),
+    ],
+    fields=[
+        Field(name="group", value=lambda g: g.group),
+        Field(name="planned", value=lambda g: g.planned),
+        Field(name="effective", value=lambda g: g.effective),
+        Field(name="reason", value=lambda g: g.reason),
+    ],
+    document=lambda group: group.model_dump(mode="json"),
+    style=lambda group: "yellow" if group.planned != group.effective else None,
+)
+
+
+PRUNING: View[tuple[str, float]] = View(
+    columns=[
+        Column(title="prunable group", text=lambda entry: entry[0]),
+        Column(title="channels removed", text=lambda entry: f"{entry[1]:.0%}", right=True),
+    ],
+    fields=[
+        Field(name="group", value=lambda entry: entry[0]),
+        Field(name="prune_ratio", value=lambda entry: entry[1]),
+    ],
+    document=lambda entry: {"group": entry[0], "prune_ratio": entry[1]},
+)

@@ -1,0 +1,115 @@
+"""The layer inventory of a source model: what can be tuned in it, in words and numbers.
+
+Owns the description (MACs, parameters, shapes, which precisions a group can take at all).
+Which nodes belong together is `units.py`'s knowledge; what may be chosen in a job is
+`search_spaces`' business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from autotune.compression.graph import GraphView
+from autotune.compression.source import SourceModel
+from autotune.compression.units import INT8_OPERATORS, Unit, WeightedNode, find_units
+from autotune.errors import CompressionError
+from search_spaces import (
+    FP32,
+    INT8,
+    W4,
+    W8,
+    Layer,
+    LayerGroup,
+    LayerInventory,
+    LayerKind,
+    Precision,
+    PrunableGroup,
+)
+
+_ORDER: tuple[Precision, ...] = (FP32, W8, W4, INT8)
+_ONNX_ONLY = (
+    "the source is an ONNX file: pruning follows the dependencies of a torch module; give the "
+    "model as torchvision: or python: to prune it"
+)
+
+
+def build_inventory(source: SourceModel) -> LayerInventory:
+    """Everything that a search may touch in the model, in graph order.
+
+    A source that cannot be pruned is no error: `pruning_unavailable` says why.
+    """
+    view = GraphView(source.graph)
+    units = find_units(view)
+    prunable, reason = _prunable(source)
+    return LayerInventory(
+        model_digest=source.digest,
+        groups=tuple(_group(view, unit) for unit in units),
+        prunable_groups=prunable,
+        float_operators=_float_operators(view, units),
+        pruning_unavailable=reason,
+    )
+
+
+def count_cost(view: GraphView) -> tuple[int, int]:
+    """Multiply-accumulates for one sample and weights with biases, over all layers."""
+    layers = [_layer(view, layer) for unit in find_units(view) for layer in unit.layers]
+    return sum(x.macs for x in layers), sum(x.parameters for x in layers)
+
+
+def precisions_of(unit: Unit) -> tuple[Precision, ...]:
+    """What the unit can take: weight-only precisions exist for matrix products alone."""
+    if all(layer.is_matrix_product for layer in unit.layers):
+        return _ORDER
+    return FP32, INT8
+
+
+def _group(view: GraphView, unit: Unit) -> LayerGroup:
+    return LayerGroup(
+        name=unit.name,
+        layers=tuple(_layer(view, layer) for layer in unit.layers),
+        nodes=unit.nodes,
+        precisions=tuple(p.name for p in precisions_of(unit)),
+    )
+
+
+def _layer(view: GraphView, layer: WeightedNode) -> Layer:
+    weight = view.array(layer.weight)
+    bias = view.array(layer.bias) if layer.bias else None
+    output = view.shape(layer.output)
+    if layer.kind in (LayerKind.CONV, LayerKind.DEPTHWISE_CONV):
+        macs = math.prod(output) * math.prod(weight.shape[1:])
+    else:
+        macs = math.prod(output[:-1]) * weight.size
+    return Layer(
+        name=layer.name,
+        kind=layer.kind,
+        op_type=layer.node.op_type,
+        macs=int(macs),
+        parameters=int(weight.size + (0 if bias is None else bias.size)),
+        weight_shape=tuple(int(extent) for extent in weight.shape),
+        input_shape=view.shape(layer.input),
+        output_shape=output,
+    )
+
+
+def _float_operators(view: GraphView, units: list[Unit]) -> tuple[tuple[str, int], ...]:
+    known = {layer.name for unit in units for layer in unit.layers}
+    counts = Counter(
+        node.op_type
+        for node in view.nodes
+        if node.name not in known and node.op_type not in INT8_OPERATORS
+    )
+    return tuple(sorted(counts.items()))
+
+
+def _prunable(source: SourceModel) -> tuple[tuple[PrunableGroup, ...], str | None]:
+    if source.module is None:
+        return (), _ONNX_ONLY
+    from autotune.compression.pruning import find_prunable_groups
+
+    try:
+        groups = find_prunable_groups(source.module, source.input_shape)
+    except CompressionError as error:
+        return (), str(error)
+    return groups, None if groups else "no channel of this model can be removed"

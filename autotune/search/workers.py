@@ -188,6 +188,10 @@ def start_ray(*, n_workers: int, address: str | None = None) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        # `_node_ip_address="127.0.0.1"` is replaced by an outside address; with this switch
+        # off Ray takes the loopback address for the node and every server binds to it.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():
@@ -201,7 +205,6 @@ def start_ray(*, n_workers: int, address: str | None = None) -> None:
         log_to_driver=False,
         configure_logging=False,
         object_store_memory=_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
     )
 
 

@@ -38,6 +38,7 @@ def threads(trial: Trial) -> int:
 
 
 def latency_text(trial: Trial) -> str:
+    """The p50 interval in ms, marked where it is unsteady."""
     text = figures.milliseconds(trial.latency_ns)
     return f"{text} unsteady" if trial.is_steady is False else text
 

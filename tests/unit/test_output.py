@@ -1,0 +1,191 @@
+"""The four output formats and the texts of figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import TextIO
+
+import pytest
+
+from autotune.api_types import Interval
+from autotune.cli import figures
+from autotune.cli.output import Column, Field, View, cell_width, print_one, print_rows
+from autotune.cli.views.front import front_rows, front_view
+from autotune.cli.views.jobs import JOB, JOBS
+from autotune.cli.views.trials import GROUPS, TRIALS, group_counts, prune_summary
+from tests.unit.cli_fakes import (
+    baseline_trials,
+    finished_job,
+    interval,
+    make_job,
+    make_result,
+    make_trial,
+)
+
+PAIRS: View[tuple[str, int | None]] = View(
+    columns=[
+        Column(title="name", text=lambda pair: pair[0]),
+        Column(title="amount", text=lambda pair: str(pair[1]), right=True),
+    ],
+    fields=[
+        Field(name="name", value=lambda pair: pair[0]),
+        Field(name="amount", value=lambda pair: pair[1]),
+        Field(name="is_known", value=lambda pair: pair[1] is not None),
+    ],
+    document=lambda pair: {"name": pair[0], "amount": pair[1]},
+)
+ROWS: list[tuple[str, int | None]] = [("a,b", 1), ("größe", None)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(output_format: str, rows: list[tuple[str, int | None]] = ROWS) -> str:
+    to = io.StringIO()
+    print_rows(PAIRS, rows, output_format=output_format, to=to)
+    return to.getvalue()
+
+
+def test_json_is_a_list_of_documents() -> None:
+    assert json.loads(printed("json")) == [
+        {"name": "a,b", "amount": 1},
+        {"name": "größe", "amount": None},
+    ]
+
+
+def test_jsonl_is_one_document_per_line() -> None:
+    assert [json.loads(line)["name"] for line in printed("jsonl").splitlines()] == ["a,b", "größe"]
+
+
+def test_csv_quotes_and_leaves_a_missing_figure_empty() -> None:
+    rows = list(csv.reader(io.StringIO(printed("csv"))))
+    assert rows == [["name", "amount", "is_known"], ["a,b", "1", "true"], ["größe", "", "false"]]
+
+
+@pytest.mark.parametrize(
+    ("output_format", "expected"),
+    [
+        ("json", "[]\n"),
+        ("jsonl", ""),
+        ("csv", "name,amount,is_known\n"),
+        ("table", "name  amount\n"),
+    ],
+)
+def test_no_rows_are_still_a_valid_answer(output_format: str, expected: str) -> None:
+    assert printed(output_format, []) == expected
+
+
+def test_a_table_elsewhere_than_on_a_terminal_is_aligned_plain_and_whole() -> None:
+    long = "x" * 300
+    text = printed("table", [("short", 1), (long, 22)])
+    lines = text.splitlines()
+    assert long in text and "\x1b" not in text
+    assert {len(line) for line in lines} == {300 + 2 + len("amount")}
+
+
+def test_a_table_on_a_terminal_shows_every_cell() -> None:
+    to: TextIO = Terminal()
+    print_rows(PAIRS, ROWS, output_format="table", to=to)
+    assert isinstance(to, Terminal)
+    assert "größe" in to.getvalue() and "─" in to.getvalue()
+
+
+def test_one_row_is_an_object_in_json_and_lines_in_a_table() -> None:
+    as_json, as_table = io.StringIO(), io.StringIO()
+    print_one(JOB, make_job(), output_format="json", to=as_json)
+    print_one(JOB, make_job(), output_format="table", to=as_table)
+    assert json.loads(as_json.getvalue())["id"] == "job-1"
+    assert "latency budget  2.000 ms" in as_table.getvalue()
+
+
+def test_one_row_as_csv_has_the_columns_of_the_list() -> None:
+    one, many = io.StringIO(), io.StringIO()
+    print_one(JOB, make_job(), output_format="csv", to=one)
+    print_rows(JOBS, [make_job()], output_format="csv", to=many)
+    assert one.getvalue() == many.getvalue()
+
+
+def test_csv_of_trials_has_bare_figures_with_their_units_in_the_names() -> None:
+    to = io.StringIO()
+    print_rows(TRIALS, [make_trial(5)], output_format="csv", to=to)
+    (row,) = csv.DictReader(io.StringIO(to.getvalue()))
+    assert float(row["latency_ns"]) == 2.4e6
+    assert float(row["latency_ns_low"]) == 2.37e6
+    assert row["is_steady"] == "true" and row["held_out_accuracy"] == ""
+
+
+def test_wide_letters_take_two_columns_and_accents_none() -> None:
+    assert cell_width("日本") == 4
+    assert cell_width("e\u0301") == 1
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (interval(2.4e6, 0.03e6), "2.400 [2.370, 2.430]"),
+        (interval(2.4e6, 0.3e6), "2.40 [2.10, 2.70]"),
+        (interval(1234e6, 120e6), "1234 [1114, 1354]"),
+        (Interval(value=2e6, low=2e6, high=2e6), "2.000"),
+    ],
+)
+def test_a_figure_shows_the_digits_that_its_spread_leaves(figure: Interval, text: str) -> None:
+    assert figures.milliseconds(figure) == text
+
+
+def test_group_counts_tell_what_runs_and_what_was_planned_otherwise() -> None:
+    assert group_counts(make_trial(1)) == "1 w8a8, 1 fp32 (1 not as planned)"
+    assert group_counts(make_trial(1, groups=[])) == "1 w8a8 planned"
+
+
+def test_prune_summary_counts_ratios_and_leaves_zero_out() -> None:
+    assert prune_summary(make_trial(1)) == "1 x 25%"
+    assert prune_summary(make_trial(1, prune_ratios={})) == "none"
+
+
+def test_an_unsteady_latency_says_so() -> None:
+    to = io.StringIO()
+    print_rows(TRIALS, [make_trial(1, is_steady=False)], output_format="table", to=to)
+    assert "unsteady" in to.getvalue()
+
+
+def test_a_group_that_runs_otherwise_than_planned_gives_its_reason() -> None:
+    to = io.StringIO()
+    print_rows(GROUPS, make_trial(1).groups, output_format="table", to=to)
+    assert to.getvalue().splitlines()[2].split() == ["fc", "w8a8", "fp32", "no", "kernel"]
+
+
+def test_a_front_stands_beside_its_baselines_fastest_first() -> None:
+    trials = baseline_trials()
+    rows = front_rows(trials[2:], trials, result=make_result())
+    assert [row.trial.number for row in rows] == [3, 5, 1, 0]
+    assert [row.roles[0] for row in rows] == ["front", "winner", "INT8", "FP32"]
+
+
+def test_a_baseline_on_the_front_is_one_row_with_both_roles() -> None:
+    trials = baseline_trials()
+    rows = front_rows(trials, trials, result=make_result(winner="trial-1"))
+    assert next(r.roles for r in rows if r.trial.number == 1) == ("winner", "INT8", "front")
+
+
+def test_a_front_shows_all_rows_on_the_same_footing() -> None:
+    held_out = {"held_out_accuracy": interval(0.9, 0.01), "held_out_samples": 540}
+    confirmed = {"confirmed_latency_ns": interval(2e6, 1e4)}
+    both = [make_trial(n, **held_out, **confirmed) for n in (1, 2)]
+    titles = [c.title for c in front_view(front_rows(both, both, result=None)).columns]
+    assert "held-out accuracy % [95 %, n=540]" in titles and "confirmed p50 ms [95 %]" in titles
+    mixed = [both[0], make_trial(2)]
+    titles = [c.title for c in front_view(front_rows(mixed, mixed, result=None)).columns]
+    assert "search accuracy % [95 %, n=360]" in titles and "p50 ms [95 %]" in titles
+
+
+def test_a_finished_job_shows_verdict_and_reason() -> None:
+    to = io.StringIO()
+    result = make_result(verdict="impossible_budget", missed_by_ns=5e5)
+    print_one(
+        JOB, finished_job().model_copy(update={"result": result}), output_format="table", to=to
+    )
+    assert "impossible_budget, missed by 500.0 µs" in to.getvalue()

@@ -27,6 +27,11 @@ def accuracy_of(trial: TrialRecord) -> AccuracyReport | None:
     return trial.held_out_accuracy or trial.accuracy
 
 
+def metric_text(report: AccuracyReport) -> str:
+    """The metric's name as people write it."""
+    return {"top1": "top-1 accuracy"}.get(report.metric, report.metric)
+
+
 def is_ranked(trial: TrialRecord) -> bool:
     """The trial may stand on the front: it ended well, with accuracy and a steady latency."""
     return (
@@ -69,9 +74,17 @@ def duration_interval_text(value: float, low: float, high: float) -> str:
     >>> duration_interval_text(1_234_567, 1_220_000, 1_250_000)
     '1.235 ms [1.220, 1.250]'
     """
-    scale, unit = _unit(value)
-    value_text, low_text, high_text = (_significant(ns / scale) for ns in (value, low, high))
-    return f"{value_text} {unit} [{low_text}, {high_text}]"
+    return f"{duration_text(value)} {bounds_text(value, low, high)}"
+
+
+def bounds_text(value: float, low: float, high: float) -> str:
+    """The bounds of a duration in the value's unit.
+
+    >>> bounds_text(1_234_567, 1_220_000, 1_250_000)
+    '[1.220, 1.250]'
+    """
+    scale, _ = _unit(value)
+    return f"[{_significant(low / scale)}, {_significant(high / scale)}]"
 
 
 def latency_text(report: LatencyReport | None) -> str:
@@ -142,9 +155,9 @@ def prune_text(trial: TrialRecord) -> str:
     ratios = sorted(trial.candidate.prune_ratios.values())
     if not ratios:
         return "none"
-    low, high = f"{ratios[0]:.0%}", f"{ratios[-1]:.0%}"
+    low, high = f"{100 * ratios[0]:.0f}", f"{100 * ratios[-1]:.0f}"
     span = low if low == high else f"{low} to {high}"
-    return f"{len(ratios)} groups by {span}"
+    return f"{len(ratios)} group{'s' if len(ratios) > 1 else ''} by {span} %"
 
 
 def group_precisions(trial: TrialRecord) -> Sequence[Mapping[str, Any]]:

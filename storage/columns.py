@@ -67,7 +67,7 @@ class CleanText(TypeDecorator[str]):
     impl = Text()
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+    def process_bind_param(self, value: str | None, _: Dialect) -> str | None:
         """The text with what cannot be stored replaced."""
         if value is None:
             return None
@@ -80,11 +80,11 @@ class Json(TypeDecorator[Any]):
     impl = Text()
     cache_ok = True
 
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+    def process_bind_param(self, value: Any, _: Dialect) -> str | None:
         """The document as text."""
         return None if value is None else json.dumps(value, separators=(",", ":"))
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+    def process_result_value(self, value: str | None, _: Dialect) -> Any:
         """The document."""
         return None if value is None else json.loads(value)
 
@@ -94,7 +94,7 @@ class JsonTuple(Json):
 
     cache_ok = True
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+    def process_result_value(self, value: str | None, _: Dialect) -> Any:
         """The array."""
         return None if value is None else tuple(json.loads(value))
 
@@ -109,11 +109,11 @@ class Document(TypeDecorator[Any]):
         super().__init__()
         self.value_type = value_type
 
-    def process_bind_param(self, value: Documented | None, dialect: Dialect) -> str | None:
+    def process_bind_param(self, value: Documented | None, _: Dialect) -> str | None:
         """The value's document as text."""
         return None if value is None else json.dumps(value.to_json(), separators=(",", ":"))
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+    def process_result_value(self, value: str | None, _: Dialect) -> Any:
         """The value.
 
         Raises:
@@ -137,11 +137,11 @@ class Message(TypeDecorator[Any]):
         super().__init__()
         self.message_type = message_type
 
-    def process_bind_param(self, value: BaseModel | None, dialect: Dialect) -> str | None:
+    def process_bind_param(self, value: BaseModel | None, _: Dialect) -> str | None:
         """The message as JSON text."""
         return None if value is None else json.dumps(value.model_dump(mode="json"))
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+    def process_result_value(self, value: str | None, _: Dialect) -> Any:
         """The message.
 
         Raises:

@@ -210,6 +210,6 @@ def _translate(error: SQLAlchemyError, name: str) -> StorageError:
         return DatabaseFull(f"no room for {name}: {cause}; free some space and resume")
     if any(words in lowered for words in _LOCKED):
         return DatabaseLocked(f"{name} stayed locked for {BUSY_TIMEOUT_S:g} s: {cause}")
-    if isinstance(error, DBAPIError) or isinstance(error, PoolTimeout):
+    if isinstance(error, DBAPIError | PoolTimeout):
         return DatabaseUnavailable(f"{name}: {cause}")
     return StorageError(f"{name}: {cause}")

@@ -36,7 +36,7 @@ def new_id(prefix: str) -> str:
     >>> first < second, first[:2], len(first)
     (True, 't-', 15)
     """
-    global _last  # noqa: PLW0603 - ids of one process only grow, also within a millisecond
+    global _last  # ids of one process only grow, also within a millisecond
     with _lock:
         now_ms = max(time.time_ns() // 1_000_000 - _EPOCH_MS, 0)
         _last = max(_last + 1, (now_ms << _RANDOM_BITS) | secrets.randbits(_RANDOM_BITS))

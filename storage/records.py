@@ -16,6 +16,7 @@ from device_agents.protocol import (
     DeviceDescription,
     LatencyReport,
     MeasurementRequest,
+    MeasurementResult,
     Outcome,
 )
 from search_spaces import Candidate, LayerInventory, SearchSpace
@@ -176,6 +177,15 @@ class MeasurementRecord:
     report: LatencyReport | None = None
     created_at: datetime
     finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateResultRecord:
+    """A result whose lease was no longer current: kept for audit, never used."""
+
+    result: MeasurementResult
+    agent_id: str
+    received_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

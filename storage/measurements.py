@@ -1,0 +1,262 @@
+"""Measurements, leases and results, as rows. Transactions and contract: `repository.py`.
+
+A measurement may be executed more than once (at least once); of its results exactly one is
+accepted. What decides is the fencing token: it grows with every lease, and only the last
+lease's result counts. Every other one goes to `late_results`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from device_agents.protocol import LatencyReport, MeasurementRequest, MeasurementResult, Outcome
+from storage import identifiers
+from storage.errors import InvalidToken, NotFound, StorageError
+from storage.records import LateResultRecord, MeasurementRecord, MeasurementState
+from storage.rows import locked, locked_by_id, to_record
+from storage.samples import decode_blocks, encode_blocks, split_blocks
+from storage.tables import AgentRow, LateResultRow, MeasurementRow, SamplesRow
+
+
+def enqueue(
+    session: Session,
+    *,
+    job_id: str,
+    trial_id: str | None,
+    device_id: str,
+    request: MeasurementRequest,
+    now: datetime,
+) -> MeasurementRecord:
+    """A measurement in state QUEUED; the same request a second time is the first one."""
+    row = locked(session, MeasurementRow, MeasurementRow.id == request.measurement_id)
+    if row is not None:
+        if (row.job_id, row.device_id, row.request) == (job_id, device_id, request):
+            return to_record(MeasurementRecord, row)
+        raise StorageError(f"measurement {request.measurement_id!r} exists with other contents")
+    row = MeasurementRow(
+        id=request.measurement_id,
+        job_id=job_id,
+        trial_id=trial_id,
+        device_id=device_id,
+        request=request,
+        state=MeasurementState.QUEUED,
+        fencing_token=0,
+        attempts=0,
+        created_at=now,
+    )
+    session.add(row)
+    session.flush()
+    return to_record(MeasurementRecord, row)
+
+
+def lease(
+    session: Session,
+    *,
+    device_id: str,
+    agent_id: str,
+    ttl_s: float,
+    max_attempts: int,
+    now: datetime,
+) -> MeasurementRecord | None:
+    """The oldest queued measurement of the device; an agent's earlier lease ends here."""
+    agent = locked_by_id(session, AgentRow, "agent", agent_id)
+    if agent.revoked_at is not None:
+        raise InvalidToken(f"agent {agent_id} was revoked; enrol it again")
+    held = _leased().where(MeasurementRow.leased_by == agent_id).with_for_update(key_share=True)
+    for abandoned in session.scalars(held).all():
+        _give_back(abandoned, "its agent asked for other work", max_attempts, now)
+    session.flush()
+    row = session.scalars(
+        select(MeasurementRow)
+        .where(
+            MeasurementRow.device_id == device_id,
+            MeasurementRow.state == MeasurementState.QUEUED,
+        )
+        .order_by(MeasurementRow.serial)
+        .limit(1)
+        .with_for_update(key_share=True, skip_locked=True)
+    ).one_or_none()
+    if row is None:
+        return None
+    row.state = MeasurementState.LEASED
+    row.fencing_token += 1
+    row.attempts += 1
+    row.lease_id = identifiers.new_id(identifiers.LEASE)
+    row.leased_by = agent_id
+    row.lease_expires_at = now + timedelta(seconds=ttl_s)
+    return to_record(MeasurementRecord, row)
+
+
+def renew(
+    session: Session, lease_id: str, fencing_token: int, *, ttl_s: float, now: datetime
+) -> bool:
+    """Whether the lease is current; if so, it lasts `ttl_s` from now."""
+    row = locked(session, MeasurementRow, MeasurementRow.lease_id == lease_id)
+    if (
+        row is None
+        or row.state is not MeasurementState.LEASED
+        or row.fencing_token != fencing_token
+    ):
+        return False
+    row.lease_expires_at = now + timedelta(seconds=ttl_s)
+    return True
+
+
+def accept(
+    session: Session, result: MeasurementResult, *, agent_id: str, now: datetime
+) -> MeasurementRecord | None:
+    """The measurement with its result, or None where the result came late and was set aside."""
+    row = locked_by_id(session, MeasurementRow, "measurement", result.measurement_id)
+    is_current = (
+        row.lease_id == result.lease_id
+        and row.fencing_token == result.fencing_token
+        and row.leased_by == agent_id
+    )
+    if is_current and row.state is MeasurementState.DONE:
+        return _with_samples(session, row)  # the same result again: its answer was lost
+    if not is_current or row.state is not MeasurementState.LEASED:
+        _set_aside(session, result, agent_id=agent_id, now=now)
+        return None
+    report, blocks = split_blocks(result.report)
+    row.state = MeasurementState.DONE
+    row.lease_expires_at = None
+    row.outcome = result.outcome
+    row.reason = result.reason
+    row.report = report
+    row.finished_at = now
+    if blocks:
+        session.add(SamplesRow(measurement_id=row.id, encoded=encode_blocks(blocks)))
+    session.flush()
+    return _with_samples(session, row)
+
+
+def expire(session: Session, *, max_attempts: int, now: datetime) -> list[MeasurementRecord]:
+    """Take back the leases that ran out; rows that another service is at are left to it."""
+    ran_out = (
+        _leased()
+        .where(MeasurementRow.lease_expires_at <= now)
+        .with_for_update(key_share=True, skip_locked=True)
+    )
+    rows = session.scalars(ran_out).all()
+    for row in rows:
+        _give_back(row, f"agent {row.leased_by} let its lease run out", max_attempts, now)
+    return [to_record(MeasurementRecord, row) for row in rows]
+
+
+def cancel(session: Session, job_id: str, *, now: datetime) -> int:
+    """End everything of the job that is not done."""
+    open_rows = session.scalars(
+        select(MeasurementRow)
+        .where(MeasurementRow.job_id == job_id, MeasurementRow.state != MeasurementState.DONE)
+        .order_by(MeasurementRow.serial)
+        .with_for_update(key_share=True)
+    ).all()
+    for row in open_rows:
+        _end_lease(row)
+        _finish(row, Outcome.CANCELLED, "the job was cancelled", now)
+    return len(open_rows)
+
+
+def get(session: Session, measurement_id: str) -> MeasurementRecord:
+    """One measurement with its raw samples."""
+    wanted = select(MeasurementRow).where(MeasurementRow.id == measurement_id)
+    row = session.scalars(wanted).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no measurement {measurement_id!r}")
+    return _with_samples(session, row)
+
+
+def of_job(session: Session, job_id: str) -> list[MeasurementRecord]:
+    """A job's measurements in order of arrival, without raw samples."""
+    wanted = select(MeasurementRow).where(MeasurementRow.job_id == job_id)
+    rows = session.scalars(wanted.order_by(MeasurementRow.serial))
+    return [to_record(MeasurementRecord, row) for row in rows]
+
+
+def late_results(session: Session, measurement_id: str) -> list[LateResultRecord]:
+    """The results of a measurement that were not accepted, in order of arrival."""
+    wanted = select(LateResultRow).where(LateResultRow.measurement_id == measurement_id)
+    return [
+        LateResultRecord(
+            result=MeasurementResult(
+                lease_id=row.lease_id,
+                fencing_token=row.fencing_token,
+                measurement_id=row.measurement_id,
+                outcome=row.outcome,
+                reason=row.reason,
+                report=_joined(row.report, row.encoded),
+            ),
+            agent_id=row.agent_id,
+            received_at=row.received_at,
+        )
+        for row in session.scalars(wanted.order_by(LateResultRow.serial))
+    ]
+
+
+def _leased() -> Select[MeasurementRow]:
+    return select(MeasurementRow).where(MeasurementRow.state == MeasurementState.LEASED)
+
+
+def _give_back(row: MeasurementRow, why: str, max_attempts: int, now: datetime) -> None:
+    _end_lease(row)
+    if row.attempts >= max_attempts:
+        _finish(row, Outcome.LOST, f"{why}; attempt {row.attempts} of {max_attempts}", now)
+    else:
+        row.state = MeasurementState.QUEUED
+
+
+def _end_lease(row: MeasurementRow) -> None:
+    row.lease_id = None
+    row.leased_by = None
+    row.lease_expires_at = None
+
+
+def _finish(row: MeasurementRow, outcome: Outcome, reason: str, now: datetime) -> None:
+    row.state = MeasurementState.DONE
+    row.outcome = outcome
+    row.reason = reason
+    row.finished_at = now
+
+
+def _set_aside(
+    session: Session, result: MeasurementResult, *, agent_id: str, now: datetime
+) -> None:
+    same = session.scalars(
+        select(LateResultRow.serial).where(
+            LateResultRow.measurement_id == result.measurement_id,
+            LateResultRow.lease_id == result.lease_id,
+            LateResultRow.fencing_token == result.fencing_token,
+        )
+    ).first()
+    if same is not None:
+        return
+    report, blocks = split_blocks(result.report)
+    session.add(
+        LateResultRow(
+            measurement_id=result.measurement_id,
+            lease_id=result.lease_id,
+            fencing_token=result.fencing_token,
+            agent_id=agent_id,
+            outcome=result.outcome,
+            reason=result.reason,
+            report=report,
+            encoded=encode_blocks(blocks) if blocks else None,
+            received_at=now,
+        )
+    )
+
+
+def _with_samples(session: Session, row: MeasurementRow) -> MeasurementRecord:
+    record = to_record(MeasurementRecord, row)
+    samples = session.get(SamplesRow, row.id)
+    return replace(record, report=_joined(record.report, samples.encoded if samples else None))
+
+
+def _joined(report: LatencyReport | None, encoded: bytes | None) -> LatencyReport | None:
+    if report is None or encoded is None:
+        return report
+    return report.model_copy(update={"blocks": decode_blocks(encoded)})

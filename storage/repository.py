@@ -1,0 +1,441 @@
+"""The repository: everything the program keeps, as domain verbs that take and return records.
+
+This class owns the contract, the transactions and the notifications; the statements lie in
+the module of each noun (`jobs.py`, `trials.py`, `measurements.py`, `devices.py`,
+`ledger.py`). The same contract holds on SQLite and on PostgreSQL; one test suite runs on both.
+
+- Every method is one transaction: it happened completely and durably when it returns, and not
+  at all when it raises (except that a late result is kept although `accept_result` raises).
+- Methods may be called from any number of threads. On PostgreSQL several services may share
+  one database; a SQLite file has one owner.
+- Execution is at least once, acceptance exactly once: see `lease_measurement`.
+- Any method may raise DatabaseUnavailable; a writing one DatabaseFull or DatabaseLocked too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from device_agents.protocol import DeviceDescription, MeasurementRequest, MeasurementResult
+from search_spaces import Candidate
+from storage import devices, jobs, ledger, measurements, trials
+from storage.database import Database
+from storage.errors import StaleLease
+from storage.records import (
+    AgentRecord,
+    ArtifactRecord,
+    DeviceRecord,
+    EventRecord,
+    JobRecord,
+    LateResultRecord,
+    MeasurementRecord,
+    TrialRecord,
+)
+from storage.tables import Base
+
+MAX_ATTEMPTS: Final = 3  # a candidate that silences its agent three times is at fault
+
+
+def utc_now() -> datetime:
+    """The time of this machine's clock, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+def ignore(topic: str) -> None:
+    """A listener that does nothing."""
+    del topic
+
+
+class Repository:
+    """Jobs, trials, measurements, devices, tokens, artifacts and events of one database.
+
+    Args:
+        database: From `open_database`; whoever opened it closes it.
+        notify: Called after a commit, on the committing thread, once per kind of row that
+            changed: "jobs", "trials", "measurements", "events" or "devices". A renewed lease
+            is no change. It must be quick and must not raise: the commit has happened.
+        clock: The time that decides when a lease or a token ends.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        notify: Callable[[str], None] = ignore,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._database = database
+        self._notify = notify
+        self._clock = clock
+
+    # -- jobs ---------------------------------------------------------------------------------
+
+    def create_job(self, *, spec: Mapping[str, Any], name: str) -> JobRecord:
+        """A new job in state QUEUED; names may repeat."""
+        with self._writing() as session:
+            return jobs.create(session, spec=spec, name=name, now=self._clock())
+
+    def get_job(self, reference: str) -> JobRecord:
+        """The job of that id, else the newest of that name, else of that unique id prefix.
+
+        Raises:
+            NotFound: nothing or more than one id fits; the message names what comes close.
+        """
+        with self._database.reading() as session:
+            return jobs.get(session, reference)
+
+    def list_jobs(self) -> list[JobRecord]:
+        """Every job, oldest first."""
+        with self._database.reading() as session:
+            return jobs.all_jobs(session)
+
+    def update_job(self, job_id: str, **changes: Any) -> JobRecord:
+        """Set any field of the record except `id` and `created_at`, with the record's types.
+
+        The first RUNNING sets `started_at`. A state sets `finished_at` (final) or clears it,
+        unless it is given.
+
+        Raises:
+            NotFound: there is no such job.
+            TypeError: a field that cannot be changed.
+        """
+        with self._writing() as session:
+            return jobs.update(session, job_id, changes, now=self._clock())
+
+    def request_cancel(self, job_id: str) -> JobRecord:
+        """Set `cancel_requested`; a job in a final state stays as it is.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        with self._writing() as session:
+            return jobs.request_cancel(session, job_id)
+
+    def resume_job(self, job_id: str, *, spec: Mapping[str, Any] | None = None) -> JobRecord:
+        """A final job goes back to QUEUED, with its trials and what is known about its model.
+
+        A job that is not final keeps its state; `cancel_requested` is taken back in any case,
+        and `spec`, where given, replaces the job's.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        with self._writing() as session:
+            return jobs.resume(session, job_id, spec=spec)
+
+    # -- trials -------------------------------------------------------------------------------
+
+    def add_trial(self, job_id: str, candidate: Candidate, *, proposed_by: str) -> TrialRecord:
+        """The job's next trial, in state PROPOSED; numbers are 0, 1, 2, ... without gaps.
+
+        Raises:
+            DuplicateTrial: the job has a trial of this candidate; it carries that trial's id.
+            NotFound: there is no such job.
+        """
+        with self._writing() as session:
+            now = self._clock()
+            return trials.add(session, job_id, candidate, proposed_by=proposed_by, now=now)
+
+    def update_trial(self, trial_id: str, **changes: Any) -> TrialRecord:
+        """Set any field except `id`, `job_id`, `number`, `candidate` and `created_at`.
+
+        A state sets `finished_at` (FINISHED) or clears it, unless it is given. Latency reports
+        are kept without their raw samples; those are with the measurement.
+
+        Raises:
+            NotFound: there is no such trial.
+            TypeError: a field that cannot be changed.
+        """
+        with self._writing() as session:
+            return trials.update(session, trial_id, changes, now=self._clock())
+
+    def get_trial(self, trial_id: str) -> TrialRecord:
+        """The trial of that id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        with self._database.reading() as session:
+            return trials.get(session, trial_id)
+
+    def find_trial(self, job_id: str, reference: str | int) -> TrialRecord:
+        """A trial of the job by number (`7`, `#7`), id, or unique beginning of an id.
+
+        Raises:
+            NotFound: nothing or more than one id fits.
+        """
+        with self._database.reading() as session:
+            return trials.find(session, job_id, str(reference))
+
+    def list_trials(self, job_id: str) -> list[TrialRecord]:
+        """A job's trials by number; none for a job that does not exist."""
+        with self._database.reading() as session:
+            return trials.of_job(session, job_id)
+
+    # -- measurements -------------------------------------------------------------------------
+
+    def enqueue_measurement(
+        self, *, job_id: str, trial_id: str | None, device_id: str, request: MeasurementRequest
+    ) -> MeasurementRecord:
+        """A measurement in state QUEUED, named by `request.measurement_id`.
+
+        The same call a second time returns the first one's record, whatever its state.
+
+        Raises:
+            StorageError: the id is taken by another request, or the job, the trial or the
+                device does not exist.
+        """
+        with self._writing() as session:
+            return measurements.enqueue(
+                session,
+                job_id=job_id,
+                trial_id=trial_id,
+                device_id=device_id,
+                request=request,
+                now=self._clock(),
+            )
+
+    def lease_measurement(
+        self, *, device_id: str, agent_id: str, ttl_s: float, max_attempts: int = MAX_ATTEMPTS
+    ) -> MeasurementRecord | None:
+        """The oldest queued measurement of the device, now leased for `ttl_s` seconds.
+
+        Its `fencing_token` is larger than any before; only the result that carries it will be
+        accepted. An agent holds one lease at most: one that asks while it holds another has
+        lost it (a restart, an answer that never arrived), so that one ends first, as if it
+        had run out. None where nothing is queued.
+
+        Raises:
+            NotFound: there is no such agent.
+            InvalidToken: the agent was revoked.
+        """
+        with self._writing() as session:
+            return measurements.lease(
+                session,
+                device_id=device_id,
+                agent_id=agent_id,
+                ttl_s=ttl_s,
+                max_attempts=max_attempts,
+                now=self._clock(),
+            )
+
+    def renew_lease(self, lease_id: str, fencing_token: int, *, ttl_s: float) -> bool:
+        """Whether the lease is current; if so, it now lasts `ttl_s` seconds from here.
+
+        A lease that ran out is current until `expire_leases` takes it back: an agent that
+        returns in between goes on.
+        """
+        with self._writing(notify=False) as session:
+            now = self._clock()
+            return measurements.renew(session, lease_id, fencing_token, ttl_s=ttl_s, now=now)
+
+    def accept_result(self, result: MeasurementResult, *, agent_id: str) -> MeasurementRecord:
+        """Make the measurement DONE with this result, and keep the report's raw samples.
+
+        Accepted once, while the measurement is LEASED by this agent under this lease and
+        fencing token (also after the lease's time, as long as `expire_leases` has not taken
+        it back). The accepted result sent again returns the same record and changes nothing.
+
+        Raises:
+            StaleLease: the lease is not current; the result is kept for `list_late_results`.
+            NotFound: there is no such measurement.
+        """
+        with self._writing() as session:
+            now = self._clock()
+            record = measurements.accept(session, result, agent_id=agent_id, now=now)
+        if record is None:
+            raise StaleLease(
+                f"lease {result.lease_id} (fencing token {result.fencing_token}) of measurement "
+                f"{result.measurement_id} is no longer current; the result was set aside"
+            )
+        return record
+
+    def expire_leases(self, *, max_attempts: int = MAX_ATTEMPTS) -> list[MeasurementRecord]:
+        """Take back every lease that ran out by this repository's clock.
+
+        Its measurement is QUEUED again in its old place, or DONE with outcome LOST once it
+        was leased `max_attempts` times. Returns the measurements that changed.
+        """
+        with self._writing() as session:
+            return measurements.expire(session, max_attempts=max_attempts, now=self._clock())
+
+    def cancel_measurements(self, job_id: str) -> int:
+        """End what is queued or leased of a job, with outcome CANCELLED; how many there were."""
+        with self._writing() as session:
+            return measurements.cancel(session, job_id, now=self._clock())
+
+    def get_measurement(self, measurement_id: str) -> MeasurementRecord:
+        """One measurement; its report comes with the raw samples.
+
+        Raises:
+            NotFound: there is none.
+        """
+        with self._database.reading() as session:
+            return measurements.get(session, measurement_id)
+
+    def list_measurements(self, job_id: str) -> list[MeasurementRecord]:
+        """A job's measurements in order of arrival; their reports come without raw samples."""
+        with self._database.reading() as session:
+            return measurements.of_job(session, job_id)
+
+    def list_late_results(self, measurement_id: str) -> list[LateResultRecord]:
+        """The results of a measurement that were not accepted, in order of arrival."""
+        with self._database.reading() as session:
+            return measurements.late_results(session, measurement_id)
+
+    # -- devices, agents, tokens --------------------------------------------------------------
+
+    def add_enrolment_token(
+        self, token_hash: str, *, pool: str | None = None, expires_in_s: float
+    ) -> None:
+        """A token that enrols one agent, into `pool`, before it expires.
+
+        Raises:
+            StorageError: the token exists already.
+        """
+        with self._writing() as session:
+            devices.add_enrolment_token(
+                session, token_hash, pool=pool, expires_in_s=expires_in_s, now=self._clock()
+            )
+
+    def enrol(
+        self,
+        token_hash: str,
+        *,
+        name: str | None,
+        description: DeviceDescription,
+        agent_key_hash: str,
+    ) -> tuple[DeviceRecord, AgentRecord]:
+        """Use up an enrolment token for an agent and its device.
+
+        `name` is the host name where None. The same fingerprint under the same name is the
+        same device again: it keeps its id, and its earlier agent is revoked, because two
+        agents that measure on one device disturb each other. Another device that comes with
+        a taken name is called `NAME-2`, `NAME-3`, ...
+
+        Raises:
+            InvalidToken: the token is unknown, used or expired; nothing was changed.
+        """
+        with self._writing() as session:
+            return devices.enrol(
+                session,
+                token_hash,
+                name=name,
+                description=description,
+                agent_key_hash=agent_key_hash,
+                now=self._clock(),
+            )
+
+    def find_agent(self, key_hash: str) -> AgentRecord:
+        """The agent of that key.
+
+        Raises:
+            InvalidToken: the key is unknown, or its agent was revoked.
+        """
+        with self._database.reading() as session:
+            return devices.find_agent(session, key_hash)
+
+    def revoke_agent(self, agent_id: str) -> AgentRecord:
+        """The agent's key is worth nothing from now on; a lease it holds runs out by itself.
+
+        Raises:
+            NotFound: there is no such agent.
+        """
+        with self._writing() as session:
+            return devices.revoke_agent(session, agent_id, now=self._clock())
+
+    def touch_device(self, device_id: str) -> None:
+        """The device was seen now.
+
+        Raises:
+            NotFound: there is no such device.
+        """
+        with self._writing() as session:
+            devices.touch(session, device_id, now=self._clock())
+
+    def get_device(self, reference: str) -> DeviceRecord:
+        """The device of that id, else of that name, else of that unique id prefix.
+
+        Raises:
+            NotFound: nothing or more than one id fits; the message names what comes close.
+        """
+        with self._database.reading() as session:
+            return devices.get(session, reference)
+
+    def list_devices(self) -> list[DeviceRecord]:
+        """Every device, in order of enrolment."""
+        with self._database.reading() as session:
+            return devices.all_devices(session)
+
+    def add_user_token(self, token_hash: str, *, name: str) -> None:
+        """A user's token; one that is there already stays."""
+        with self._writing() as session:
+            devices.add_user_token(session, token_hash, name=name, now=self._clock())
+
+    def has_user_token(self, token_hash: str) -> bool:
+        """Whether some user has this token."""
+        with self._database.reading() as session:
+            return devices.has_user_token(session, token_hash)
+
+    def count_user_tokens(self) -> int:
+        """How many tokens users have."""
+        with self._database.reading() as session:
+            return devices.count_user_tokens(session)
+
+    # -- artifacts and events -----------------------------------------------------------------
+
+    def record_artifact(self, sha256: str, size_bytes: int, kind: str) -> ArtifactRecord:
+        """Note that the artifact store has this file; the first note of a file stays."""
+        with self._writing() as session:
+            return ledger.record(session, sha256, size_bytes, kind, now=self._clock())
+
+    def get_artifact(self, sha256: str) -> ArtifactRecord:
+        """What is known about a file.
+
+        Raises:
+            NotFound: nothing is.
+        """
+        with self._database.reading() as session:
+            return ledger.get(session, sha256)
+
+    def append_event(
+        self, job_id: str, kind: str, payload: Mapping[str, Any] | None = None
+    ) -> EventRecord:
+        """The next event: its id is one more than the last of the whole database.
+
+        An event becomes visible only after every event with a smaller id.
+
+        Raises:
+            StorageError: there is no such job.
+        """
+        with self._writing() as session:
+            now = self._clock()
+            return ledger.append_event(session, job_id, kind, payload or {}, now=now)
+
+    def list_events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
+        """A job's events by id: up to `limit` of those whose id is larger than `after`."""
+        with self._database.reading() as session:
+            return ledger.events(session, job_id, after=after, limit=limit)
+
+    @contextlib.contextmanager
+    def _writing(self, *, notify: bool = True) -> Iterator[Session]:
+        """One transaction; afterwards the listeners hear which kinds of rows changed."""
+        topics: set[str] = set()
+        with self._database.writing() as session:
+            event.listen(session, "after_flush", lambda s, _: topics.update(_changed_topics(s)))
+            yield session
+        for topic in sorted(topics) if notify else ():
+            self._notify(topic)
+
+
+def _changed_topics(session: Session) -> Iterator[str]:
+    changed = [*session.new, *(row for row in session.dirty if session.is_modified(row))]
+    for row in changed:
+        if isinstance(row, Base) and row.topic is not None:
+            yield row.topic

@@ -42,9 +42,9 @@ demo: $(stamp) ## Train a small model and tune it for this machine (MODEL=mobile
 	@case "$(MODEL)" in mobilenet_v2|resnet18) ;; *) \
 	  echo "make: MODEL is '$(MODEL)'; the demo knows mobilenet_v2 and resnet18" >&2; exit 2;; esac
 	$(bin)/python -m examples.digits.prepare --model $(MODEL) --out $(DEMO)
-	$(bin)/autotune tune $(DEMO)/$(MODEL).yaml --data-dir $(DEMO)/service \
+	$(bin)/autotune tune $(DEMO)/$(MODEL).yaml \
 	  --out $(DEMO)/$(MODEL)-bundle --report $(DEMO)/$(MODEL)-report.html
-	@echo "bundle: $(DEMO)/$(MODEL)-bundle   (try: cd $(DEMO)/$(MODEL)-bundle && python run.py)"
+	@echo "bundle: $(DEMO)/$(MODEL)-bundle (run it: $(bin)/python $(DEMO)/$(MODEL)-bundle/run.py)"
 	@echo "report: $(DEMO)/$(MODEL)-report.html"
 
 # pytest-cov prints the coverage of the four packages and fails the run under 85 %.

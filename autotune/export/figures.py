@@ -34,26 +34,42 @@ def metric_text(report: AccuracyReport) -> str:
 
 def is_ranked(trial: TrialRecord) -> bool:
     """The trial may stand on the front: it ended well, with accuracy and a steady latency."""
+    latency = latency_of(trial)
     return (
         trial.outcome == TrialOutcome.OK
         and trial.accuracy is not None
-        and trial.latency is not None
-        and trial.latency.is_steady
+        and latency is not None
+        and latency.is_steady
         and math.isfinite(trial.accuracy.value)
-        and math.isfinite(trial.latency.p50_ns)
+        and math.isfinite(latency.p50_ns)
     )
 
 
-def front_line(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that no faster one equals in accuracy, fastest first, by screening figures.
+def point(trial: TrialRecord) -> tuple[float, float]:
+    """Where a ranked trial stands in the picture: latency in ns, accuracy on search data.
 
-    This is the line of the picture; the front that answers budgets is the search's own.
+    The accuracy is always the search data's, because all trials have it on the same samples.
     """
+    latency = latency_of(trial)
+    if latency is None or trial.accuracy is None:
+        return math.nan, math.nan
+    return latency.p50_ns, trial.accuracy.value
+
+
+def front_line(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that no other beats in both latency and accuracy, fastest first.
+
+    It is the front that `search` answers budgets with (a test holds them together), found here
+    again because a picture must not import a search.
+    """
+
+    def order(trial: TrialRecord) -> tuple[float, float, int]:
+        latency_ns, accuracy = point(trial)
+        return latency_ns, -accuracy, trial.number
+
     line: list[TrialRecord] = []
-    best = -math.inf
-    for trial in sorted(filter(is_ranked, trials), key=_speed_then_accuracy):
-        if trial.accuracy is not None and trial.accuracy.value > best:
-            best = trial.accuracy.value
+    for trial in sorted(filter(is_ranked, trials), key=order):
+        if not line or point(trial)[1] > point(line[-1])[1]:
             line.append(trial)
     return line
 
@@ -163,11 +179,6 @@ def prune_text(trial: TrialRecord) -> str:
 def group_precisions(trial: TrialRecord) -> Sequence[Mapping[str, Any]]:
     """Planned and effective precision per layer group, empty until the file was built."""
     return (trial.compression or {}).get("groups") or ()
-
-
-def _speed_then_accuracy(trial: TrialRecord) -> tuple[float, float]:
-    accuracy = trial.accuracy.value if trial.accuracy else -math.inf
-    return (trial.latency.p50_ns if trial.latency else math.inf, -accuracy)
 
 
 def _unit(nanoseconds: float) -> tuple[float, str]:

@@ -81,7 +81,7 @@ def front_figure(
     title: str | None = None,
     form: Literal["svg", "png"] = "svg",
 ) -> bytes:
-    """The picture as a file on a white ground; screening figures throughout.
+    """The picture as a file on a white ground.
 
     A trial without accuracy or without a steady latency is left out. With no trial to show the
     axes stay empty.
@@ -197,7 +197,7 @@ def _draw_line(axes: Any, line: Sequence[TrialRecord]) -> None:
 
 def _draw_trial(axes: Any, trial: TrialRecord, mark: Mark) -> None:
     x, y = _point(trial)
-    latency, accuracy = trial.latency, trial.accuracy
+    latency, accuracy = figures.latency_of(trial), trial.accuracy
     if latency is None or accuracy is None:
         return
     prominent = mark.order > 2
@@ -266,10 +266,9 @@ def _legend(axes: Any) -> None:
 
 
 def _point(trial: TrialRecord) -> tuple[float, float]:
-    """Latency in ms and accuracy in percent, by screening and on search data."""
-    if trial.latency is None or trial.accuracy is None:
-        return float("nan"), float("nan")
-    return trial.latency.p50_ns / 1e6, 100 * trial.accuracy.value
+    """Latency in ms and accuracy in percent."""
+    latency_ns, accuracy = figures.point(trial)
+    return latency_ns / 1e6, 100 * accuracy
 
 
 def _gid(trial: TrialRecord) -> str:

@@ -12,6 +12,7 @@ from autotune.export import figures
 from autotune.export.front_plot import COLOURS, front_figure, inline_front
 from autotune.export.layer_picture import layer_cells
 from autotune.export.report import render_report
+from autotune.search.front import non_dominated
 from search_spaces import INT8, Candidate
 from storage.records import JobState
 from tests.unit import fabricated_job as fabricated
@@ -223,16 +224,23 @@ def test_the_front_line_is_what_a_naive_search_finds(trials) -> None:
         a.number
         for a in ranked
         if not any(
-            b.latency.p50_ns <= a.latency.p50_ns
-            and b.accuracy.value >= a.accuracy.value
-            and (b.latency.p50_ns, -b.accuracy.value) != (a.latency.p50_ns, -a.accuracy.value)
+            figures.point(b)[0] <= figures.point(a)[0]
+            and figures.point(b)[1] >= figures.point(a)[1]
+            and figures.point(a) != figures.point(b)
             for b in ranked
         )
     }
     line = figures.front_line(list(reversed(trials)))
     assert {trial.number for trial in line} == naive
     assert len(line) > 3
-    assert [t.latency.p50_ns for t in line] == sorted(t.latency.p50_ns for t in line)
+    assert [figures.point(t) for t in line] == sorted(figures.point(t) for t in line)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_line_is_the_front_that_answers_budgets(inventory, seed: int) -> None:
+    trials = fabricated.trials(inventory, seed=seed)
+    twin = replace(trials[7], id="twin", number=90)
+    assert figures.front_line([twin, *trials]) == non_dominated([*trials, twin])
 
 
 def test_nan_and_missing_never_enter_the_front_line(trials) -> None:

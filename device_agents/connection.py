@@ -1,0 +1,190 @@
+"""The agent's side of the HTTP routes: one method per message.
+
+Owns the door to httpx and the translation of its errors and of status codes. When to call,
+how often to try again and what a reply means is `agent.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from device_agents.errors import (
+    ArtifactMissing,
+    DeviceAgentError,
+    EnrolmentRefused,
+    IncompatibleProtocol,
+    ServiceUnreachable,
+)
+from device_agents.protocol import (
+    PROTOCOL_VERSION,
+    EnrolReply,
+    EnrolRequest,
+    Heartbeat,
+    HeartbeatReply,
+    Lease,
+    LeaseRequest,
+    MeasurementResult,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 30.0
+LONG_POLL_MARGIN_S = 15.0
+CHUNK_BYTES = 1 << 20
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+REFUSED = frozenset({400, 404, 409, 410, 413, 422})
+"""Answers to a result that trying again will not change."""
+
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+class Acknowledgement(Enum):
+    """What the service says to a result; after either the agent may forget it."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+
+
+class ServiceConnection:
+    """A connection to one service; usable from several threads.
+
+    Every method raises `ServiceUnreachable` if there is no usable answer (trying again may
+    help), `EnrolmentRefused` if token or key are not known, and `IncompatibleProtocol` if the
+    service wants another release of the agent.
+    """
+
+    def __init__(self, url: str, *, agent_key: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise DeviceAgentError(
+                f"{url!r} is not a service's address; it looks like http://192.168.1.10:8577"
+            )
+        self.url = url.rstrip("/")
+        self._client = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            trust_env=parts.hostname not in LOOPBACK,  # no proxy leads back to this machine
+        )
+        self.use_key(agent_key)
+
+    def __enter__(self) -> ServiceConnection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def use_key(self, agent_key: str | None) -> None:
+        """Identify with this key from now on."""
+        if agent_key is None:
+            self._client.headers.pop("Authorization", None)
+        else:
+            self._client.headers["Authorization"] = f"Bearer {agent_key}"
+
+    def enrol(self, request: EnrolRequest) -> EnrolReply:
+        """Trade a one-use token for an identity."""
+        return _parse(EnrolReply, self._post("/v1/agent/enrol", request))
+
+    def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatReply:
+        """Say that the agent is alive."""
+        return _parse(HeartbeatReply, self._post("/v1/agent/heartbeat", heartbeat))
+
+    def lease(self, *, wait_s: float) -> Lease | None:
+        """Work, or None if there was none for `wait_s` seconds."""
+        request = LeaseRequest(protocol_version=PROTOCOL_VERSION, wait_s=wait_s)
+        timeout = httpx.Timeout(wait_s + LONG_POLL_MARGIN_S, connect=CONNECT_TIMEOUT_S)
+        response = self._post("/v1/agent/lease", request, timeout=timeout)
+        return None if response.status_code == 204 else _parse(Lease, response)
+
+    @contextmanager
+    def download(self, sha256: str) -> Iterator[Iterator[bytes]]:
+        """The chunks of an artifact, not yet verified.
+
+        Raises:
+            ArtifactMissing: the service does not have it.
+        """
+        try:
+            with self._client.stream("GET", f"/v1/agent/artifacts/{sha256}") as response:
+                if response.status_code == 404:
+                    raise ArtifactMissing(f"the service does not have artifact {sha256[:8]}")
+                if response.status_code != 200:
+                    response.read()
+                _require_success(response)
+                yield response.iter_bytes(CHUNK_BYTES)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def upload(self, result: MeasurementResult) -> Acknowledgement:
+        """Send a result; REFUSED if it came too late or the service cannot read it."""
+        response = self._send("/v1/agent/results", result)
+        if response.status_code in REFUSED:
+            return Acknowledgement.REFUSED
+        _require_success(response)
+        return Acknowledgement.ACCEPTED
+
+    def _post(self, path: str, message: BaseModel, **options: Any) -> httpx.Response:
+        response = self._send(path, message, **options)
+        _require_success(response)
+        return response
+
+    def _send(self, path: str, message: BaseModel, **options: Any) -> httpx.Response:
+        headers = {"Content-Type": "application/json"}
+        content = message.model_dump_json()
+        try:
+            return self._client.post(path, content=content, headers=headers, **options)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: httpx.HTTPError) -> ServiceUnreachable:
+        cause = str(error) or type(error).__name__
+        return ServiceUnreachable(f"the service at {self.url} does not answer: {cause}")
+
+
+def _require_success(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    detail = _detail(response)
+    if response.status_code in (401, 403):
+        raise EnrolmentRefused(
+            f"the service refused this agent: {detail}; "
+            "ask for a new token with `autotune device enroll`"
+        )
+    if response.status_code == 426:
+        raise IncompatibleProtocol(
+            f"the service does not speak protocol version {PROTOCOL_VERSION}: {detail}"
+        )
+    raise ServiceUnreachable(f"the service answered {response.status_code}: {detail}")
+
+
+def _detail(response: httpx.Response) -> str:
+    try:
+        document = response.json()
+        return str(document.get("detail") or document["title"])
+    except (ValueError, KeyError, AttributeError):
+        return response.reason_phrase or "no reason given"
+
+
+def _parse(message: type[Reply], response: httpx.Response) -> Reply:
+    try:
+        return message.model_validate_json(response.content)
+    except ValidationError as error:
+        raise ServiceUnreachable(
+            f"what answered at {response.url} is not an edge-autotune service "
+            f"({error.error_count()} fields of {message.__name__} are wrong)"
+        ) from error

@@ -1,0 +1,58 @@
+"""Files that are either there in full or not at all, also after a power cut.
+
+Owns the one way this package writes durable files: part file, fsync, rename, fsync of the
+folder. Used by the artifact cache, the outbox and the identity.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from device_agents.errors import DeviceDiskFull
+
+PART_SUFFIX = ".part"
+
+
+@contextmanager
+def durable_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write that appears under `path` once the block ends without an error.
+
+    Raises:
+        DeviceDiskFull: no room, or the quota is used up; nothing is left behind.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DeviceDiskFull(
+                f"no room left in {path.parent}: free some space or lower the cache bound"
+            ) from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; a rename alone may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a killed process left half written."""
+    for part in folder.glob(f"*{PART_SUFFIX}"):
+        part.unlink(missing_ok=True)

@@ -1,0 +1,260 @@
+"""The parent side of a measurement: one throw-away child, supervised, one outcome.
+
+Owns the child's life (start, limits, time limit, cancellation, end) and the mapping of each way
+it can end to an `Outcome` with a reason. Loads no runtime and no numpy: whatever a model does,
+it does to the child. The child's own work is `measurement_child.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from device_agents.conditions import ROOT, Memory, NotAvailable
+from device_agents.protocol import (
+    LatencyReport,
+    MeasurementPlan,
+    Outcome,
+    RuntimeRequest,
+)
+
+MEMORY_FRACTION = 0.9
+"""Share of the memory that is available at the start which a measurement may take."""
+LOG_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementOutcome:
+    """How a measurement ended; `report` is there for OK and UNSTABLE."""
+
+    outcome: Outcome
+    reason: str | None = None
+    report: LatencyReport | None = None
+
+
+class Measurement:
+    """One measurement in one child process; made for one `run`.
+
+    `cancel` may come from any thread, before, during or after `run`.
+    """
+
+    def __init__(
+        self,
+        *,
+        candidate: Path,
+        reference: Path,
+        runtime: RuntimeRequest,
+        plan: MeasurementPlan,
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        self._candidate = candidate
+        self._reference = reference
+        self._runtime = runtime
+        self._plan = plan
+        self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._killed: Outcome | None = None
+        self._guard = threading.Lock()
+
+    def cancel(self) -> None:
+        """Kill the child, if there is one, or keep it from being started."""
+        self._kill(Outcome.CANCELLED)
+
+    def run(self) -> MeasurementOutcome:
+        """Measure. Takes at most the plan's `timeout_s`; never raises for what the child does."""
+        with tempfile.TemporaryDirectory(prefix="autotune-measurement-") as name:
+            folder = Path(name)
+            job_path, report_path = folder / "job.json", folder / "report.json"
+            job_path.write_text(json.dumps(self._job()), encoding="utf-8")
+            with (folder / "log").open("wb") as log:
+                self._start(job_path, report_path, log)
+            kills_before = system_oom_kills()
+            return_code = self._wait()
+            ended = ChildEnd(
+                return_code=return_code,
+                killed=self._killed,
+                was_oom_killed=kills_before != system_oom_kills(),
+                document=_read_document(report_path),
+                log_tail=_tail(folder / "log"),
+            )
+        return interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
+
+    def _job(self) -> dict[str, Any]:
+        plan, runtime = self._plan, self._runtime
+        return {
+            "candidate_path": str(self._candidate),
+            "reference_path": str(self._reference),
+            "runtime": runtime.runtime,
+            "provider": runtime.provider,
+            "threads": runtime.threads,
+            "target_half_width": plan.target_half_width,
+            "time_cap_s": plan.time_cap_s,
+            "min_blocks": plan.min_blocks,
+            "seed": plan.seed,
+            "reference_latency_ns": plan.reference_latency_ns,
+            "memory_limit_bytes": self._memory_limit_bytes,
+            "cpu_limit_s": math.ceil(plan.timeout_s * (runtime.threads + 1)) + 10,
+            "parent_pid": os.getpid(),
+        }
+
+    def _start(self, job_path: Path, report_path: Path, log: Any) -> None:
+        command = [sys.executable, "-m", "device_agents.measurement_child"]
+        with self._guard:
+            if self._killed is not None:
+                return
+            self._child = subprocess.Popen(  # noqa: S603 - our own module
+                [*command, str(job_path), str(report_path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
+            )
+
+    def _wait(self) -> int:
+        if self._child is None:
+            return 0
+        # A blocking wait with a timer costs nothing while the child measures; waiting with a
+        # time limit would poll 20 times a second.
+        timer = threading.Timer(self._plan.timeout_s, self._kill, args=(Outcome.TIMEOUT,))
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._child.wait()
+        finally:
+            timer.cancel()
+            self._sweep()
+
+    def _kill(self, reason: Outcome) -> None:
+        with self._guard:
+            if self._killed is None:
+                self._killed = reason
+            if self._child is not None and self._child.returncode is None:
+                # SIGKILL at once: a child that hangs may ignore anything milder, and it has
+                # nothing to save.
+                _kill_group(self._child.pid)
+
+    def _sweep(self) -> None:
+        if self._child is not None:
+            _kill_group(self._child.pid)  # processes that the child left behind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildEnd:
+    """All that is known when the child is gone."""
+
+    return_code: int
+    killed: Outcome | None
+    was_oom_killed: bool
+    document: dict[str, Any] | None
+    log_tail: str
+
+
+def interpret(ended: ChildEnd, *, runtime: RuntimeRequest, timeout_s: float) -> MeasurementOutcome:
+    """The outcome of a child that ended so.
+
+    What we did ourselves comes first, then how the system ended it, then what it said.
+    """
+    if ended.killed is Outcome.TIMEOUT:
+        reason = f"no result within {timeout_s:g} s; the process was killed"
+        return MeasurementOutcome(outcome=Outcome.TIMEOUT, reason=reason)
+    if ended.killed is not None:
+        return MeasurementOutcome(outcome=ended.killed, reason="the lease was taken back")
+    if ended.return_code < 0:
+        return _ended_by_signal(ended)
+    if ended.document is None:
+        reason = f"the process ended with code {ended.return_code} and without a result"
+        return MeasurementOutcome(outcome=Outcome.RUNTIME_CRASH, reason=reason + _quote(ended))
+    return _reported(ended, runtime)
+
+
+def _ended_by_signal(ended: ChildEnd) -> MeasurementOutcome:
+    name = _signal_name(-ended.return_code)
+    if ended.return_code == -signal.SIGXCPU:
+        reason = f"the CPU time limit was reached ({name})"
+        return MeasurementOutcome(outcome=Outcome.TIMEOUT, reason=reason)
+    if ended.return_code == -signal.SIGKILL:
+        sure = "the kernel ran" if ended.was_oom_killed else "most likely the kernel ran"
+        reason = f"{name} from outside: {sure} out of memory"
+        return MeasurementOutcome(outcome=Outcome.OOM, reason=reason)
+    if any(sign in ended.log_tail for sign in ("bad_alloc", "MemoryError")):
+        reason = f"out of memory: {name}{_quote(ended)}"
+        return MeasurementOutcome(outcome=Outcome.OOM, reason=reason)
+    reason = f"the runtime died of {name}{_quote(ended)}"
+    return MeasurementOutcome(outcome=Outcome.RUNTIME_CRASH, reason=reason)
+
+
+def _reported(ended: ChildEnd, runtime: RuntimeRequest) -> MeasurementOutcome:
+    document = ended.document or {}
+    try:
+        outcome = Outcome(document["outcome"])
+        report = document.get("report")
+        if report is not None:
+            report = LatencyReport.model_validate(report | {"runtime": runtime.model_dump()})
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        reason = f"the process wrote a result that makes no sense: {type(error).__name__}"
+        return MeasurementOutcome(outcome=Outcome.RUNTIME_CRASH, reason=reason)
+    return MeasurementOutcome(outcome=outcome, reason=document.get("reason"), report=report)
+
+
+def default_memory_limit(root: Path = ROOT) -> int | None:
+    """What a measurement may take of the memory available now; None where unknown."""
+    try:
+        return int(Memory(root=root).read() * MEMORY_FRACTION)
+    except (NotAvailable, OSError, ValueError):
+        return None
+
+
+def system_oom_kills(root: Path = ROOT) -> int | None:
+    """How often the kernel killed for lack of memory since it started; None where unknown."""
+    try:
+        text = (root / "proc/vmstat").read_text(encoding="ascii")
+    except OSError:
+        return None
+    counts = [line.split()[1] for line in text.splitlines() if line.startswith("oom_kill ")]
+    return int(counts[0]) if counts else None
+
+
+def _read_document(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LOG_TAIL_BYTES))
+        return file.read().decode("utf-8", errors="replace")
+
+
+def _quote(ended: ChildEnd) -> str:
+    printable = "".join(x if x.isprintable() or x == "\n" else " " for x in ended.log_tail)
+    lines = [line.strip() for line in printable.splitlines() if line.strip()]
+    return f"; it last wrote: {lines[-1][:200]}" if lines else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _kill_group(process_group: int) -> None:
+    try:
+        os.killpg(process_group, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return  # gone already

@@ -1,0 +1,227 @@
+"""The child side of a measurement: load both models, have them timed, write the report.
+
+Runs as `python -m device_agents.measurement_child JOB.json REPORT.json` in a process that may
+crash, hang or run out of memory; `measurement.py` supervises it, `sampling.py` holds the timed
+loop. Nothing of the protocol is imported here: start-up is a third of a short measurement, and
+pydantic would double it. Sets nothing that a user's own deployment would not have: no pinning,
+no priority, no session option beside the thread count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from device_agents.conditions import cpu_ticks, read_conditions
+from device_agents.errors import RuntimeUnavailable
+from device_agents.latency import DRIFT_LIMIT, LatencySummary, as_unsteady, summarize
+from device_agents.runtimes import (
+    InvalidArtifact,
+    Runtime,
+    RuntimeOptions,
+    Session,
+    TensorSpec,
+    UnsupportedModel,
+    load_runtime,
+)
+from device_agents.sampling import Sampling, SamplingPlan, Subject, Timer, sample, warm_up
+
+OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "MemoryError")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildJob:
+    """What the parent asks for; the fields mean what `protocol.MeasurementRequest` says.
+
+    `memory_limit_bytes` bounds the private writable memory of the process, None leaves it;
+    `cpu_limit_s` is CPU time over all threads.
+    """
+
+    candidate_path: str
+    reference_path: str
+    runtime: str
+    provider: str
+    threads: int
+    target_half_width: float
+    time_cap_s: float
+    min_blocks: int
+    seed: int
+    reference_latency_ns: float | None
+    memory_limit_bytes: int | None
+    cpu_limit_s: int
+    parent_pid: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure as the job file says and write the report; 0 also for a refused model."""
+    job_path, report_path = (Path(argument) for argument in arguments)
+    job = ChildJob(**json.loads(job_path.read_text(encoding="utf-8")))
+    confine(job)
+    document = attempt(job)
+    part = report_path.with_suffix(".part")
+    part.write_text(json.dumps(document), encoding="utf-8")
+    part.replace(report_path)
+    return 0
+
+
+def confine(job: ChildJob) -> None:
+    """Die with the parent; stay within the limits; be the first whom the kernel kills."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != job.parent_pid:
+        raise SystemExit("the agent that started this measurement is gone")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower_limit(resource.RLIMIT_CPU, job.cpu_limit_s)
+    if job.memory_limit_bytes is not None:
+        # What a model really needs; the address space would count every mapped file too.
+        _lower_limit(resource.RLIMIT_DATA, job.memory_limit_bytes)
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    except OSError:
+        return  # not Linux, or not permitted: the kernel chooses by itself
+
+
+def attempt(job: ChildJob) -> dict[str, Any]:
+    """`measure`, with everything that it raises turned into an outcome and a reason."""
+    try:
+        return measure(job)
+    except InvalidArtifact as error:
+        return {"outcome": "artifact_corrupt", "reason": str(error)}
+    except (UnsupportedModel, RuntimeUnavailable) as error:
+        return {"outcome": "unsupported", "reason": str(error)}
+    except MemoryError as error:
+        return {"outcome": "oom", "reason": f"out of memory: {error or 'allocation refused'}"}
+    except Exception as error:  # noqa: BLE001 - whatever else a runtime raises is its crash
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        is_memory = any(sign in first_line for sign in OUT_OF_MEMORY)
+        return {"outcome": "oom" if is_memory else "runtime_crash", "reason": first_line}
+
+
+def measure(job: ChildJob) -> dict[str, Any]:
+    """The whole measurement in this process.
+
+    Returns:
+        `outcome`, `reason` and `report`, the latter with the keys of `protocol.LatencyReport`
+        except `runtime`, which the parent knows.
+
+    Raises:
+        InvalidArtifact: one of the files is not a model.
+        UnsupportedModel: one of the models cannot run here.
+        RuntimeUnavailable: the runtime is not there.
+        MemoryError: there is not enough memory.
+        InvalidDuration: the clock cannot be trusted.
+    """
+    started_s = time.monotonic()
+    start_ticks = cpu_ticks()
+    runtime = load_runtime(job.runtime)
+    timers, peak_memory_bytes = prepare(runtime, job)
+    plan = SamplingPlan(
+        target_half_width=job.target_half_width,
+        time_cap_s=job.time_cap_s,
+        min_blocks=job.min_blocks,
+        seed=job.seed,
+    )
+    before, ticks = read_conditions(since=start_ticks), cpu_ticks()
+    gc.collect()
+    gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
+    sampling = sample(timers, plan, runtime.clock)
+    gc.enable()
+    after = read_conditions(since=ticks)
+    summary, reason = judge(job, sampling)
+    return {
+        "outcome": "unstable" if sampling.is_drifting else "ok",
+        "reason": reason,
+        "report": asdict(summary)
+        | {
+            "blocks": [asdict(block) for block in sampling.blocks],
+            "before": before,
+            "after": after,
+            "peak_memory_bytes": peak_memory_bytes,
+            "runtime_version": runtime.version,
+            "wall_s": time.monotonic() - started_s,
+        },
+    }
+
+
+def prepare(runtime: Runtime, job: ChildJob) -> tuple[dict[Subject, Timer], int]:
+    """Both models loaded and warm, and the peak memory in bytes before the reference came.
+
+    The candidate goes first, so that the peak is that of a process which serves it alone.
+    """
+    options = RuntimeOptions(provider=job.provider, threads=job.threads)
+    timers: dict[Subject, Timer] = {}
+    candidate = runtime.load(Path(job.candidate_path), options)
+    timers["candidate"] = _warm(runtime, candidate, job)
+    peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    reference = runtime.load(Path(job.reference_path), options)
+    timers["reference"] = _warm(runtime, reference, job)
+    return timers, peak_memory_bytes
+
+
+def _warm(runtime: Runtime, session: Session, job: ChildJob) -> Timer:
+    # One seed for both: where the input shapes agree, the inputs are the same numbers.
+    return warm_up(session.bind(make_feeds(session.inputs, seed=job.seed)), runtime.clock)
+
+
+def make_feeds(inputs: Sequence[TensorSpec], *, seed: int) -> dict[str, Any]:
+    """Seeded inputs at batch 1: standard normal floats, zeros and ones for whole numbers.
+
+    Raises:
+        UnsupportedModel: a dimension other than the first is free.
+    """
+    generator = np.random.default_rng(seed)
+    feeds = {}
+    for tensor in inputs:
+        shape = [size or 1 for size in tensor.shape]
+        if None in tensor.shape[1:]:
+            raise UnsupportedModel(
+                f"input {tensor.name!r} has the free shape {tensor.shape}; only the first axis "
+                "(the batch) may be free: export the model with fixed sizes"
+            )
+        if np.issubdtype(np.dtype(tensor.dtype), np.floating):
+            values = generator.standard_normal(shape).astype(tensor.dtype)
+        else:
+            values = generator.integers(0, 2, shape).astype(tensor.dtype)
+        feeds[tensor.name] = values
+    return feeds
+
+
+def judge(job: ChildJob, sampling: Sampling) -> tuple[LatencySummary, str | None]:
+    """The statistics, and why they do not rank where the reference kept drifting."""
+    summary = summarize(
+        sampling.blocks,
+        seed=job.seed,
+        target_half_width=job.target_half_width,
+        reference_latency_ns=job.reference_latency_ns,
+    )
+    if not sampling.is_drifting:
+        return summary, None
+    reason = (
+        f"the reference drifted by {sampling.drift:+.1%} within the measurement (limit "
+        f"{DRIFT_LIMIT:.0%}), also after {sampling.n_restarts} new starts: let the device cool "
+        "down, or fix its clock"
+    )
+    return as_unsteady(summary, reason), reason
+
+
+def _lower_limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""Results on their way: durable before the first upload, deleted once acknowledged.
+
+Owns the files only; when and where they are sent is `agent.py`'s business. A result is sent
+at least once and accepted at most once, because it carries its lease's fencing token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from device_agents.files import durable_file, remove_parts, sync_folder
+from device_agents.protocol import MeasurementResult
+
+SUFFIX = ".json"
+DAMAGED_SUFFIX = ".damaged"
+
+
+class Outbox:
+    """A folder of results that the service has not acknowledged."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(folder)
+
+    def put(self, result: MeasurementResult) -> None:
+        """Store a result; when this returns it survives a power cut.
+
+        Raises:
+            DeviceDiskFull: there is no room.
+        """
+        with durable_file(self._path(result)) as file:
+            file.write(result.model_dump_json().encode())
+
+    def pending(self) -> list[MeasurementResult]:
+        """All results not acknowledged yet, oldest first.
+
+        A file that holds no result (the disk failed) is put aside with the ending `.damaged`.
+        """
+        results = []
+        paths = self._folder.glob(f"*{SUFFIX}")
+        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
+            try:
+                results.append(MeasurementResult.model_validate_json(path.read_bytes()))
+            except ValidationError:
+                path.replace(path.with_suffix(DAMAGED_SUFFIX))
+        return results
+
+    def acknowledge(self, result: MeasurementResult) -> None:
+        """Forget a result; a second time is harmless."""
+        self._path(result).unlink(missing_ok=True)
+        sync_folder(self._folder)
+
+    def _path(self, result: MeasurementResult) -> Path:
+        # The ids come from the service: hashed, so that none of them can name another file.
+        identity = f"{result.lease_id}\n{result.fencing_token}\n{result.measurement_id}"
+        return self._folder / (hashlib.sha256(identity.encode()).hexdigest()[:32] + SUFFIX)

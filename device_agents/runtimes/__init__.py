@@ -1,0 +1,123 @@
+"""What a runtime must do to be measured, and how installed ones are found.
+
+Owns the interface and the look-up by entry point (group `edge_autotune.runtimes`), so that a
+vendor's runtime is a package of its own. Each runtime is one file beside this one. What is
+timed, and when, is `measurement_child.py`'s business. Imports no runtime until one is asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from device_agents.errors import RuntimeUnavailable
+
+ENTRY_POINT_GROUP = "edge_autotune.runtimes"
+
+BUILT_IN: Mapping[str, str] = {
+    "onnxruntime": "device_agents.runtimes.onnxruntime:OnnxRuntime",
+    "simulated": "device_agents.runtimes.simulated:SimulatedRuntime",
+}
+"""Found even where the distribution's metadata is missing (a copied source tree)."""
+
+
+class InvalidArtifact(Exception):
+    """The runtime cannot read the file at all: it is not a model of a format it knows."""
+
+
+class UnsupportedModel(Exception):
+    """The runtime read the model and cannot run it: operator, type, shape or provider."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """An input of a model. A free dimension is None; `dtype` is numpy's name for it."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """How a session is made; `threads` is the number that compute one inference."""
+
+    provider: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """What calls are timed with: monotonic, in ns; only a simulation brings its own."""
+
+    now_ns: Callable[[], int] = time.perf_counter_ns
+    pause_s: Callable[[float], None] = time.sleep
+
+
+class Session(Protocol):
+    """A model loaded for inference."""
+
+    inputs: tuple[TensorSpec, ...]
+
+    def bind(self, feeds: Mapping[str, Any]) -> Callable[[], object]:
+        """A call without arguments that runs one whole inference on these arrays."""
+        ...
+
+
+class Runtime(Protocol):
+    """One runtime build on this device. Made anew in every measurement's process."""
+
+    name: str
+    version: str
+    clock: Clock
+
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers this build can use here, preferred first."""
+        ...
+
+    def load(self, path: Path, options: RuntimeOptions) -> Session:
+        """A session with the options a user's own deployment would have.
+
+        Raises:
+            InvalidArtifact: the file is not a model.
+            UnsupportedModel: the model or the provider cannot run here.
+        """
+        ...
+
+
+def runtime_names() -> tuple[str, ...]:
+    """The names of all runtimes that could be loaded, sorted; nothing is imported."""
+    return tuple(sorted(_sources()))
+
+
+def load_runtime(name: str) -> Runtime:
+    """The runtime of that name, imported and ready.
+
+    Raises:
+        RuntimeUnavailable: no such runtime, or its package does not import here.
+    """
+    source = _sources().get(name)
+    if source is None:
+        known = ", ".join(runtime_names())
+        raise RuntimeUnavailable(f"no runtime is called {name!r}; this device has {known}")
+    try:
+        made: Runtime = source()()
+    except (ImportError, AttributeError, OSError) as error:
+        raise RuntimeUnavailable(f"runtime {name!r} does not load here: {error}") from error
+    return made
+
+
+def _sources() -> dict[str, Callable[[], Any]]:
+    sources = {name: _importer(reference) for name, reference in BUILT_IN.items()}
+    found: tuple[EntryPoint, ...] = tuple(entry_points(group=ENTRY_POINT_GROUP))
+    return sources | {point.name: point.load for point in found if point.name not in BUILT_IN}
+
+
+def _importer(reference: str) -> Callable[[], Any]:
+    module, _, attribute = reference.partition(":")
+    return lambda: getattr(import_module(module), attribute)

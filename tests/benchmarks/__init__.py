@@ -1,0 +1,1 @@
+"""Benchmarks: programs, each run as `python -m tests.benchmarks.NAME [--quick] [--json FILE]`."""

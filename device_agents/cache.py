@@ -65,7 +65,9 @@ class ArtifactCache:
             for chunk in chunks:
                 n_bytes += len(chunk)
                 if n_bytes > size_bytes:
-                    raise ArtifactCorrupt(f"{sha256[:8]} is longer than the {size_bytes} bytes promised")
+                    raise ArtifactCorrupt(
+                        f"{sha256[:8]} is longer than the {size_bytes} bytes promised"
+                    )
                 digest.update(chunk)
                 file.write(chunk)
             if digest.hexdigest() != sha256:

@@ -27,7 +27,7 @@ def durable_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,7 @@ count that was asked for and nothing else, so that the figure is the one a plain
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ LOAD_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)*")
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory")
 
 # onnxruntime names an input's type like ONNX does; numpy's names differ.
@@ -118,5 +120,6 @@ def _translated(error: Exception) -> Exception:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    """Without the number of the error and the path on this device, which tell a user nothing."""
+    text = PREFIX.sub("", str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__

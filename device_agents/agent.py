@@ -1,0 +1,372 @@
+"""The agent: a small parent that enrols, beats, leases, measures and hands in results.
+
+Owns the loop, the back-off and what each answer of the service means. Crash-only: killed at
+any point it loses the running measurement and nothing else, and starts again from its state
+folder. Sends over `connection.py`, measures with `measurement.py`, never loads a runtime.
+
+Two threads beside the caller's: one works (lease, download, measure, upload), one beats. The
+caller's only waits, so that a signal ends the agent at once, wherever the others are.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from device_agents.cache import DEFAULT_MAX_BYTES, ArtifactCache
+from device_agents.conditions import read_conditions
+from device_agents.connection import Acknowledgement, ServiceConnection
+from device_agents.device import describe_device
+from device_agents.errors import (
+    ArtifactCorrupt,
+    ArtifactMissing,
+    DeviceAgentError,
+    DeviceDiskFull,
+    EnrolmentRefused,
+    ServiceUnreachable,
+)
+from device_agents.identity import Identity, StateFolder
+from device_agents.measurement import Measurement, MeasurementOutcome
+from device_agents.outbox import Outbox
+from device_agents.protocol import (
+    PROTOCOL_VERSION,
+    ArtifactReference,
+    Conditions,
+    DeviceDescription,
+    EnrolRequest,
+    Heartbeat,
+    Lease,
+    MeasurementResult,
+    Outcome,
+)
+
+LONG_POLL_S = 20.0
+ENROLMENT_TRIES = 4
+DOWNLOAD_TRIES = 3
+PROMPT_ANSWER_S = 0.2
+STOP_PATIENCE_S = 3.0
+MIN_HEARTBEAT_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """How an agent is started; `token` is needed for the first start only."""
+
+    service_url: str
+    state_dir: Path
+    token: str | None = None
+    name: str | None = None
+    cache_max_bytes: int = DEFAULT_MAX_BYTES
+    long_poll_s: float = LONG_POLL_S
+
+
+@dataclass(slots=True, kw_only=True)
+class Backoff:
+    """Exponential back-off with full jitter (Brooker 2015): between 0 and a doubling bound.
+
+    Full jitter spreads a fleet that lost the service at one moment over the whole interval.
+    """
+
+    first_s: float = 0.5
+    longest_s: float = 30.0
+    uniform: Callable[[float, float], float] = random.uniform
+    _n_failures: int = 0
+
+    def next_s(self) -> float:
+        """How long to wait now, in seconds."""
+        bound = min(self.longest_s, self.first_s * 2**self._n_failures)
+        self._n_failures = min(self._n_failures + 1, 30)
+        return self.uniform(0, bound)
+
+    def reset(self) -> None:
+        """It worked: start from the shortest wait again."""
+        self._n_failures = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldLease:
+    """The lease being worked on; `drop` may come from the heartbeat thread at any time."""
+
+    lease: Lease
+    is_dropped: threading.Event = field(default_factory=threading.Event)
+    measurement: Measurement | None = None
+
+    def drop(self) -> None:
+        """Stop working on it."""
+        self.is_dropped.set()
+        if self.measurement is not None:
+            self.measurement.cancel()
+
+    def attach(self, measurement: Measurement) -> None:
+        """Let `drop` reach this measurement too, also one that came before."""
+        self.measurement = measurement
+        if self.is_dropped.is_set():
+            measurement.cancel()
+
+
+class Agent:
+    """One agent on one device.
+
+    Args:
+        settings: where the service and the state folder are.
+        say: gets one plain line per event, for people.
+        describe: finds out what the device is; asked once, when the agent enrols.
+        backoff: a fresh back-off for each thread and each series of tries.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        *,
+        say: Callable[[str], None],
+        describe: Callable[[], DeviceDescription] = describe_device,
+        backoff: Callable[[], Backoff] = Backoff,
+    ) -> None:
+        self._settings = settings
+        self._say = say
+        self._describe = describe
+        self._backoff = backoff
+        self._stop = threading.Event()
+        self._fatal: DeviceAgentError | None = None
+        self._held: HeldLease | None = None
+        self._heartbeat_s = 5.0
+        self._connection = ServiceConnection(settings.service_url)
+        self._state = StateFolder(settings.state_dir)
+        self._cache = ArtifactCache(
+            settings.state_dir / "cache", max_bytes=settings.cache_max_bytes
+        )
+        self._outbox = Outbox(settings.state_dir / "outbox")
+
+    def stop(self) -> None:
+        """End `run` soon, from a signal handler or another thread."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Work until `stop`.
+
+        Raises:
+            EnrolmentRefused: the service knows neither the token nor the key.
+            ServiceUnreachable: the service cannot be reached for the enrolment. Once enrolled
+                an agent goes on trying for ever.
+            IncompatibleProtocol: the service wants another release.
+            DeviceAgentError: there is neither a token nor an identity.
+            DeviceDiskFull: a result cannot be stored.
+        """
+        try:
+            self._identify()
+            threads = [
+                threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
+                for name, loop in (("heartbeat", self._beat), ("work", self._work))
+            ]
+            for thread in threads:
+                thread.start()
+            self._stop.wait()
+            held = self._held
+            if held is not None:
+                held.drop()
+            for thread in threads:
+                # A thread in a long poll is left behind: it is a daemon and holds nothing.
+                thread.join(STOP_PATIENCE_S / len(threads))
+        finally:
+            self._connection.close()
+            self._state.close()
+        if self._fatal is not None:
+            raise self._fatal
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except DeviceAgentError as error:
+            if not self._stop.is_set():
+                self._fatal = error
+        finally:
+            self._stop.set()
+
+    # -- identity
+
+    def _identify(self) -> None:
+        identity = self._state.identity()
+        if identity is not None and not self._is_known(identity):
+            if self._settings.token is None:
+                raise EnrolmentRefused(
+                    f"the service at {self._settings.service_url} does not know this agent any "
+                    "more; get a new token with `autotune device enroll` and pass --token"
+                )
+            identity = None
+        if identity is None:
+            identity = self._enrol()
+            self._say(f"enrolled as {identity.device_name} (agent {identity.agent_id})")
+        else:
+            self._say(f"back as {identity.device_name} (agent {identity.agent_id})")
+        self._heartbeat_s = identity.heartbeat_s
+        self._connection.use_key(identity.agent_key)
+
+    def _is_known(self, identity: Identity) -> bool:
+        self._connection.use_key(identity.agent_key)
+        try:
+            self._connection.heartbeat(Heartbeat(protocol_version=PROTOCOL_VERSION))
+        except EnrolmentRefused:
+            self._connection.use_key(None)
+            return False
+        except ServiceUnreachable:
+            return True  # not now; the loops go on trying
+        return True
+
+    def _enrol(self) -> Identity:
+        if self._settings.token is None:
+            raise DeviceAgentError(
+                "this agent is not enrolled yet: get a token with `autotune device enroll` and "
+                "pass it with --token"
+            )
+        request = EnrolRequest(
+            protocol_version=PROTOCOL_VERSION,
+            token=self._settings.token,
+            name=self._settings.name,
+            device=self._describe(),
+        )
+        backoff = self._backoff()
+        for attempt in range(1, ENROLMENT_TRIES + 1):
+            try:
+                reply = self._connection.enrol(request)
+                break
+            except ServiceUnreachable:
+                if attempt == ENROLMENT_TRIES or self._stop.wait(backoff.next_s()):
+                    raise
+        identity = Identity.model_validate(reply.model_dump())
+        self._state.save(identity)
+        return identity
+
+    # -- heartbeat
+
+    def _beat(self) -> None:
+        is_connected = True
+        while True:
+            held = self._held
+            try:
+                reply = self._connection.heartbeat(_heartbeat(held))
+            except ServiceUnreachable as error:
+                if is_connected and not self._stop.is_set():
+                    self._say(f"{error}; trying again")
+                is_connected = False
+            else:
+                if not is_connected:
+                    self._say("the service is back")
+                is_connected = True
+                self._heartbeat_s = max(MIN_HEARTBEAT_S, reply.heartbeat_s)
+                if reply.drop_lease and held is not None:
+                    held.drop()
+            if self._stop.wait(self._heartbeat_s):
+                return
+
+    # -- work
+
+    def _work(self) -> None:
+        backoff = self._backoff()
+        while not self._stop.is_set():
+            try:
+                self._hand_in()
+                asked_s = time.monotonic()
+                lease = self._connection.lease(wait_s=self._settings.long_poll_s)
+            except ServiceUnreachable:
+                self._stop.wait(backoff.next_s())
+                continue
+            backoff.reset()
+            if lease is not None:
+                self._serve(lease)
+            elif time.monotonic() - asked_s < PROMPT_ANSWER_S:
+                self._stop.wait(PROMPT_ANSWER_S)  # a service that does not hold the request
+
+    def _serve(self, lease: Lease) -> None:
+        self._held = held = HeldLease(lease=lease)
+        try:
+            ended = self._fetch_and_measure(held)
+        finally:
+            self._held = None
+        sha8 = lease.request.artifact.sha256[:8]
+        if ended.outcome in (Outcome.CANCELLED, Outcome.LOST):
+            # Nothing to hand in: the lease is another's by now, or will run out.
+            self._say(f"dropped {sha8}: {ended.reason}")
+            return
+        self._say(f"{'measured' if ended.report else 'failed'} {sha8}: {describe_outcome(ended)}")
+        self._keep(
+            MeasurementResult(
+                lease_id=lease.lease_id,
+                fencing_token=lease.fencing_token,
+                measurement_id=lease.request.measurement_id,
+                outcome=ended.outcome,
+                reason=ended.reason,
+                report=ended.report,
+            )
+        )
+
+    def _fetch_and_measure(self, held: HeldLease) -> MeasurementOutcome:
+        request = held.lease.request
+        keep = (request.artifact.sha256, request.reference.sha256)
+        try:
+            paths = [self._fetch(x, held, keep) for x in (request.artifact, request.reference)]
+        except ArtifactCorrupt as error:
+            return MeasurementOutcome(outcome=Outcome.ARTIFACT_CORRUPT, reason=str(error))
+        except ArtifactMissing as error:
+            return MeasurementOutcome(outcome=Outcome.ARTIFACT_MISSING, reason=str(error))
+        except DeviceDiskFull as error:
+            return MeasurementOutcome(outcome=Outcome.DEVICE_DISK, reason=str(error))
+        except ServiceUnreachable as error:
+            return MeasurementOutcome(outcome=Outcome.LOST, reason=str(error))
+        measurement = Measurement(
+            candidate=paths[0], reference=paths[1], runtime=request.runtime, plan=request.plan
+        )
+        held.attach(measurement)
+        return measurement.run()
+
+    def _fetch(self, artifact: ArtifactReference, held: HeldLease, keep: tuple[str, ...]) -> Path:
+        cached = self._cache.get(artifact.sha256)
+        if cached is not None:
+            return cached
+        backoff = self._backoff()
+        for attempt in range(1, DOWNLOAD_TRIES + 1):
+            try:
+                with self._connection.download(artifact.sha256) as chunks:
+                    return self._cache.put(
+                        artifact.sha256, chunks, size_bytes=artifact.size_bytes, keep=keep
+                    )
+            except (ServiceUnreachable, ArtifactCorrupt):
+                if attempt == DOWNLOAD_TRIES or held.is_dropped.wait(backoff.next_s()):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _keep(self, result: MeasurementResult) -> None:
+        try:
+            self._outbox.put(result)
+        except DeviceDiskFull:
+            self._cache.clear()  # artifacts can be fetched again, a result cannot
+            self._outbox.put(result)
+
+    def _hand_in(self) -> None:
+        for result in self._outbox.pending():
+            if self._connection.upload(result) is Acknowledgement.REFUSED:
+                self._say(f"the service did not take the result of {result.measurement_id}: late")
+            self._outbox.acknowledge(result)
+
+
+def describe_outcome(ended: MeasurementOutcome) -> str:
+    """One line for people: the latency with its half width, or the outcome with its reason."""
+    report = ended.report
+    if report is None:
+        return f"{ended.outcome}: {ended.reason}"
+    half_width = (report.ratio_high - report.ratio_low) / 2 / report.ratio
+    text = f"{report.p50_ns / 1e6:.3g} ms ±{half_width:.1%}".replace("%", " %")
+    note = ended.reason or report.unsteady_reason
+    return f"{text} (unsteady: {note})" if note else text
+
+
+def _heartbeat(held: HeldLease | None) -> Heartbeat:
+    return Heartbeat(
+        protocol_version=PROTOCOL_VERSION,
+        lease_id=held.lease.lease_id if held else None,
+        fencing_token=held.lease.fencing_token if held else None,
+        conditions=Conditions.model_validate(read_conditions()),
+    )

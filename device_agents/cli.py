@@ -1,0 +1,224 @@
+"""The command line on a device: `autotune-agent run | measure | probe`.
+
+Owns arguments, what people read and the exit codes. Results go to stdout, talk goes to stderr.
+Nothing but click is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from device_agents.measurement import MeasurementOutcome
+    from device_agents.protocol import LatencyReport
+
+EXIT_CODES = """\b
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot be read,
+7 the service does not answer, 8 token or key refused, 11 disk full,
+12 the device cannot run what was asked, 16 another agent release is needed,
+20 the runtime crashed, 21 out of memory, 22 timeout, 23 unstable.
+"""
+
+OUTCOME_EXIT_CODES = {
+    "ok": 0,
+    "artifact_corrupt": 3,
+    "artifact_missing": 3,
+    "device_disk": 11,
+    "unsupported": 12,
+    "runtime_crash": 20,
+    "oom": 21,
+    "timeout": 22,
+    "unstable": 23,
+}
+
+
+@click.group(epilog=EXIT_CODES)
+@click.version_option(package_name="edge-autotune")
+def main() -> None:
+    """Measure models on this device, for a service or on its own."""
+
+
+@main.command(epilog=EXIT_CODES)
+@click.option("--service", required=True, metavar="URL", help="Address of the service.")
+@click.option(
+    "--token",
+    envvar="AUTOTUNE_ENROLMENT_TOKEN",
+    help="One-use token from `autotune device enroll`; only for the first start.",
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("~/.local/state/edge-autotune"),
+    show_default=True,
+    help="Where the agent keeps its key, its artifacts and its results.",
+)
+@click.option("--name", help="What to call this device; the host name by default.")
+@click.option(
+    "--cache-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="How much disk the artifacts may take.",
+)
+def run(
+    service: str, token: str | None, state_dir: Path, name: str | None, cache_gb: float
+) -> None:
+    """Work for a service until stopped (SIGTERM or Ctrl-C)."""
+    from device_agents.agent import Agent, AgentSettings
+    from device_agents.errors import DeviceAgentError
+
+    settings = AgentSettings(
+        service_url=service,
+        state_dir=state_dir.expanduser(),
+        token=token,
+        name=name,
+        cache_max_bytes=int(cache_gb * 1e9),
+    )
+    try:
+        agent = Agent(settings, say=_say)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: agent.stop())
+        agent.run()
+    except DeviceAgentError as error:
+        _fail(str(error), code=_exit_code(error))
+    _say("stopped")
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Another model to compare with; by default MODEL itself, in a session of its own.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--runtime", default="onnxruntime", show_default=True)
+@click.option("--provider", default="CPUExecutionProvider", show_default=True)
+@click.option(
+    "--target",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="Half width of the 95 % interval, as a fraction, at which to stop.",
+)
+@click.option(
+    "--time-cap",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds of timing after which to stop anyway.",
+)
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def measure(
+    model: Path,
+    against: Path | None,
+    threads: int,
+    runtime: str,
+    provider: str,
+    target: float,
+    time_cap: float,
+    output: str,
+) -> None:
+    """Measure the latency of MODEL at batch 1 on this device; needs no service."""
+    from device_agents.measurement import Measurement
+    from device_agents.protocol import MeasurementPlan, RuntimeRequest
+
+    ended = Measurement(
+        candidate=model,
+        reference=against or model,
+        runtime=RuntimeRequest(runtime=runtime, provider=provider, threads=threads),
+        plan=MeasurementPlan(
+            kind="confirmation",
+            target_half_width=target,
+            time_cap_s=time_cap,
+            timeout_s=10 * time_cap + 60,
+        ),
+    ).run()
+    if output == "json":
+        click.echo(_as_json(ended))
+    elif ended.report is not None:
+        click.echo(_as_text(ended.report, model=model, against=against))
+    code = OUTCOME_EXIT_CODES[ended.outcome]
+    if code:
+        _fail(f"{ended.outcome}: {ended.reason}", code=code)
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def probe(output: str) -> None:
+    """Show what this device is and which runtimes load on it."""
+    from device_agents.conditions import read_conditions
+    from device_agents.device import describe_device
+
+    device = describe_device()
+    if output == "json":
+        document = {"device": device.model_dump(mode="json"), "conditions": read_conditions()}
+        click.echo(json.dumps(document, indent=2))
+        return
+    rows = {key: value for key, value in device.model_dump().items() if key != "runtimes"}
+    rows["cpu_flags"] = " ".join(device.cpu_flags)
+    rows |= {
+        f"runtime {x.name}": f"{x.version} ({', '.join(x.providers)})" for x in device.runtimes
+    }
+    conditions = read_conditions()
+    missing = conditions.pop("missing")
+    rows |= conditions | {key: f"not available: {reason}" for key, reason in missing.items()}
+    click.echo("\n".join(f"{key:<24}{value}" for key, value in rows.items()))
+
+
+def _as_json(ended: MeasurementOutcome) -> str:
+    report = ended.report.model_dump(mode="json") if ended.report else None
+    document = {"outcome": ended.outcome, "reason": ended.reason, "report": report}
+    return json.dumps(document, indent=2)
+
+
+def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str:
+    rows = {
+        "latency": (
+            f"{_ms(report.p50_ns)} ms ({_ms(report.p50_low_ns)} to {_ms(report.p50_high_ns)}, "
+            f"{report.confidence_level:.0%} interval), p90 {_ms(report.p90_ns)}, "
+            f"p99 {_ms(report.p99_ns)}"
+        ),
+        "ratio": (
+            f"{report.ratio:.3f} ({report.ratio_low:.3f} to {report.ratio_high:.3f}) of "
+            f"{against.name if against else 'itself'} at {_ms(report.reference_p50_ns)} ms"
+        ),
+        "samples": f"{report.n_samples} in {report.n_blocks} blocks, {report.wall_s:.1f} s",
+        "runtime": (
+            f"{report.runtime.runtime} {report.runtime_version}, {report.runtime.provider}, "
+            f"threads: {report.runtime.threads}"
+        ),
+        "steady": "yes" if report.is_steady else f"no: {report.unsteady_reason}",
+    }
+    return "\n".join([str(model), *(f"  {key:<9}{value}" for key, value in rows.items())])
+
+
+def _ms(duration_ns: float) -> str:
+    return f"{duration_ns / 1e6:.4g}"
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    _say(f"Error: {message}")
+    raise SystemExit(code)
+
+
+def _exit_code(error: Exception) -> int:
+    from device_agents import errors
+
+    codes: dict[type[Exception], int] = {
+        errors.ServiceUnreachable: 7,
+        errors.EnrolmentRefused: 8,
+        errors.DeviceDiskFull: 11,
+        errors.RuntimeUnavailable: 12,
+        errors.IncompatibleProtocol: 16,
+    }
+    return codes.get(type(error), 1)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)

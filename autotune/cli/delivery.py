@@ -60,7 +60,7 @@ def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format:
     rows = front_rows(front.trials, trials, result=job.result)
     if output_format != "json":
         print_rows(front_view(rows), rows, output_format=output_format, to=sys.stdout)
-    for line in answer_lines(job.result, trials):
+    for line in answer_lines(job.result):
         click.echo(line, err=output_format != "table")
 
     bundle, verification = export_and_verify(client, job, out)
@@ -78,21 +78,16 @@ def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format:
     click.echo(f"report: {report}", err=output_format != "table")
 
 
-def answer_lines(result: JobResult, trials: list[Trial]) -> list[str]:
+def answer_lines(result: JobResult) -> list[str]:
     """Which trial wins and why, as lines for people."""
-    numbers = {trial.id: trial.number for trial in trials}
-    lines = ["", f"winner: trial #{numbers.get(result.winner, '?')}. {result.explanation}"]
+    lines = ["", result.explanation]
     if result.verdict == "impossible_budget":
         lines.append(
-            f"the budget is out of reach: the fastest trial misses it by "
-            f"{figures.latency(result.missed_by_ns)}"
+            "no trial is inside the latency budget; the answer is the fastest one, which misses "
+            f"it by {figures.latency(result.missed_by_ns)}"
         )
-        if result.blocking_groups:
-            lines.append(f"held back by: {', '.join(result.blocking_groups)}")
-    if not result.beats_baseline:
-        lines.append("no trial beats the better baseline, so the baseline itself is the answer")
     if result.stopped_because:
-        lines.append(f"the search stopped because {result.stopped_because}")
+        lines.append(f"the search ended: {result.stopped_because}")
     return lines
 
 

@@ -84,7 +84,7 @@ def doctor(ctx: click.Context, deep: bool) -> None:
     session: Session = ctx.obj
     findings = list(examine(session, deep=deep))
     print_rows(FINDINGS, findings, output_format=session.output_format, to=sys.stdout)
-    ctx.exit(any(finding.status == "fail" for finding in findings))
+    ctx.exit(int(any(finding.status == "fail" for finding in findings)))
 
 
 def examine(session: Session, *, deep: bool) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
     from autotune.api_types import Job
+    from autotune.cli.watching import Ended
     from autotune.client import Client
 
 
@@ -79,7 +80,7 @@ def watch(session: Session, reference: str) -> None:
 
     client = session.client()
     ended = _follow(client, client.job(reference).id)
-    _print_job(session, ended)
+    _print_job(session, ended.job)
     require_finished(ended)
 
 
@@ -117,7 +118,7 @@ def resume(session: Session, reference: str, extra_trials: int | None, watch: bo
         _watch(client, resumed.id)
 
 
-def _follow(client: Client, job_id: str) -> Job:
+def _follow(client: Client, job_id: str) -> Ended:
     from autotune.cli.panel import open_display
     from autotune.cli.watching import follow
 

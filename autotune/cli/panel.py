@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
@@ -181,22 +182,21 @@ class PlainLines:
         self._clock = clock
         self._start = clock()
         self._said: set[str] = set()
-        self._state = ""
 
     def show(self, job: Job) -> None:
-        """Print what changed since the last call, nothing where nothing did."""
-        state = f"{job.state}: {job.phase}" + (f": {job.reason}" if job.reason else "")
-        if state != self._state:
-            self._state = state
-            self.say(state)
-        for notice in job.notices:
-            if notice not in self._said:
-                self._said.add(notice)
-                self.say(f"note: {notice}")
+        """Print what no event has said yet; nothing where everything is known."""
+        notices = [f"note: {notice}" for notice in job.notices]
+        phase = f"phase: {job.phase}" if job.phase and job.phase != job.state else None
+        for text in (_state_text(job.state, job.reason), phase, *notices):
+            if text is not None and text not in self._said:
+                self._said.add(text)
+                self.say(text)
 
     def note(self, event: Event) -> None:
         """Print the event."""
-        self.say(event_text(event))
+        text = event_text(event)
+        self._said.add(text)
+        self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -216,9 +216,52 @@ class PlainLines:
 
 
 def event_text(event: Event) -> str:
-    """An event as one line: what happened, then its facts."""
+    """An event as one line for people; an unknown kind shows its facts as they come."""
+    known = _EVENT_TEXTS.get(event.kind)
+    if known is not None:
+        return known(event.payload)
     facts = [f"{key}={_fact(value)}" for key, value in event.payload.items() if value is not None]
     return " ".join([event.kind.replace("_", " "), *facts])
+
+
+def _trial_text(payload: Mapping[str, Any]) -> str:
+    text = (
+        f"trial #{payload.get('number')} ({payload.get('proposed_by')}): {payload.get('outcome')}"
+    )
+    if payload.get("reason"):
+        text += f": {payload['reason']}"
+    if payload.get("accuracy") is not None:
+        text += f", accuracy {payload['accuracy']:.1%}"
+    if payload.get("latency_ns") is not None:
+        text += f", p50 {figures.latency(payload['latency_ns'])}"
+    return text
+
+
+def _base_text(payload: Mapping[str, Any]) -> str:
+    base = payload.get("base") or {}
+    ratios = Counter(f"{ratio:.0%}" for ratio in (base.get("prune_ratios") or {}).values())
+    removed = ", ".join(f"{ratio} of {n} groups" for ratio, n in sorted(ratios.items()))
+    text = f"pruned base: {removed or 'nothing removed'}"
+    if base.get("macs") is not None:
+        text += f", {figures.count(base['macs'])} MACs"
+    if base.get("recovery_epochs"):
+        text += f", recovered in {base['recovery_epochs']} epochs"
+        text += f" ({figures.seconds(base.get('recovery_s'))})"
+    return text
+
+
+def _state_text(state: str, reason: str | None) -> str:
+    return f"state: {state}" + (f": {reason}" if reason else "")
+
+
+_EVENT_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "phase": lambda payload: f"phase: {payload.get('phase')}",
+    "state": lambda payload: _state_text(str(payload.get("state")), payload.get("reason")),
+    "notice": lambda payload: f"note: {payload.get('message')}",
+    "trial_finished": _trial_text,
+    "trial_confirmed": lambda payload: f"trial #{payload.get('number')} measured again to confirm",
+    "base_prepared": _base_text,
+}
 
 
 def _fact(value: Any) -> str:

@@ -6,13 +6,15 @@ is called; its line in `--help` stands here, so that listing the commands import
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -84,6 +86,29 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(module, entry.attribute)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command named first; a mistyped name is told the nearest one."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "`autotune --help` lists them"
+            ctx.fail(f"no such command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; a reader that went away ends the command quietly, with its own exit code."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes stdout once more at exit, and would then complain.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(BROKEN_PIPE) from None
+        return result
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  # click's signature
         """The list of commands, from the table alone."""
         with formatter.section("Commands"):
@@ -145,16 +170,9 @@ def run(arguments: Sequence[str] | None = None, session: Session | None = None) 
             standalone_mode=False,
             obj=session,
         )
-        sys.stdout.flush()
-    except click.exceptions.Exit as leaving:
-        return leaving.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except BrokenPipeError:
-        # Python flushes stdout at exit; with the reader gone that would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from autotune.cli.embedded import EmbeddedService
     from autotune.cli.ledger import Ledger
     from autotune.cli.panel import Display
+    from autotune.cli.watching import Ended
     from autotune.client import Client
     from autotune.spec import JobSpec
 
@@ -97,8 +98,10 @@ def tune(
         job = _submit_or_resume(service.client, spec, ledger, fresh=fresh)
         with open_display() as display:
             ended = _run(service, job, display, since=started)
-        require_finished(ended)
-        deliver(service.client, ended, out=out, report=report, output_format=session.output_format)
+        finished = require_finished(ended)
+        deliver(
+            service.client, finished, out=out, report=report, output_format=session.output_format
+        )
         ledger.set_delivered(spec)
 
 
@@ -125,7 +128,7 @@ def _submit_or_resume(client: Client, spec: JobSpec, ledger: Ledger, *, fresh: b
     return job
 
 
-def _run(service: EmbeddedService, job: Job, display: Display, *, since: datetime) -> Job:
+def _run(service: EmbeddedService, job: Job, display: Display, *, since: datetime) -> Ended:
     """Wait for the job; Ctrl-C asks it to stop in good order, a second one leaves at once."""
     from autotune.cli.watching import follow
 

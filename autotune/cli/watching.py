@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import autotune.errors
 from autotune.api_types import Event, Job
@@ -24,6 +24,13 @@ _POLL_S = 1.0
 _PATIENCE_S = 60.0
 # The last events may arrive just after the state that they led to.
 _LAST_EVENTS_S = 0.5
+
+
+class Ended(NamedTuple):
+    """A job in its final state; `error` names the class of the error that ended it."""
+
+    job: Job
+    error: str | None = None
 
 
 class JobSource(Protocol):
@@ -44,8 +51,8 @@ def follow(
     since: datetime | None = None,
     check: Callable[[], None] = lambda: None,
     poll_s: float = _POLL_S,
-) -> Job:
-    """Show the job until it ends and return it in its final state.
+) -> Ended:
+    """Show the job until it ends.
 
     `check` runs with every poll and raises when there is nothing left to wait for (a child
     process died). Events older than `since` are not shown again.
@@ -55,6 +62,7 @@ def follow(
     """
     events = _stream(client, job_id)
     last_answer = time.monotonic()
+    error: str | None = None
     while True:
         check()
         try:
@@ -67,10 +75,13 @@ def follow(
             time.sleep(poll_s)
             continue
         ended = job.state in FINAL_STATES
-        _show_events(events, display, since, _LAST_EVENTS_S if ended else poll_s)
+        for event in _arriving(events, _LAST_EVENTS_S if ended else poll_s):
+            error = event.payload.get("error", error)
+            if since is None or event.created_at >= since:
+                display.note(event)
         display.show(job)
         if ended:
-            return job
+            return Ended(job, error)
 
 
 def _stream(client: JobSource, job_id: str) -> queue.Queue[Event]:
@@ -91,31 +102,28 @@ def _stream(client: JobSource, job_id: str) -> queue.Queue[Event]:
     return events
 
 
-def _show_events(
-    events: queue.Queue[Event], display: Display, since: datetime | None, wait_s: float
-) -> None:
-    """Show the events that arrive within `wait_s`."""
+def _arriving(events: queue.Queue[Event], wait_s: float) -> Iterator[Event]:
+    """The events that arrive within `wait_s`."""
     deadline = time.monotonic() + wait_s
     while (left_s := deadline - time.monotonic()) > 0:
         try:
-            event = events.get(timeout=left_s)
+            yield events.get(timeout=left_s)
         except queue.Empty:
             return
-        if since is None or event.created_at >= since:
-            display.note(event)
 
 
-def require_finished(job: Job) -> None:
-    """Return when the job has its answer.
+def require_finished(ended: Ended) -> Job:
+    """The job, when it has its answer.
 
     Raises:
-        AutotuneError: the job failed; the class is the one that its reason names.
-        JobNotReady: the job was cancelled, failed for another reason, or still runs.
+        AutotuneError: the job failed; the class is the one that its last event names.
+        JobNotReady: the job was cancelled, or failed for another reason.
     """
+    job, error = ended
     if job.state == "finished":
-        return
-    name, _, rest = (job.reason or "").partition(": ")
-    known = getattr(autotune.errors, name, None) if name.isidentifier() else None
+        return job
+    reason = job.reason or "no reason is on record"
+    known = getattr(autotune.errors, error, None) if error else None
     if job.state == "failed" and isinstance(known, type) and issubclass(known, AutotuneError):
-        raise known(f"job {job.name!r} failed: {rest}")
-    raise JobNotReady(f"job {job.id} is {job.state}: {job.reason or 'no reason is on record'}")
+        raise known(f"job {job.name!r} failed: {reason}")
+    raise JobNotReady(f"job {job.id} is {job.state}: {reason}")

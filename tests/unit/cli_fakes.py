@@ -103,7 +103,7 @@ def make_result(**changes: Any) -> JobResult:
     return JobResult(**{**facts, **changes})
 
 
-def make_event(number: int, kind: str = "trial_finished", **payload: Any) -> Event:
+def make_event(number: int, kind: str = "trial_finished", /, **payload: Any) -> Event:
     return Event(id=number, job_id="job-1", kind=kind, payload=payload, created_at=NOW)
 
 

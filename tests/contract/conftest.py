@@ -174,9 +174,7 @@ def description(*, fingerprint: str = "f" * 64, hostname: str = "raspberrypi") -
         python="3.11.7",
         agent_version="0.1.0",
         runtimes=(
-            RuntimeBuild(
-                name="onnxruntime", version="1.31.1", providers=("CPUExecutionProvider",)
-            ),
+            RuntimeBuild(name="onnxruntime", version="1.31.1", providers=("CPUExecutionProvider",)),
         ),
         fingerprint=fingerprint,
     )

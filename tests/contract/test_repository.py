@@ -28,9 +28,7 @@ def inventory() -> LayerInventory:
     group = LayerGroup(
         name="conv1", layers=(layer,), nodes=("conv1", "relu"), precisions=("fp32", "w8a8")
     )
-    return LayerInventory(
-        model_digest="d" * 64, groups=(group,), float_operators=(("Softmax", 1),)
-    )
+    return LayerInventory(model_digest="d" * 64, groups=(group,), float_operators=(("Softmax", 1),))
 
 
 def accuracy(value: float = 0.9) -> AccuracyReport:
@@ -369,7 +367,7 @@ def test_listeners_hear_each_change_once_and_nothing_else(world: World) -> None:
     trial = world.repository.add_trial(job.id, candidate(1), proposed_by="optuna")
     world.repository.update_trial(trial.id, state=TrialState.RUNNING)
     world.repository.append_event(job.id, "trial")
-    device, _ = world.agent()
+    world.agent()
     assert world.topics == ["jobs", "trials", "trials", "events", "devices"]
     world.topics.clear()
     world.repository.get_job(job.id)

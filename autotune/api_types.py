@@ -198,6 +198,13 @@ class Upload(Shape):
     size_bytes: int
 
 
+class Health(Shape):
+    """The service answers; `status` is `ok`."""
+
+    status: str
+    version: str
+
+
 class Problem(Shape):
     """Problem details (RFC 9457), with the error's name so that a client can raise it again."""
 

@@ -96,3 +96,9 @@ class BundleError(AutotuneError):
     """A bundle cannot be written or read, or its digests do not match."""
 
     exit_code = 15
+
+
+class InvalidSettings(AutotuneError):
+    """A setting of the service is not valid or not safe; the message says what is allowed."""
+
+    exit_code = 16

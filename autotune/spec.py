@@ -24,6 +24,7 @@ JOB_VERSION: Literal[1] = 1
 # Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
+_UPLOAD = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
 class _Section(BaseModel):
@@ -192,7 +193,11 @@ def read_job(path: Path) -> JobSpec:
         raise InvalidJob(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):
         raise InvalidJob(f"{path} must hold a mapping with at least `model` and `data`")
-    return map_files(parse_job(document), lambda p: str((path.parent / p).resolve()))
+
+    def absolute(named: str) -> str:
+        return named if upload_of(named) else str((path.parent / named).resolve())
+
+    return map_files(parse_job(document), absolute)
 
 
 def parse_job(document: Mapping[str, Any]) -> JobSpec:
@@ -230,6 +235,29 @@ def map_files(spec: JobSpec, change: Callable[[str], str]) -> JobSpec:
         }
     )
     return spec.model_copy(update={"model": model, "data": data})
+
+
+def upload_of(path: str) -> str | None:
+    """The sha256 of a reference to an upload (`sha256:HEX`); None for an ordinary path.
+
+    >>> upload_of("weights.safetensors") is None
+    True
+    """
+    match = _UPLOAD.match(path)
+    return match[1] if match else None
+
+
+def resolve_uploads(spec: JobSpec, path_of: Callable[[str], Path]) -> JobSpec:
+    """The same job with every upload replaced by the path of the file that holds it.
+
+    `path_of` takes a sha256; its errors pass through.
+    """
+
+    def change(path: str) -> str:
+        digest = upload_of(path)
+        return path if digest is None else str(path_of(digest))
+
+    return map_files(spec, change)
 
 
 def runs_job_code(spec: JobSpec) -> bool:

@@ -1,0 +1,162 @@
+"""Routes of agents: enrol, heartbeat, lease, download, result.
+
+Owns holding a request for work open until there is some. Exactly-once acceptance is the
+repository's; the messages are `device_agents.protocol`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from autotune.errors import ServiceError
+from autotune.service.context import Context, ServiceContext
+from autotune.service.problems import Refusal, problem_responses
+from autotune.service.security import Agent, hash_secret, new_secret, require_agent
+from device_agents.protocol import (
+    PROTOCOL_VERSION,
+    EnrolReply,
+    EnrolRequest,
+    Heartbeat,
+    HeartbeatReply,
+    Lease,
+    LeaseRequest,
+    MeasurementResult,
+)
+from storage.records import AgentRecord, MeasurementRecord
+
+router = APIRouter(prefix="/v1/agent", tags=["agents"])
+
+POLL_FLOOR_S = 0.25
+"""One waiting agent looks into the database at most this often, whatever is announced."""
+
+RECHECK_S = 5.0
+"""And at least this often, for what another service on the same database announced."""
+
+MAX_RESULT_BYTES = 64 * 1024**2
+"""Raw samples as JSON: six million calls, which is a minute of a model that takes 10 us."""
+
+
+@router.post("/enrol", status_code=201, operation_id="enrol", responses=problem_responses(401, 426))
+async def enrol(context: Context, request: EnrolRequest) -> EnrolReply:
+    """Turn a one-use token into an agent's identity. The key is shown here and never again."""
+    _require_version(request.protocol_version)
+    key = new_secret("eak")
+    device, agent = await run_in_threadpool(
+        context.repository.enrol,
+        hash_secret(request.token),
+        name=request.name or request.device.hostname,
+        description=request.device,
+        agent_key_hash=hash_secret(key),
+    )
+    return EnrolReply(
+        agent_id=agent.id,
+        device_id=device.id,
+        device_name=device.name,
+        agent_key=key,
+        heartbeat_s=context.settings.heartbeat_s,
+    )
+
+
+@router.post("/heartbeat", operation_id="heartbeat", responses=problem_responses(401, 426))
+async def heartbeat(context: Context, agent: Agent, request: Heartbeat) -> HeartbeatReply:
+    """The agent lives; renews the lease that it names."""
+    _require_version(request.protocol_version)
+    return await run_in_threadpool(_heartbeat, context, agent, request)
+
+
+@router.post(
+    "/lease",
+    operation_id="lease",
+    response_model=Lease,
+    responses={204: {"description": "No work within the time"}, **problem_responses(401, 426)},
+)
+async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Request) -> Response:
+    """The oldest measurement queued for the agent's device; waits up to `wait_s` for one."""
+    _require_version(asked.protocol_version)
+    deadline = asyncio.get_running_loop().time() + asked.wait_s
+    await run_in_threadpool(context.repository.touch_device, agent.device_id)
+    while not context.broadcast.is_closed and not await request.is_disconnected():
+        ticket = context.broadcast.ticket("measurements")
+        record = await run_in_threadpool(_take, context, agent)
+        if record is not None:
+            return JSONResponse(_lease_of(record, context).model_dump(mode="json"))
+        left_s = deadline - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            break
+        await context.broadcast.changed(ticket, timeout_s=min(left_s, RECHECK_S))
+        await asyncio.sleep(min(left_s, POLL_FLOOR_S) if not context.broadcast.is_closed else 0)
+    return Response(status_code=204)
+
+
+@router.get(
+    "/artifacts/{sha256}",
+    operation_id="download_artifact",
+    response_class=FileResponse,
+    responses=problem_responses(401, 404),
+    dependencies=[Depends(require_agent)],
+)
+async def download(
+    context: Context, sha256: Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+) -> FileResponse:
+    """An artifact's bytes, whole or by range. Who knows a digest may read what it names."""
+    path = await run_in_threadpool(context.artifacts.path, sha256)
+    return FileResponse(path, media_type="application/octet-stream", headers={"ETag": sha256})
+
+
+@router.post(
+    "/results",
+    operation_id="report_result",
+    responses=problem_responses(401, 409),
+    max_body_size=MAX_RESULT_BYTES,
+)
+async def report(context: Context, agent: Agent, result: MeasurementResult) -> dict[str, bool]:
+    """Accept a result while its lease is current; a late one is kept for audit (409)."""
+    await run_in_threadpool(context.repository.accept_result, result, agent_id=agent.id)
+    return {"accepted": True}
+
+
+def _require_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        newer = "upgrade the agent" if version < PROTOCOL_VERSION else "upgrade the service"
+        raise Refusal(
+            426,
+            ServiceError(
+                f"the agent speaks protocol version {version}, this service version "
+                f"{PROTOCOL_VERSION}; {newer} (`pip install --upgrade edge-autotune`)"
+            ),
+        )
+
+
+def _heartbeat(context: ServiceContext, agent: AgentRecord, request: Heartbeat) -> HeartbeatReply:
+    context.repository.touch_device(agent.device_id)
+    heartbeat_s = context.settings.heartbeat_s
+    if request.lease_id is None or request.fencing_token is None:
+        return HeartbeatReply(heartbeat_s=heartbeat_s)
+    is_current = context.repository.renew_lease(
+        request.lease_id, request.fencing_token, ttl_s=context.settings.lease_ttl_s
+    )
+    return HeartbeatReply(
+        heartbeat_s=heartbeat_s,
+        drop_lease=not is_current,
+        reason=None if is_current else "the lease ran out or the job was cancelled",
+    )
+
+
+def _take(context: ServiceContext, agent: AgentRecord) -> MeasurementRecord | None:
+    return context.repository.lease_measurement(
+        device_id=agent.device_id, agent_id=agent.id, ttl_s=context.settings.lease_ttl_s
+    )
+
+
+def _lease_of(record: MeasurementRecord, context: ServiceContext) -> Lease:
+    return Lease(
+        lease_id=record.lease_id or "",
+        fencing_token=record.fencing_token,
+        ttl_s=context.settings.lease_ttl_s,
+        request=record.request,
+    )

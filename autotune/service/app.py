@@ -1,0 +1,123 @@
+"""The application: all routes, who may call them, and what runs beside them.
+
+Owns putting together; each group of routes has a file of its own. `server.py` opens what
+this needs and listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.utils import get_openapi
+
+import autotune
+from autotune.api_types import Health, Problem
+from autotune.service import agents, devices, events, fronts, jobs, uploads
+from autotune.service.context import ServiceContext
+from autotune.service.problems import install_problem_handlers, problem_responses
+from autotune.service.security import require_user
+from autotune.spec import JobSpec
+from storage.errors import StorageError
+
+MAX_JSON_BYTES = 4 * 1024**2
+"""Every body but an upload, a model or a result is a small JSON document."""
+
+EXPIRY_S = 1.0
+"""How often leases that ran out are taken back."""
+
+USER_ROUTES = (jobs.router, fronts.router, events.router, devices.router, uploads.router)
+
+_log = logging.getLogger(__name__)
+_health = APIRouter(prefix="/v1", tags=["service"])
+
+
+@_health.get("/health", operation_id="get_health")
+async def get_health() -> Health:
+    """The service answers. Needs no token."""
+    return Health(status="ok", version=autotune.__version__)
+
+
+def create_app(context: ServiceContext) -> FastAPI:
+    """The application over a context; its life span starts and stops the runner."""
+    app = FastAPI(
+        title="edge-autotune",
+        version=autotune.__version__,
+        description="Search for the best compressed version of a model for the devices you own.",
+        lifespan=_live,
+        openapi_url="/v1/openapi.json",
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+        max_body_size=MAX_JSON_BYTES,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.context = context
+    app.include_router(_health)
+    app.include_router(agents.router, responses=problem_responses(422))
+    for router in USER_ROUTES:
+        app.include_router(
+            router,
+            dependencies=[Depends(require_user)],
+            responses=problem_responses(401, 422),
+        )
+    install_problem_handlers(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _live(app: FastAPI) -> AsyncIterator[None]:
+    context: ServiceContext = app.state.context
+    context.broadcast.listen(context.runner.wake)
+    await run_in_threadpool(context.runner.start)
+    expiry = asyncio.create_task(_expire_leases(context))
+    try:
+        yield
+    finally:
+        context.broadcast.close()
+        expiry.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await expiry
+        await run_in_threadpool(context.runner.stop)
+
+
+async def _expire_leases(context: ServiceContext) -> None:
+    """Take back leases that ran out, for as long as the service lives."""
+    while True:
+        await asyncio.sleep(EXPIRY_S)
+        try:
+            lost = await run_in_threadpool(
+                context.repository.expire_leases,
+                max_attempts=context.settings.measurement_attempts,
+            )
+        except StorageError as error:
+            _log.warning("leases could not be checked: %s", error)
+            continue
+        for record in lost:
+            _log.warning(
+                "the lease of measurement %s ran out (attempt %d): %s",
+                record.id,
+                record.attempts,
+                record.state.value,
+            )
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, with the job file's schema, which the submit route reads by itself."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        schemas = document["components"]["schemas"]
+        template = "#/components/schemas/{model}"
+        for model in (JobSpec, Problem):
+            schema = model.model_json_schema(ref_template=template)
+            schemas |= schema.pop("$defs", {})
+            schemas[model.__name__] = schema
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -32,6 +32,11 @@ ONLINE_WITHIN_S = 10.0
 _RETRIED = (Outcome.UNSTABLE, Outcome.LOST, Outcome.ARTIFACT_CORRUPT)
 """Outcomes that say more about the moment than about the artifact: tried once more."""
 
+_OF_THE_MOMENT = (*_RETRIED, Outcome.CANCELLED)
+"""Outcomes of an earlier run of the job that are not taken for an answer."""
+
+_TRIES = 2
+
 _POLL_S = 0.5
 
 
@@ -87,10 +92,17 @@ class Fleet:
         self._host_id = host_id
         self._window = window
         self._changed = threading.Condition()
+        self._changes = 0
+
+    @property
+    def changes(self) -> int:
+        """How often `wake` was called; read it before looking, and wait with what was read."""
+        return self._changes
 
     def wake(self) -> None:
         """Something about measurements or devices changed."""
         with self._changed:
+            self._changes += 1
             self._changed.notify_all()
 
     def find_device(self, selector: str | None) -> DeviceRecord | None:
@@ -111,10 +123,10 @@ class Fleet:
         """The device is the host that the workers compute on."""
         return self._host_id is not None and device.description.host_id == self._host_id
 
-    def wait_for_change(self, timeout_s: float = _POLL_S) -> None:
-        """Return when something changed, or after the timeout."""
+    def wait_for_change(self, seen: int, timeout_s: float = _POLL_S) -> None:
+        """Return when something changed since `changes` was `seen`, or after the timeout."""
         with self._changed:
-            self._changed.wait(timeout_s)
+            self._changed.wait_for(lambda: self._changes != seen, timeout_s)
 
     def measure(
         self,
@@ -135,27 +147,36 @@ class Fleet:
             Stopped: `should_stop` became true.
         """
         with self._window.quiet(shares_host=self.shares_host(device)):
-            for attempt in range(2):
-                record = self._enqueue(job, device, order, attempt)
+            attempt, enqueued = 0, 0
+            while True:
+                record = self._existing(order, device, attempt)
+                attempt += 1
+                if record is not None and record.outcome in _OF_THE_MOMENT:
+                    continue
+                if record is None:
+                    record = self._enqueue(job, device, order, attempt - 1)
+                    enqueued += 1
                 record = self._wait(record, device, should_stop, on_offline, on_online)
-                if record.outcome not in _RETRIED:
-                    break
-        return record
+                if record.outcome not in _RETRIED or enqueued == _TRIES:
+                    return record
+
+    def _existing(
+        self, order: MeasurementOrder, device: DeviceRecord, attempt: int
+    ) -> MeasurementRecord | None:
+        try:
+            return self._repository.get_measurement(_measurement_id(order, device, attempt))
+        except NotFound:
+            return None
 
     def _enqueue(
         self, job: JobRecord, device: DeviceRecord, order: MeasurementOrder, attempt: int
     ) -> MeasurementRecord:
-        identity = _measurement_id(order, device, attempt)
-        try:
-            return self._repository.get_measurement(identity)
-        except NotFound:
-            pass
         return self._repository.enqueue_measurement(
             job_id=job.id,
             trial_id=order.trial_id,
             device_id=device.id,
             request=MeasurementRequest(
-                measurement_id=identity,
+                measurement_id=_measurement_id(order, device, attempt),
                 artifact=order.artifact,
                 reference=order.reference,
                 runtime=_runtime_request(order.runtime),
@@ -176,8 +197,10 @@ class Fleet:
         while record.state is not MeasurementState.DONE:
             if should_stop():
                 raise Stopped
-            self.wait_for_change()
+            seen = self.changes
             record = self._repository.get_measurement(record.id)
+            if record.state is not MeasurementState.DONE:
+                self.wait_for_change(seen)
             online = is_online(self._repository.get_device(device.id))
             if online == said_offline:
                 tell = on_online if online else on_offline

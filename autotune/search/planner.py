@@ -69,14 +69,13 @@ def first_candidates(
     """The warm start, most promising first.
 
     `damage` is the sensitivity: mean KL to FP32 in nats when only that (group, precision) is
-    quantized; larger is worse. On every base, and unpruned, there is a ladder: all INT8, then
-    the most sensitive 1, 2, 4, 8, ... groups left in FP32; beside it the mixtures by layer
-    kind that are known to beat uniform INT8 where small or depthwise layers are slower in it.
+    quantized; larger is worse. Unpruned and on every base there is a ladder: all INT8, then
+    the most sensitive 1, 2, 4, 8, ... groups left in FP32. Between its steps come mixtures by
+    layer kind, which beat uniform INT8 where small or depthwise layers are slower in it.
     """
     ladders = [_on_base(ladder(space, damage), base) for base in ({}, *bases)]
     shapes = by_kind(space, inventory, damage)
-    kinds = [shapes, *[_on_base(shapes[:1], base) for base in bases]]
-    interleaved = [c for row in zip_longest(*ladders, *kinds) for c in row if c is not None]
+    interleaved = [c for row in zip_longest(*ladders, shapes) for c in row if c is not None]
     runtimes = space.runtimes
     return _distinct(
         [

@@ -11,16 +11,21 @@ import os
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Host, Tuning
 from autotune.search.verification import VerificationOutcome, verify
-from autotune.search.workers import start_ray, stop_ray
+from autotune.search.workers import WorkerPool, start_ray, stop_ray
+from autotune.spec import JobSpec
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.records import JobRecord, JobState
 from storage.repository import Repository
+
+if TYPE_CHECKING:
+    from autotune.compression.data import DataSplits
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 1.0
@@ -59,14 +64,14 @@ class Runner:
         self._ray_address = ray_address
         self._repository = repository
         self._artifacts = artifacts
+        self._data_dir = data_dir
         self._host = Host(
             repository=repository,
             artifacts=artifacts,
             fleet=self._fleet,
             window=self._window,
-            data_dir=data_dir,
-            n_workers=self._n_workers,
             trust_job_code=trust_job_code,
+            make_pool=self._make_pool,
             should_stop=self._stopping.is_set,
         )
 
@@ -101,6 +106,16 @@ class Runner:
             should_stop=self._stopping.is_set,
         )
 
+    def _make_pool(self, spec: JobSpec, splits: DataSplits) -> WorkerPool:
+        start_ray(n_workers=self._n_workers, address=self._ray_address)
+        return WorkerPool(
+            spec,
+            splits,
+            cache_dir=self._data_dir / "bases",
+            n_workers=self._n_workers,
+            trust=self._host.trust_job_code,
+        )
+
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self._woken.clear()
@@ -116,7 +131,6 @@ class Runner:
 
     def _run(self, job: JobRecord) -> None:
         try:
-            start_ray(n_workers=self._n_workers, address=self._ray_address)
             Tuning(self._host, job).run()
         except Stopped:
             return

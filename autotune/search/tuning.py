@@ -14,10 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autotune.compression.data import DataSplits, split_data
 from autotune.errors import AutotuneError, DeviceUnavailable, JobNotReady
 from autotune.search import planner
 from autotune.search.conclusion import baseline_trials, build_space, conclude, limits
@@ -28,7 +26,7 @@ from autotune.search.interruption import Stopped
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
-from autotune.spec import LatencyBudget, parse_job, resolve_uploads
+from autotune.spec import JobSpec, LatencyBudget, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from search_spaces import Candidate, LayerInventory, SearchSpace
 from storage.artifacts import ArtifactStore
@@ -42,6 +40,9 @@ from storage.records import (
     TrialState,
 )
 from storage.repository import Repository
+
+if TYPE_CHECKING:
+    from autotune.compression.data import DataSplits
 
 _BATCH = 4
 """Proposals made at once: enough to keep two workers busy, few enough to learn from."""
@@ -64,9 +65,8 @@ class Host:
     artifacts: ArtifactStore
     fleet: Fleet
     window: QuietWindow
-    data_dir: Path
-    n_workers: int
     trust_job_code: bool
+    make_pool: Callable[[JobSpec, DataSplits], WorkerPool]
     should_stop: Callable[[], bool]
 
 
@@ -118,6 +118,8 @@ class Tuning:
     # The phases, in order.
 
     def _load(self) -> DataSplits:
+        from autotune.compression.data import split_data  # torch: only once there is a job
+
         self._enter("loading")
         return split_data(
             self._spec.data, seed=self._spec.seed, trust_job_code=self._host.trust_job_code
@@ -125,13 +127,7 @@ class Tuning:
 
     def _inspect(self, splits: DataSplits) -> Inspection:
         with self._host.window.computing():
-            self._pool = WorkerPool(
-                self._spec,
-                splits,
-                cache_dir=self._host.data_dir / "bases",
-                n_workers=self._host.n_workers,
-                trust=self._host.trust_job_code,
-            )
+            self._pool = self._host.make_pool(self._spec, splits)
             inspection: Inspection = self._call("inspect")
         if self._job.inventory is None:
             has_training = splits.training is not None
@@ -156,6 +152,7 @@ class Tuning:
     def _wait_for_device(self) -> DeviceRecord:
         selector = self._job.device_id or self._spec.device
         while True:
+            seen = self._host.fleet.changes
             device = self._host.fleet.find_device(selector)
             if device is not None and is_online(device):
                 self._job = self._update(device_id=device.id, state=JobState.RUNNING, reason=None)
@@ -164,7 +161,7 @@ class Tuning:
             self._wait_because(_absence(selector, device))
             if self._must_stop():
                 raise Stopped
-            self._host.fleet.wait_for_change()
+            self._host.fleet.wait_for_change(seen)
 
     def _baselines(self, inspection: Inspection, device: DeviceRecord) -> Evaluation:
         self._enter("baselines")

@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autotune.compression.accuracy import AccuracyEvaluator
-from autotune.compression.data import split_data
 from autotune.errors import BundleError, DeviceUnavailable, JobNotReady
 from autotune.search.evaluation import measurement_plan
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow, is_online
@@ -46,6 +44,9 @@ def verify(
         JobNotReady: the job has not measured anything yet.
         DeviceUnavailable: the device is offline.
     """
+    from autotune.compression.accuracy import AccuracyEvaluator
+    from autotune.compression.data import split_data
+
     digest = hashlib.sha256(model).hexdigest()
     trial = next((t for t in repository.list_trials(job.id) if t.artifact_sha256 == digest), None)
     if trial is None:

@@ -1,0 +1,291 @@
+"""One job's phases on the real repository, with instant workers and an instant agent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autotune.search.fleet import Fleet, QuietWindow
+from autotune.search.interruption import Stopped
+from autotune.search.tuning import Host, Tuning
+from device_agents.protocol import Outcome
+from search_spaces import INT8
+from storage.artifacts import ArtifactStore
+from storage.database import open_database
+from storage.records import JobRecord, JobState, TrialOutcome, TrialState
+from storage.repository import Repository
+from tests.unit.fakes import FakeAgent, FakePool
+
+
+class Bench:
+    """A repository, an artifact store, fakes, and a way to run a job."""
+
+    def __init__(self, folder: Path, repository: Repository) -> None:
+        self.repository = repository
+        self.artifacts = ArtifactStore(folder / "artifacts")
+        self.fleet = Fleet(repository, host_id="edge", window=QuietWindow())
+        self.pools: list[FakePool] = []
+        self.make_pool: Callable[[], FakePool] = FakePool
+        self.should_stop: Callable[[], bool] = lambda: False
+        x = np.random.default_rng(0).normal(size=(100, 1, 8, 8)).astype(np.float32)
+        np.savez(folder / "data.npz", x=x, y=np.arange(100) % 10)
+        self._data = f"npz:{folder / 'data.npz'}"
+
+    def agent(self, **changes: Any) -> FakeAgent:
+        return FakeAgent(self.repository, self.artifacts.read, **changes)
+
+    def job(self, **changes: Any) -> JobRecord:
+        spec: dict[str, Any] = {
+            "version": 1,
+            "model": {"source": "onnx:unused.onnx"},
+            "data": {"evaluation": self._data, "training": self._data},
+            "latency_budget": "0.65x",
+            "max_accuracy_drop": 0.01,
+            "search": {"trials": 14},
+        }
+        return self.repository.create_job(spec={**spec, **changes}, name="job")
+
+    def run(self, job: JobRecord) -> JobRecord:
+        def make_pool(*_: Any) -> Any:
+            self.pools.append(self.make_pool())
+            return self.pools[-1]
+
+        host = Host(
+            repository=self.repository,
+            artifacts=self.artifacts,
+            fleet=self.fleet,
+            window=QuietWindow(),
+            trust_job_code=False,
+            make_pool=make_pool,
+            should_stop=self.should_stop,
+        )
+        return Tuning(host, self.repository.get_job(job.id)).run()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with open_database(f"sqlite:///{tmp_path / 'test.db'}") as database:
+        listeners: list[Callable[[], None]] = []
+        repository = Repository(database, notify=lambda topic: [f() for f in listeners] and None)
+        made = Bench(tmp_path, repository)
+        listeners.append(made.fleet.wake)
+        yield made
+
+
+@contextmanager
+def _agent(bench: Bench, **changes: Any) -> Iterator[FakeAgent]:
+    with bench.agent(**changes) as agent:
+        yield agent
+
+
+def test_a_job_ends_with_a_confirmed_winner_inside_budget_and_drop(bench: Bench) -> None:
+    with _agent(bench):
+        job = bench.run(bench.job())
+    assert (job.state, job.result and job.result["verdict"]) == (JobState.FINISHED, "within_budget")
+    assert job.result is not None
+    winner = bench.repository.get_trial(job.result["winner"])
+    assert winner.confirmed_latency is not None and winner.held_out_accuracy is not None
+    assert winner.confirmed_latency.p50_high_ns <= (job.latency_budget_ns or 0)
+    assert winner.held_out_accuracy.drop <= 0.01
+    assert bench.pools[0].is_closed
+
+
+def test_the_baselines_come_first_and_the_budget_is_a_fraction_of_fp32(bench: Bench) -> None:
+    with _agent(bench):
+        job = bench.run(bench.job())
+    first, second, *_ = bench.repository.list_trials(job.id)
+    assert [first.proposed_by, second.proposed_by] == ["baseline", "baseline"]
+    assert first.candidate.precisions == {}
+    assert set(second.candidate.precisions.values()) == {INT8}
+    assert first.latency is not None
+    assert job.latency_budget_ns == pytest.approx(0.65 * first.latency.p50_ns)
+
+
+def test_the_trial_budget_is_kept_and_no_candidate_is_measured_twice(bench: Bench) -> None:
+    with _agent(bench) as agent:
+        job = bench.run(bench.job())
+    trials = bench.repository.list_trials(job.id)
+    assert len(trials) == 14
+    assert len({t.candidate.digest for t in trials}) == 14
+    screened = Counter(
+        trial
+        for trial, plan in zip(agent.measured, agent.plans, strict=True)
+        if plan.kind == "screening"
+    )
+    assert set(screened.values()) == {1}
+    assert {t.proposed_by for t in trials} >= {"baseline", "sensitivity", "optuna", "mutation"}
+
+
+def test_later_measurements_are_scaled_by_the_pinned_reference(bench: Bench) -> None:
+    with _agent(bench) as agent:
+        job = bench.run(bench.job())
+    assert agent.plans[0].reference_latency_ns is None
+    assert {p.reference_latency_ns for p in agent.plans[1:]} == {job.reference_latency_ns}
+
+
+def test_an_impossible_budget_ends_with_the_fastest_the_distance_and_the_blockers(
+    bench: Bench,
+) -> None:
+    with _agent(bench):
+        job = bench.run(bench.job(latency_budget="1us"))
+    assert job.state is JobState.FINISHED
+    assert job.result is not None
+    assert job.result["verdict"] == "impossible_budget"
+    assert job.result["missed_by_ns"] > 0
+    assert job.result["blocking_groups"][0] == "body"
+    assert job.reason is not None and "misses it by" in job.reason
+
+
+def test_a_candidate_that_cannot_be_built_is_a_trial_with_a_reason(bench: Bench) -> None:
+    class Picky(FakePool):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fail_build_of = lambda c: "no kernel for stem" if c.prune_ratios else None
+
+    bench.make_pool = Picky
+    with _agent(bench):
+        job = bench.run(bench.job())
+    failed = [t for t in bench.repository.list_trials(job.id) if t.candidate.prune_ratios]
+    assert job.state is JobState.FINISHED
+    assert failed
+    assert {(t.outcome, t.reason) for t in failed} == {
+        (TrialOutcome.COMPRESSION_FAILED, "no kernel for stem")
+    }
+
+
+def test_a_candidate_that_crashes_the_device_does_not_end_the_job(bench: Bench) -> None:
+    with _agent(bench) as agent:
+        agent.outcome_of = lambda c: (
+            (Outcome.RUNTIME_CRASH, "signal 11") if c.prune_ratios else (Outcome.OK, None)
+        )
+        job = bench.run(bench.job())
+    crashed = [t for t in bench.repository.list_trials(job.id) if t.candidate.prune_ratios]
+    assert job.state is JobState.FINISHED
+    assert {t.outcome for t in crashed} == {TrialOutcome.MEASUREMENT_FAILED}
+    assert all("signal 11" in (t.reason or "") for t in crashed)
+
+
+def test_an_unstable_measurement_is_tried_once_more(bench: Bench) -> None:
+    seen: Counter[str] = Counter()
+
+    def outcome(candidate: Any) -> tuple[Outcome, str | None]:
+        seen[candidate.digest] += 1
+        return (Outcome.UNSTABLE, "drift") if seen[candidate.digest] == 1 else (Outcome.OK, None)
+
+    with _agent(bench) as agent:
+        agent.outcome_of = outcome
+        job = bench.run(bench.job())
+    assert {t.outcome for t in bench.repository.list_trials(job.id)} == {TrialOutcome.OK}
+
+
+def test_a_model_that_does_not_run_on_the_device_fails_the_job_and_says_why(bench: Bench) -> None:
+    with _agent(bench) as agent:
+        agent.outcome_of = lambda c: (Outcome.UNSUPPORTED, "opset 99")
+        job = bench.run(bench.job())
+    assert job.state is JobState.FAILED
+    assert "opset 99" in (job.reason or "")
+
+
+def test_a_job_waits_for_its_device_and_says_so(bench: Bench) -> None:
+    job = bench.job(device="pi5")
+    states: list[tuple[JobState, str | None]] = []
+
+    def stop_when_waiting() -> bool:
+        record = bench.repository.get_job(job.id)
+        states.append((record.state, record.reason))
+        return record.state is JobState.WAITING_FOR_DEVICE
+
+    bench.should_stop = stop_when_waiting
+    with pytest.raises(Stopped):
+        bench.run(job)
+    assert states[-1][0] is JobState.WAITING_FOR_DEVICE
+    assert "no device or pool is called 'pi5'" in (states[-1][1] or "")
+
+
+def test_a_job_goes_on_when_its_device_appears(bench: Bench) -> None:
+    job = bench.job(device="late")
+    agents: list[FakeAgent] = []
+    real = bench.fleet.find_device
+
+    def enrol_on_second_look(selector: str | None) -> Any:
+        found = real(selector)
+        if found is None and not agents:
+            agents.append(bench.agent(name="late").__enter__())
+        return found
+
+    bench.fleet.find_device = enrol_on_second_look  # type: ignore[method-assign]
+    try:
+        assert bench.run(job).state is JobState.FINISHED
+    finally:
+        for agent in agents:
+            agent.__exit__()
+
+
+@pytest.mark.parametrize("after", [1, 3, 6, 10, 13])
+def test_a_stopped_service_goes_on_without_losing_or_repeating_a_trial(
+    bench: Bench, after: int
+) -> None:
+    job = bench.job()
+
+    def enough() -> bool:
+        done = [t for t in bench.repository.list_trials(job.id) if t.state is TrialState.FINISHED]
+        return len(done) >= after
+
+    with _agent(bench) as agent:
+        bench.should_stop = enough
+        with pytest.raises(Stopped):
+            bench.run(job)
+        before = {
+            t.id: t for t in bench.repository.list_trials(job.id) if t.state is TrialState.FINISHED
+        }
+        bench.should_stop = lambda: False
+        ended = bench.run(job)
+        screened = Counter(
+            t for t, p in zip(agent.measured, agent.plans, strict=True) if p.kind == "screening"
+        )
+    trials = bench.repository.list_trials(job.id)
+    assert ended.state is JobState.FINISHED
+    assert len(trials) == 14
+    assert all(bench.repository.get_trial(i).latency == t.latency for i, t in before.items())
+    assert set(screened.values()) == {1}
+
+
+def test_a_cancelled_job_keeps_its_trials_and_answers_with_them(bench: Bench) -> None:
+    job = bench.job()
+
+    def cancel_after_five() -> bool:
+        done = [t for t in bench.repository.list_trials(job.id) if t.state is TrialState.FINISHED]
+        if len(done) >= 5 and not bench.repository.get_job(job.id).cancel_requested:
+            bench.repository.request_cancel(job.id)
+        return False
+
+    bench.should_stop = cancel_after_five
+    with _agent(bench):
+        ended = bench.run(job)
+    assert ended.state is JobState.CANCELLED
+    assert ended.result is not None
+    assert ended.result["stopped_because"] == "cancelled by hand"
+
+
+def test_a_resumed_job_spends_its_new_trials(bench: Bench) -> None:
+    with _agent(bench):
+        job = bench.run(bench.job())
+        spec = {**job.spec, "search": {"trials": 18}}
+        bench.repository.resume_job(job.id, spec=spec)
+        again = bench.run(job)
+    assert again.state is JobState.FINISHED
+    assert len(bench.repository.list_trials(job.id)) == 18
+
+
+def test_wrong_data_fails_the_job_with_the_reason(bench: Bench, tmp_path: Path) -> None:
+    np.savez(tmp_path / "empty.npz", x=np.zeros((0, 1, 8, 8), np.float32), y=np.zeros(0, int))
+    job = bench.run(bench.job(data={"evaluation": f"npz:{tmp_path / 'empty.npz'}"}))
+    assert job.state is JobState.FAILED
+    assert job.reason
+    assert bench.repository.list_trials(job.id) == []

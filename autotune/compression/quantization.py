@@ -39,6 +39,12 @@ _WEIGHT_ONLY_BITS = (4, 8)
 _HARD_SWISH_SHIFT = 3.0
 
 
+def weight_codes(layer: str, precision: Precision) -> str:
+    """The initializer that holds a layer's quantized weights in an artifact."""
+    suffix = f"w{precision.weight_bits}/q" if precision.is_weight_only else "q"
+    return f"{layer}.weight/{suffix}"
+
+
 class QuantizableGraph:
     """One FP32 graph with its calibration, from which candidates are written.
 

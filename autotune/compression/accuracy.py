@@ -1,0 +1,186 @@
+"""Accuracy of an artifact: the file itself in a plain session, paired with FP32.
+
+Owns the metric and its intervals. The artifact runs in onnxruntime's CPU provider with
+default options, as a user would run it; simulated quantization is never trusted. Latency is
+`device_agents`' to measure.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import onnxruntime
+
+from autotune.compression.data import LabelledData
+from autotune.errors import CompressionError, InvalidModel
+from storage.records import AccuracyReport
+
+CONFIDENCE_LEVEL = 0.95
+_Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+_BATCH = 16
+# Probabilities under 1e-12 count as 1e-12, so that one missing class cannot make the mean
+# divergence infinite: no sample contributes more than 28 nats.
+_LEAST_LOG = math.log(1e-12)
+
+
+class AccuracyEvaluator:
+    """Judges artifacts on one fixed set of samples; FP32 has run once.
+
+    Arrays may be read-only. Not thread-safe.
+    """
+
+    def __init__(self, fp32: bytes, data: LabelledData, *, split: str, threads: int = 1) -> None:
+        self._data = data
+        self._split = split
+        self._threads = threads
+        started = time.monotonic()
+        try:
+            outputs = _outputs(fp32, data.x, threads)
+        except CompressionError as error:
+            raise InvalidModel(f"the FP32 model cannot be evaluated: {error}") from error
+        self._log_p = _log_probabilities(outputs)
+        self._fp32_correct = outputs.argmax(axis=1) == data.y
+        self._fp32_wall_s = time.monotonic() - started
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples every report is about."""
+        return len(self._data)
+
+    @property
+    def fp32_report(self) -> AccuracyReport:
+        """The source model's own report: its drop and its divergence are 0."""
+        return self._report(self._fp32_correct, 0.0, self._fp32_wall_s)
+
+    def evaluate(self, artifact: bytes) -> AccuracyReport:
+        """The artifact's top-1 on the samples, its interval, and its drop against FP32.
+
+        Raises:
+            CompressionError: the artifact does not load or run, or its output is NaN.
+        """
+        started = time.monotonic()
+        outputs = _outputs(artifact, self._data.x, self._threads)
+        if outputs.shape != self._log_p.shape:
+            raise CompressionError(
+                f"the artifact answers with shape {outputs.shape}, FP32 with {self._log_p.shape}"
+            )
+        divergence = mean_kl_divergence(self._log_p, _log_probabilities(outputs))
+        correct = outputs.argmax(axis=1) == self._data.y
+        return self._report(correct, divergence, time.monotonic() - started)
+
+    def _report(self, correct: np.ndarray, mean_kl: float, wall_s: float) -> AccuracyReport:
+        n = len(correct)
+        low, high = wilson_interval(int(correct.sum()), n)
+        drop_low, drop_high = paired_difference_interval(self._fp32_correct, correct)
+        value, fp32_value = float(correct.mean()), float(self._fp32_correct.mean())
+        return AccuracyReport(
+            split=self._split,
+            n_samples=n,
+            value=value,
+            value_low=low,
+            value_high=high,
+            fp32_value=fp32_value,
+            drop=fp32_value - value,
+            drop_low=drop_low,
+            drop_high=drop_high,
+            mean_kl=mean_kl,
+            confidence_level=CONFIDENCE_LEVEL,
+            wall_s=wall_s,
+        )
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927; Newcombe 1998, method 3).
+
+    >>> low, high = wilson_interval(81, 263)
+    >>> round(low, 4), round(high, 4)
+    (0.2553, 0.3662)
+    """
+    p = successes / n
+    centre = p + _Z**2 / (2 * n)
+    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    scale = 1 + _Z**2 / n
+    # With all or none right one bound is exact; rounding would leave it beside the proportion.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
+
+
+def paired_difference_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of mean(first) - mean(second), two boolean arrays over the same samples.
+
+    Newcombe 1998, "Improved confidence intervals for the difference between binomial
+    proportions based on paired data", Statistics in Medicine 17, 2635-2650, method 10: the
+    Wilson intervals of both proportions joined through their continuity-corrected
+    correlation phi. It keeps its coverage where nothing or little differs.
+    """
+    n = len(first)
+    both = int((first & second).sum())
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    neither = n - both - only_first - only_second
+    p1, p2 = (both + only_first) / n, (both + only_second) / n
+    low1, high1 = wilson_interval(both + only_first, n)
+    low2, high2 = wilson_interval(both + only_second, n)
+    phi = _correlation(both, only_first, only_second, neither)
+    below = (p1 - low1) ** 2 - 2 * phi * (p1 - low1) * (high2 - p2) + (high2 - p2) ** 2
+    above = (high1 - p1) ** 2 - 2 * phi * (high1 - p1) * (p2 - low2) + (p2 - low2) ** 2
+    difference = p1 - p2
+    return difference - math.sqrt(max(below, 0.0)), difference + math.sqrt(max(above, 0.0))
+
+
+def mean_kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """Mean over samples of KL(p || q) in nats; 0 for equal distributions, larger is worse.
+
+    Both are log-probabilities of shape `(n_samples, n_classes)`, none under log(1e-12).
+    """
+    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()))
+
+
+def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
+    margins = (
+        (both + only_first)
+        * (only_second + neither)
+        * (both + only_second)
+        * (only_first + neither)
+    )
+    if margins == 0:
+        return 0.0
+    product = float(both * neither - only_first * only_second)
+    if product > 0:
+        n = both + only_first + only_second + neither
+        product = max(product - n / 2, 0.0)
+    return product / math.sqrt(margins)
+
+
+def _log_probabilities(outputs: np.ndarray) -> np.ndarray:
+    """Log-softmax; outputs that are probabilities already are only taken the logarithm of."""
+    values = outputs.astype(np.float64)
+    sums = values.sum(axis=1)
+    if (values >= 0).all() and np.allclose(sums, 1.0, atol=0.02):
+        logs = np.log(np.maximum(values / sums[:, None], 1e-300))
+    else:
+        shifted = values - values.max(axis=1, keepdims=True)
+        logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.maximum(logs, _LEAST_LOG)
+
+
+def _outputs(model: bytes, x: np.ndarray, threads: int) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        parts = [
+            session.run(None, {name: np.ascontiguousarray(x[i : i + _BATCH])})[0]
+            for i in range(0, len(x), _BATCH)
+        ]
+    except Exception as error:
+        # onnxruntime's exceptions share no public base class
+        raise CompressionError(f"onnxruntime cannot run the artifact: {error}") from error
+    outputs = np.concatenate(parts)
+    if not np.isfinite(outputs).all():
+        bad = int((~np.isfinite(outputs)).any(axis=1).sum())
+        raise CompressionError(f"the artifact's output is NaN or infinite on {bad} samples")
+    return outputs

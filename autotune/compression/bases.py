@@ -1,0 +1,153 @@
+"""Pruned bases on disk: what it took minutes to train is trained once per machine.
+
+Owns the folder `bases/DIGEST` with the pruned FP32 graph, its calibration and its facts; a
+file lock lets one process build while others wait. What a base is made of, and how, is
+`compressor.py`'s business.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from autotune.compression.calibration import Calibration
+from autotune.errors import CompressionError, DiskFull
+
+BASE_VERSION = 1
+# Version 1 (2026-11-21): model.onnx, calibration.json, base.json with facts and the file's sha256.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseFacts:
+    """What a pruned base is and what it cost; the empty ratios are the source model itself.
+
+    `macs` (one sample) and `parameters` count the layers with weights. `recovery` is the
+    recovery training's report, None where there was none; `note` says why.
+    """
+
+    digest: str
+    prune_ratios: Mapping[str, float] = field(default_factory=dict)
+    macs: int
+    parameters: int
+    recovery_epochs: int = 0
+    recovery_s: float = 0.0
+    recovery: Mapping[str, Any] | None = None
+    note: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> BaseFacts:
+        """The facts that `to_json` wrote."""
+        return cls(**document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A pruned FP32 graph with the ranges of its tensors."""
+
+    facts: BaseFacts
+    model: onnx.ModelProto
+    calibration: Calibration
+
+
+class BaseStore:
+    """Bases by digest, under one folder that several processes share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "bases"
+
+    def get_or_make(self, digest: str, make: Callable[[], Base]) -> Base:
+        """The stored base; made, stored and returned where there is none (or a damaged one).
+
+        Raises:
+            DiskFull: there is no room for it.
+            CompressionError: the folder cannot be written; or whatever `make` raises.
+        """
+        found = self._read(digest)
+        if found is not None:
+            return found
+        with self._locked(digest):
+            found = self._read(digest)
+            if found is None:
+                found = make()
+                self._write(digest, found)
+        return found
+
+    def _read(self, digest: str) -> Base | None:
+        folder = self._folder / digest
+        try:
+            facts = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+            data = (folder / "model.onnx").read_bytes()
+            text = (folder / "calibration.json").read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+        if facts["version"] != BASE_VERSION or facts["sha256"] != _sha256(data, text):
+            return None
+        return Base(
+            facts=BaseFacts.from_json(facts["facts"]),
+            model=onnx.load_from_string(data),
+            calibration=Calibration.from_text(text),
+        )
+
+    def _write(self, digest: str, base: Base) -> None:
+        data = base.model.SerializeToString(deterministic=True)
+        text = base.calibration.to_text()
+        facts = {
+            "version": BASE_VERSION,
+            "sha256": _sha256(data, text),
+            "facts": base.facts.to_json(),
+        }
+        with _disk_errors(self._folder):
+            part = Path(tempfile.mkdtemp(prefix=f"{digest[:12]}.part-", dir=self._folder))
+            try:
+                (part / "model.onnx").write_bytes(data)
+                (part / "calibration.json").write_text(text, encoding="utf-8")
+                (part / "base.json").write_text(json.dumps(facts), encoding="utf-8")
+                target = self._folder / digest
+                shutil.rmtree(target, ignore_errors=True)  # a damaged one, or none
+                part.rename(target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self, digest: str) -> Iterator[None]:
+        """Across processes; the system releases the lock of one that dies."""
+        with _disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._folder / f"{digest}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _sha256(data: bytes, text: str) -> str:
+    return hashlib.sha256(data + text.encode()).hexdigest()
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"no room is left for a pruned model under {folder}; free some space and resume"
+            ) from error
+        raise CompressionError(f"cannot write under {folder}: {error}") from error

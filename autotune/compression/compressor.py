@@ -1,0 +1,239 @@
+"""The compressor: from a candidate to the file that would ship.
+
+Owns the order of the work: prune, re-estimate BatchNorm, recover, export and calibrate once
+per base; then write each candidate of that base in milliseconds. One per worker process,
+which keeps everything warm. Judging the artifact is `accuracy.py`'s work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from autotune.compression.bases import Base, BaseFacts, BaseStore
+from autotune.compression.calibration import calibrate
+from autotune.compression.data import DataSplits, LabelledData
+from autotune.compression.effective import GroupPrecision, effective_precisions
+from autotune.compression.graph import GraphView
+from autotune.compression.inventory import build_inventory, count_cost
+from autotune.compression.quantization import QuantizableGraph
+from autotune.compression.source import SourceModel, export_module
+from autotune.compression.units import find_units
+from autotune.errors import CompressionError, InvalidModel
+from autotune.spec import RecoverySpec
+from search_spaces import Candidate
+
+__all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
+
+_WARM_BASES = 4
+_NO_TRAINING = (
+    "no training data: BatchNorm was re-estimated on the calibration samples, without recovery "
+    "training"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A compressed model file with what is known of how it came to be.
+
+    `candidate_digest` is the digest of the candidate asked for; candidates that share an
+    `artifact_digest` have the same `data`. `groups` has one entry per layer group.
+    """
+
+    data: bytes
+    sha256: str
+    size_bytes: int
+    candidate_digest: str
+    groups: tuple[GroupPrecision, ...]
+    base: BaseFacts
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the bytes, as a plain dictionary: a trial's `compression`."""
+        return {
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "groups": [group.to_json() for group in self.groups],
+            "base": self.base.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WarmBase:
+    facts: BaseFacts
+    graph: QuantizableGraph
+
+
+class Compressor:
+    """Builds artifacts of one source model; everything it has made once stays warm.
+
+    Not thread-safe; several processes may share `cache_dir`.
+    """
+
+    def __init__(
+        self,
+        source: SourceModel,
+        splits: DataSplits,
+        *,
+        recovery: RecoverySpec,
+        cache_dir: Path,
+        seed: int = 0,
+        threads: int = 1,
+    ) -> None:
+        self.source = source
+        self.inventory = build_inventory(source)
+        self._splits = splits
+        self._recovery = recovery
+        self._seed = seed
+        self._threads = threads
+        self._store = BaseStore(cache_dir)
+        self._warm: OrderedDict[str, _WarmBase] = OrderedDict()
+        self._data_digests: dict[str, str] = {}
+
+    def prepare_base(self, prune_ratios: Mapping[str, float]) -> BaseFacts:
+        """Make the base with those ratios ready; seconds to minutes where it is new.
+
+        Raises:
+            CompressionError: a ratio that this model cannot take, or pruning, recovery or
+                export failed; the message names the group.
+            DiskFull: there is no room for it.
+        """
+        return self._base(prune_ratios).facts
+
+    def build(self, candidate: Candidate) -> Artifact:
+        """The candidate's file, checked in the runtime; identical candidates, identical bytes.
+
+        Raises:
+            CompressionError: the message names the group and the cause.
+            DiskFull: there is no room for a new base.
+        """
+        base = self._base(candidate.prune_ratios)
+        data = base.graph.emit(candidate.precisions)
+        return Artifact(
+            data=data,
+            sha256=hashlib.sha256(data).hexdigest(),
+            size_bytes=len(data),
+            candidate_digest=candidate.digest,
+            groups=effective_precisions(
+                data, base.graph.units.values(), planned=candidate.precisions
+            ),
+            base=base.facts,
+        )
+
+    def emit(self, candidate: Candidate) -> bytes:
+        """The bytes of `build` without the check: milliseconds on a warm base.
+
+        Raises:
+            CompressionError: the message names the group and the cause.
+            DiskFull: there is no room for a new base.
+        """
+        return self._base(candidate.prune_ratios).graph.emit(candidate.precisions)
+
+    def _base(self, prune_ratios: Mapping[str, float]) -> _WarmBase:
+        ratios = dict(Candidate(prune_ratios=prune_ratios).prune_ratios)
+        digest = self._base_digest(ratios)
+        if digest not in self._warm:
+            base = self._store.get_or_make(digest, lambda: self._make(digest, ratios))
+            graph = QuantizableGraph(base.model, base.calibration)
+            self._warm[digest] = _WarmBase(facts=base.facts, graph=graph)
+            if len(self._warm) > _WARM_BASES:
+                self._warm.popitem(last=False)
+        self._warm.move_to_end(digest)
+        return self._warm[digest]
+
+    def _base_digest(self, ratios: Mapping[str, float]) -> str:
+        """sha256 over everything that shapes a base; training counts only where it happens."""
+        identity: dict[str, Any] = {
+            "source": self.source.digest,
+            "calibration": self._digest_of("calibration", self._splits.calibration),
+        }
+        if ratios:
+            training = self._splits.training
+            identity |= {
+                "prune_ratios": dict(ratios),
+                "recovery": self._recovery.model_dump(mode="json"),
+                "seed": self._seed,
+                "training": training and self._digest_of("training", training.x, training.y),
+                "torch": torch.__version__,
+            }
+        text = json.dumps(identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _digest_of(self, role: str, *arrays: np.ndarray) -> str:
+        if role not in self._data_digests:
+            digest = hashlib.sha256()
+            for array in arrays:
+                digest.update(repr((array.shape, array.dtype.str)).encode())
+                digest.update(np.ascontiguousarray(array).data)
+            self._data_digests[role] = digest.hexdigest()
+        return self._data_digests[role]
+
+    def _make(self, digest: str, ratios: Mapping[str, float]) -> Base:
+        if ratios:
+            return self._make_pruned(digest, ratios)
+        return self._calibrated(self.source.graph, digest=digest)
+
+    def _make_pruned(self, digest: str, ratios: Mapping[str, float]) -> Base:
+        from autotune.compression.pruning import prune_module
+        from autotune.compression.recovery import reestimate_batch_norm
+
+        teacher = self.source.module
+        if teacher is None or self.inventory.pruning_unavailable:
+            raise CompressionError(
+                f"prune ratios for {', '.join(ratios)} cannot be applied: "
+                f"{self.inventory.pruning_unavailable}"
+            )
+        student = prune_module(teacher, self.source.input_shape, ratios)
+        facts: dict[str, Any] = {"prune_ratios": dict(ratios)}
+        if self._splits.training is None:
+            reestimate_batch_norm(student, self._splits.calibration)
+            facts["note"] = _NO_TRAINING
+        else:
+            facts |= self._recover(student, teacher, self._splits.training)
+        student.eval()
+        try:
+            model = export_module(student, self.source.input_shape)
+        except InvalidModel as error:
+            raise CompressionError(f"the pruned model cannot be exported: {error}") from error
+        return self._calibrated(model, digest=digest, **facts)
+
+    def _recover(
+        self, student: torch.nn.Module, teacher: torch.nn.Module, training: LabelledData
+    ) -> dict[str, Any]:
+        from autotune.compression.recovery import recover
+
+        report = recover(
+            student,
+            teacher,
+            training,
+            spec=self._recovery,
+            seed=self._seed,
+            threads=self._threads,
+        )
+        return {
+            "recovery_epochs": report.epochs,
+            "recovery_s": report.wall_s,
+            "recovery": dataclasses.asdict(report),
+        }
+
+    def _calibrated(self, model: onnx.ModelProto, *, digest: str, **facts: Any) -> Base:
+        view = GraphView(model)
+        macs, parameters = count_cost(view)
+        names = {unit.name for unit in find_units(view)}
+        missing = [g.name for g in self.inventory.groups if g.name not in names]
+        if missing:
+            raise CompressionError(f"the pruned model has lost layer group {missing[0]!r}")
+        return Base(
+            facts=BaseFacts(digest=digest, macs=macs, parameters=parameters, **facts),
+            model=model,
+            calibration=calibrate(model, self._splits.calibration, threads=self._threads),
+        )

@@ -1,20 +1,17 @@
-"""`autotune agent`: the agent's own command line, reached through `autotune`.
+"""`autotune agent`: the agent's own commands, reached through `autotune`.
 
-On a device that has nothing but the base install the same program is `autotune-agent`.
+Owns nothing but the name: on a device with the base install alone they are `autotune-agent`.
 """
 
 from __future__ import annotations
 
 import click
 
+from device_agents.cli import main
 
-@click.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    add_help_option=False,
+agent = click.Group(
+    name="agent",
+    commands=main.commands,
+    help=f"{main.help} The same as `autotune-agent`.",
+    epilog=main.epilog,
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[run|measure|probe] ...")
-def agent(arguments: tuple[str, ...]) -> int:
-    """Run the agent that measures on this device (the same as `autotune-agent`)."""
-    from device_agents.cli import main
-
-    return main(list(arguments)) or 0

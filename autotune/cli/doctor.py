@@ -238,7 +238,7 @@ def check_service(session: Session) -> Finding:
         return Finding(
             check="service", status="fail" if asked_for else "warn", text=_first_line(error)
         )
-    text = f"{client.url} answers: {health.get('status')}, version {health.get('version')}"
+    text = f"{client.url} answers: {health.status}, version {health.version}"
     return Finding(check="service", status="ok", text=text)
 
 

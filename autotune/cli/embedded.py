@@ -74,6 +74,8 @@ class EmbeddedService:
         """End the agent, then the service: the agent still gets its last result delivered."""
         while self._children:
             self._children.pop().stop()
+        if self._client is not None:
+            self._client.close()
 
     def _start_service(self) -> None:
         ready_file = self.data_dir / "ready.json"

@@ -48,12 +48,13 @@ def inspect(
     SOURCE is torchvision:NAME, onnx:PATH, python:MODULE:FUNCTION, or the path of an ONNX
     file.
     """
+    spec = _model_spec(source, weights, num_classes)
+
     from autotune.cli.output import print_rows
     from autotune.cli.views.models import LAYER_GROUPS
     from autotune.compression.inventory import build_inventory
     from autotune.compression.source import load_source_model
 
-    spec = _model_spec(source, weights, num_classes)
     loaded = load_source_model(spec, input_shape=input_shape, trust_job_code=trust_job_code)
     inventory = build_inventory(loaded)
     if session.output_format == "json":

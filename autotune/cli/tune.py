@@ -143,7 +143,7 @@ def _run(service: EmbeddedService, job: Job, display: Display, *, since: datetim
 
 def _cancel(service: EmbeddedService, job_id: str) -> None:
     from autotune.cli.children import wait_until
-    from autotune.cli.watching import FINAL_STATES
+    from autotune.client import FINAL_STATES
 
     service.client.cancel(job_id)
 

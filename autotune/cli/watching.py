@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 import autotune.errors
 from autotune.api_types import Event, Job
 from autotune.cli.panel import Display
+from autotune.client import FINAL_STATES
 from autotune.errors import AutotuneError, JobNotReady, ServiceError
 
-FINAL_STATES = frozenset({"finished", "cancelled", "failed"})
 _POLL_S = 1.0
 # A restart of the service takes seconds; a minute leaves room for a migration.
 _PATIENCE_S = 60.0
@@ -76,7 +76,8 @@ def follow(
             continue
         ended = job.state in FINAL_STATES
         for event in _arriving(events, _LAST_EVENTS_S if ended else poll_s):
-            error = event.payload.get("error", error)
+            if event.kind == "state":
+                error = event.payload.get("error")
             if since is None or event.created_at >= since:
                 display.note(event)
         display.show(job)

@@ -14,6 +14,7 @@ from autotune.api_types import (
     Event,
     Front,
     GroupPrecision,
+    Health,
     Interval,
     Job,
     JobResult,
@@ -204,8 +205,8 @@ class FakeClient:
         self.calls.append(("enrolment_token", pool))
         return EnrolmentToken(token="once-only", expires_in_s=900.0)
 
-    def health(self) -> dict[str, str]:
-        return {"status": "ok", "version": "0.1.0"}
+    def health(self) -> Health:
+        return Health(status="ok", version="0.1.0")
 
 
 def make_verification(**changes: Any) -> Verification:

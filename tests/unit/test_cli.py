@@ -351,11 +351,34 @@ def test_devices_say_whether_they_are_there(
     assert "Cortex-A72" in capsys.readouterr().out
 
 
-def test_the_agent_gets_its_arguments_untouched(
-    call: Call, monkeypatch: pytest.MonkeyPatch
+def test_the_agents_commands_are_reached_through_autotune(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given: list[list[str]] = []
-    cli_module = pytest.importorskip("device_agents.cli")
-    monkeypatch.setattr(cli_module, "main", lambda arguments: given.append(arguments) or 5)
-    assert call("agent", "measure", "model.onnx", "--help") == 5
-    assert given == [["measure", "model.onnx", "--help"]]
+    assert run(["agent", "measure", "no-such-model.onnx"]) == 2
+    assert "no-such-model.onnx" in capsys.readouterr().err
+    assert run(["agent", "--help"]) == 0
+    assert "probe" in capsys.readouterr().out
+
+
+def test_serve_hands_its_options_to_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import autotune.service.server
+
+    served: list[Any] = []
+    monkeypatch.setattr(
+        autotune.service.server,
+        "serve",
+        lambda settings, *, ready_file: served.append((settings, ready_file)),
+    )
+    monkeypatch.setenv("AUTOTUNE_WORKERS", "3")
+    arguments = ["--data-dir", str(tmp_path), "--port", "0", "--ready-file", "ready.json"]
+    assert run(["serve", *arguments]) == 0
+    ((settings, ready_file),) = served
+    assert (settings.data_dir, settings.port, settings.workers) == (tmp_path, 0, 3)
+    assert not settings.trust_job_code and ready_file == Path("ready.json")
+
+
+def test_serve_refuses_an_open_address_without_tls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--host", "0.0.0.0"]) == 16
+    assert "--insecure" in capsys.readouterr().err

@@ -11,7 +11,8 @@ import pytest
 
 from autotune.api_types import Event, Job, Progress
 from autotune.cli.panel import LivePanel, PlainLines, event_text, open_display, panel_lines
-from autotune.cli.watching import FINAL_STATES, Ended, follow, require_finished
+from autotune.cli.watching import Ended, follow, require_finished
+from autotune.client import FINAL_STATES
 from autotune.errors import InvalidModel, JobNotReady, ServiceError
 from storage.records import JobState
 from tests.unit.cli_fakes import NOW, FakeClient, finished_job, make_event, make_job, make_trial

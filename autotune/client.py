@@ -17,6 +17,7 @@ import ipaddress
 import json
 import os
 import shutil
+import ssl
 import tempfile
 import time
 import zipfile
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -105,6 +107,7 @@ class Client:
                 transport=transport,
                 # A proxy of the environment cannot reach what listens on this machine only.
                 trust_env=not _is_loopback(self.url),
+                verify=_trusted_roots(self.url),
             )
         except (httpx.InvalidURL, UnicodeError) as error:
             raise errors.ServiceError(f"{url!r} is not the address of a service") from error
@@ -408,8 +411,6 @@ def _quoted(reference: str) -> str:
     >>> _quoted("../devices"), _quoted("my job")
     ('..%2Fdevices', 'my%20job')
     """
-    from urllib.parse import quote
-
     if reference in ("", ".", ".."):
         raise errors.NotFoundError(f"{reference!r} is not a name or an id")
     return quote(reference, safe="")
@@ -421,6 +422,13 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except (ValueError, httpx.InvalidURL):
         return False
+
+
+def _trusted_roots(url: str) -> ssl.SSLContext | bool:
+    """The roots that httpx trusts; on this machine the system's, with SSL_CERT_FILE."""
+    if url.startswith("https:") and _is_loopback(url):
+        return ssl.create_default_context()
+    return True
 
 
 def _write_bundle(path: Path, content: bytes) -> Path:

@@ -279,7 +279,7 @@ def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise InvalidModel(f"the weights file {path} does not exist")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             return dict(sorted(load_file(path).items()))
@@ -298,6 +298,16 @@ def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not state:
         raise InvalidModel(f"{path} does not hold a state_dict (a mapping of names to tensors)")
     return state
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content, because an upload has no suffix: eight bytes of length, then a JSON object.
+
+    The safetensors format specification; a torch file begins with a zip's or a pickle's mark.
+    """
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and not head.startswith((b"PK", b"\x80"))
 
 
 def _load_state(

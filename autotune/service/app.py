@@ -76,6 +76,7 @@ async def _live(app: FastAPI) -> AsyncIterator[None]:
     context.broadcast.listen(context.runner.wake)
     await run_in_threadpool(context.runner.start)
     expiry = asyncio.create_task(_expire_leases(context))
+    ending = asyncio.create_task(_stop_runner_at_the_end(context))
     try:
         yield
     finally:
@@ -83,7 +84,16 @@ async def _live(app: FastAPI) -> AsyncIterator[None]:
         expiry.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await expiry
-        await run_in_threadpool(context.runner.stop)
+        await ending
+
+
+async def _stop_runner_at_the_end(context: ServiceContext) -> None:
+    """Stop the runner as soon as the service is told to end.
+
+    Not only after the last request: a verification waits for the runner.
+    """
+    await context.broadcast.closed()
+    await run_in_threadpool(context.runner.stop)
 
 
 async def _expire_leases(context: ServiceContext) -> None:

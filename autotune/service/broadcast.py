@@ -51,7 +51,11 @@ class Broadcast:
         with self._lock:
             return {topic: self._counts[topic] for topic in topics}
 
-    async def changed(self, ticket: Ticket, *, timeout_s: float) -> bool:
+    async def closed(self) -> None:
+        """Wait until the broadcast is closed."""
+        await self.changed({}, timeout_s=None)
+
+    async def changed(self, ticket: Ticket, *, timeout_s: float | None) -> bool:
         """Wait until one of the ticket's topics moved on; False when the time ran out.
 
         Returns at once when it has moved on already, or when the broadcast is closed.

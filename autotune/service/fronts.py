@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 
 from autotune.api_types import Front, Verification
-from autotune.errors import InvalidJob, JobNotReady
+from autotune.errors import InvalidJob, JobNotReady, ServiceError
 from autotune.search.front import answer, non_dominated, select
+from autotune.search.interruption import Stopped
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
-from autotune.service.problems import problem_responses
+from autotune.service.problems import Refusal, problem_responses
 from autotune.spec import LatencyBudget
 from storage.errors import NotFound
 from storage.records import DeviceRecord, JobRecord, TrialRecord
@@ -225,7 +226,11 @@ def _report(context: ServiceContext, job_id: str) -> str:
 
 def _verify(context: ServiceContext, job_id: str, model: bytes) -> Verification:
     job = context.repository.get_job(job_id)
-    shown = views.verification_view(context.runner.verify(job, model))
+    try:
+        shown = views.verification_view(context.runner.verify(job, model))
+    except Stopped as error:
+        stopping = ServiceError("the service is going down; verify again after its next start")
+        raise Refusal(503, stopping) from error
     context.repository.append_event(job.id, VERIFIED, shown.model_dump(mode="json"))
     return shown
 

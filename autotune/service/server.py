@@ -36,6 +36,9 @@ GRACE_S = 10.0
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
+_BACKLOG = 1024
+"""Agents that come back together after a restart are queued, not refused."""
+
 RunnerFactory = Callable[[Repository, ArtifactStore, Settings], JobRunner]
 
 
@@ -179,17 +182,15 @@ def _open(settings: Settings) -> Database:
 
 def _listen(settings: Settings) -> socket.socket:
     """The listening socket, bound here so that a free port's number is known."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    # A restart must not wait for the last one's connections to fade; on Linux this does not
-    # let two listeners share a port.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    where = f"{settings.host}:{settings.port}"
     try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(1024)
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        # IPv4 first where a name has both: it is what `localhost` in a URL means to most.
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        # On Linux reuse does not let two listeners share a port; it only keeps a restart from
+        # waiting until the last one's connections have faded.
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        listener.close()
-        where = f"{settings.host}:{settings.port}"
         if error.errno == errno.EADDRINUSE:
             raise AddressInUse(
                 f"{where} is taken by another program; choose another port with --port, or 0 "

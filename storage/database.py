@@ -19,11 +19,12 @@ from typing import Any, Final, Self
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, UOWTransaction, sessionmaker
 
 from storage.errors import DatabaseFull, DatabaseLocked, DatabaseUnavailable, StorageError
 from storage.ownership import FileOwnership
 from storage.schema import migrate
+from storage.tables import Base
 
 BUSY_TIMEOUT_S: Final = 30.0  # other processes may read a file while its owner writes it
 CONNECT_TIMEOUT_S: Final = 10
@@ -44,6 +45,7 @@ class Database:
         self._read = sessionmaker(engine, expire_on_commit=False, autoflush=False)
         writing = engine.execution_options(sqlite_begin="IMMEDIATE")
         self._write = sessionmaker(writing, expire_on_commit=False)
+        event.listen(self._write, "after_flush", _note_topics)
         in_memory = isinstance(engine.pool, StaticPool)
         # Writers of this process queue here and not in SQLite, whose waiting is a sleep; in
         # memory there is one connection, so that readers queue too.
@@ -97,6 +99,11 @@ class Database:
             yield
         except SQLAlchemyError as error:
             raise _translate(error, self._name) from error
+
+
+def changed_topics(session: Session) -> list[str]:
+    """The topics of the rows that a writing session added or changed, in alphabetical order."""
+    return sorted(session.info.get("topics", ()))
 
 
 def open_database(url: str, *, exclusive: bool = True) -> Database:
@@ -200,6 +207,12 @@ def _server_engine(location: URL) -> Engine:
         raise DatabaseUnavailable(
             f"no driver for {location.drivername}; install edge-autotune[postgresql]"
         ) from error
+
+
+def _note_topics(session: Session, _: UOWTransaction) -> None:
+    changed = [*session.new, *(row for row in session.dirty if session.is_modified(row))]
+    topics = {row.topic for row in changed if isinstance(row, Base) and row.topic is not None}
+    session.info.setdefault("topics", set()).update(topics)
 
 
 def _translate(error: SQLAlchemyError, name: str) -> StorageError:

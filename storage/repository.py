@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import DeviceDescription, MeasurementRequest, MeasurementResult
 from search_spaces import Candidate
 from storage import devices, jobs, ledger, measurements, trials
-from storage.database import Database
+from storage.database import Database, changed_topics
 from storage.errors import StaleLease
 from storage.records import (
     AgentRecord,
@@ -37,7 +36,6 @@ from storage.records import (
     MeasurementRecord,
     TrialRecord,
 )
-from storage.tables import Base
 
 MAX_ATTEMPTS: Final = 3  # a candidate that silences its agent three times is at fault
 
@@ -426,16 +424,7 @@ class Repository:
     @contextlib.contextmanager
     def _writing(self, *, notify: bool = True) -> Iterator[Session]:
         """One transaction; afterwards the listeners hear which kinds of rows changed."""
-        topics: set[str] = set()
         with self._database.writing() as session:
-            event.listen(session, "after_flush", lambda s, _: topics.update(_changed_topics(s)))
             yield session
-        for topic in sorted(topics) if notify else ():
+        for topic in changed_topics(session) if notify else ():
             self._notify(topic)
-
-
-def _changed_topics(session: Session) -> Iterator[str]:
-    changed = [*session.new, *(row for row in session.dirty if session.is_modified(row))]
-    for row in changed:
-        if isinstance(row, Base) and row.topic is not None:
-            yield row.topic

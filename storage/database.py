@@ -149,6 +149,8 @@ def _parse(url: str) -> URL:
         raise DatabaseUnavailable(
             f"{location.get_backend_name()!r} is not a database this project keeps; {hint}"
         )
+    if _is_sqlite(location) and location.query:
+        raise DatabaseUnavailable(f"a SQLite URL takes no options; {hint}")
     return location
 
 
@@ -160,6 +162,8 @@ def _sqlite_path(location: URL) -> Path | None:
     if not _is_sqlite(location) or location.database in (None, "", ":memory:"):
         return None
     path = Path(str(location.database)).absolute()
+    if path.is_dir():
+        raise DatabaseUnavailable(f"{path} is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,88 @@
+"""The schema that the migrations make is the one that `tables.py` describes, on both back ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, create_engine, inspect, text
+
+from storage.database import open_database
+from storage.tables import Base
+
+PARTS = (
+    "get_columns",
+    "get_pk_constraint",
+    "get_foreign_keys",
+    "get_unique_constraints",
+    "get_indexes",
+)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'autotune.db'}"
+    url: str = request.getfixturevalue("empty_postgresql")
+    return url
+
+
+@pytest.fixture
+def engine(empty_url: str) -> Iterator[Engine]:
+    engine = create_engine(empty_url)
+    yield engine
+    engine.dispose()
+
+
+def schema(engine: Engine) -> dict[str, Any]:
+    """What the back end itself says about every table, in a form that can be compared."""
+    inspector = inspect(engine)
+    tables = set(inspector.get_table_names()) - {"alembic_version"}
+    return {
+        table: {part: _comparable(getattr(inspector, part)(table)) for part in PARTS}
+        for table in sorted(tables)
+    }
+
+
+def _comparable(part: Any) -> Any:
+    if isinstance(part, list):
+        return sorted((_comparable(entry) for entry in part), key=repr)
+    return {key: repr(value) for key, value in part.items()}
+
+
+def test_a_migrated_schema_equals_a_fresh_one(empty_url: str, engine: Engine) -> None:
+    open_database(empty_url).close()
+    migrated = schema(engine)
+    with engine.begin() as connection:
+        Base.metadata.drop_all(connection)
+        connection.execute(text("DROP TABLE alembic_version"))
+    assert schema(engine) == {}
+    Base.metadata.create_all(engine)
+    assert migrated == schema(engine)
+    assert migrated.keys() == Base.metadata.tables.keys()
+
+
+def test_alembic_has_nothing_to_add_to_a_migrated_schema(empty_url: str, engine: Engine) -> None:
+    open_database(empty_url).close()
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_services_that_start_together_migrate_once(empty_url: str, engine: Engine) -> None:
+    start = threading.Barrier(4)
+
+    def open_together(_: int) -> None:
+        start.wait()
+        open_database(empty_url, exclusive=False).close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_together, range(4)))
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1

@@ -1,0 +1,1 @@
+"""The demo: scikit-learn's digits, made hard enough that compression has something to lose."""

@@ -31,12 +31,11 @@ from device_agents.runtimes import (
     InvalidArtifact,
     Runtime,
     RuntimeOptions,
-    Session,
     TensorSpec,
     UnsupportedModel,
     load_runtime,
 )
-from device_agents.sampling import Sampling, SamplingPlan, Subject, Timer, sample, warm_up
+from device_agents.sampling import Call, Sampling, SamplingPlan, Subject, Timer, make_timers, sample
 
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "MemoryError")
 
@@ -161,19 +160,21 @@ def prepare(runtime: Runtime, job: ChildJob) -> tuple[dict[Subject, Timer], int]
 
     The candidate goes first, so that the peak is that of a process which serves it alone.
     """
-    options = RuntimeOptions(provider=job.provider, threads=job.threads)
-    timers: dict[Subject, Timer] = {}
-    candidate = runtime.load(Path(job.candidate_path), options)
-    timers["candidate"] = _warm(runtime, candidate, job)
+    candidate = _load(runtime, job.candidate_path, job)
+    candidate()
     peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    reference = runtime.load(Path(job.reference_path), options)
-    timers["reference"] = _warm(runtime, reference, job)
-    return timers, peak_memory_bytes
+    calls: dict[Subject, Call] = {
+        "candidate": candidate,
+        "reference": _load(runtime, job.reference_path, job),
+    }
+    return make_timers(calls, runtime.clock), peak_memory_bytes
 
 
-def _warm(runtime: Runtime, session: Session, job: ChildJob) -> Timer:
+def _load(runtime: Runtime, path: str, job: ChildJob) -> Call:
+    options = RuntimeOptions(provider=job.provider, threads=job.threads)
+    session = runtime.load(Path(path), options)
     # One seed for both: where the input shapes agree, the inputs are the same numbers.
-    return warm_up(session.bind(make_feeds(session.inputs, seed=job.seed)), runtime.clock)
+    return session.bind(make_feeds(session.inputs, seed=job.seed))
 
 
 def make_feeds(inputs: Sequence[TensorSpec], *, seed: int) -> dict[str, Any]:

@@ -32,9 +32,14 @@ Call = Callable[[], object]
 
 SAMPLE_NS = 100_000.0
 """A sample lasts at least this long: reading the clock twice takes 0.1 µs, a thousandth."""
-BLOCK_NS = 5e6
+BLOCK_NS = 1e7
 """A block lasts about this long, but at least `MIN_SAMPLES` samples."""
 MIN_SAMPLES = 2
+LONG_CALL_NS = 1e8
+"""A call of this length is a sample and a block: refilling the caches takes some ms, which it
+does not notice, and every further call costs more than it tells."""
+MIN_PAIRS = 4
+"""Sampled also where the time cap is too short for them: fewer have no interval."""
 WARM_UP_NS = 30e6
 MIN_WARM_UP_CALLS = 3
 MAX_RESTARTS = 3
@@ -57,17 +62,22 @@ class SamplingPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
-    """One model's call with its grouping: `group` calls a sample, `n_samples` a block."""
+    """One model's call with its grouping: `group` calls a sample, `n_samples` a block.
+
+    `n_settling` calls at the start of a block are not timed.
+    """
 
     call: Call
     group: int
     n_samples: int
+    n_settling: int
     now_ns: Callable[[], int]
 
     def block(self, subject: Subject) -> TimedBlock:
-        """One block; its first call is not timed."""
+        """One block, now."""
         call, group, now_ns = self.call, self.group, self.now_ns
-        call()
+        for _ in range(self.n_settling):
+            call()
         durations = []
         for _ in range(self.n_samples):
             start = now_ns()
@@ -97,9 +107,10 @@ class Sampling:
         return abs(self.drift) > DRIFT_LIMIT
 
 
-def warm_up(call: Call, clock: Clock) -> Timer:
-    """Run until caches, page faults and the allocator have settled, and learn the duration.
+def warm_up(call: Call, clock: Clock) -> float:
+    """Run until caches, page faults and the allocator have settled; the fastest call, in ns.
 
+    The fastest, because it is the same in every session of a model, also on a busy machine.
     The very first call, which allocates, is not even looked at.
     """
     call()
@@ -110,10 +121,29 @@ def warm_up(call: Call, clock: Clock) -> Timer:
         durations.append(clock.now_ns() - start)
         if durations[-1] <= 0:
             raise InvalidDuration(f"a call took {durations[-1]} ns by the clock")
-    per_call_ns = median(durations[len(durations) // 2 :])
-    group = max(1, math.ceil(SAMPLE_NS / per_call_ns))
-    n_samples = max(MIN_SAMPLES, round(BLOCK_NS / (group * per_call_ns)))
-    return Timer(call=call, group=group, n_samples=n_samples, now_ns=clock.now_ns)
+    return float(min(durations))
+
+
+def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Timer]:
+    """Timers for warmed-up calls, with as many samples in a block of either.
+
+    Equal numbers, because the median of few skewed samples depends on how many they are.
+    """
+    fastest_ns = {subject: warm_up(call, clock) for subject, call in calls.items()}
+    groups = {s: max(1, math.ceil(SAMPLE_NS / ns)) for s, ns in fastest_ns.items()}
+    typical_ns = math.sqrt(math.prod(groups[s] * ns for s, ns in fastest_ns.items()))
+    is_long = min(fastest_ns.values()) >= LONG_CALL_NS
+    n_samples = 1 if is_long else max(MIN_SAMPLES, round(BLOCK_NS / typical_ns))
+    return {
+        subject: Timer(
+            call=call,
+            group=groups[subject],
+            n_samples=n_samples,
+            n_settling=0 if is_long else 1,
+            now_ns=clock.now_ns,
+        )
+        for subject, call in calls.items()
+    }
 
 
 def sample(timers: Mapping[Subject, Timer], plan: SamplingPlan, clock: Clock) -> Sampling:
@@ -167,7 +197,7 @@ class _Attempt:
             blocks += [self.timers[subject].block(subject) for subject in pair]
             n_pairs = len(blocks) // 2
             is_late = self.clock.now_ns() >= self.cap_ns
-            if n_pairs < look and not (is_late and n_pairs):
+            if n_pairs < look and not (is_late and n_pairs >= MIN_PAIRS):
                 continue
             look = rule.next_look(n_pairs)
             drift = reference_drift(reference_medians(blocks))
@@ -182,14 +212,13 @@ class _Attempt:
         return is_narrow
 
 
-def alternation(generator: random.Random) -> Iterator[tuple[Subject, ...]]:
-    """A reference block, then pairs of one block each in random order, without end.
+def alternation(generator: random.Random) -> Iterator[tuple[Subject, Subject]]:
+    """Pairs of one block each in random order, without end.
 
-    Random, because a fixed order would put a periodic disturbance always on the same model;
-    in pairs, so that every candidate block has a reference block beside it.
+    Random, because in a fixed order a drift would always favour the same model, and so would a
+    periodic disturbance.
     """
-    yield ("reference",)
     while True:
         pair: list[Subject] = ["candidate", "reference"]
         generator.shuffle(pair)
-        yield tuple(pair)
+        yield pair[0], pair[1]

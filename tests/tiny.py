@@ -1,7 +1,8 @@
 """A tiny real job: scikit-learn's digits at 16x16 and a small residual network.
 
-Trains in about two seconds, so that integration tests tune something real. Named in job
-files as `python:tests.tiny:model`, which also exercises the consent to run job code.
+Trains in a few seconds, once per test run, so that integration tests tune something real.
+Named in job files as `python:tests.tiny:Residual`, which also exercises the consent to run
+job code.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -73,14 +75,15 @@ def model() -> nn.Module:
 
 
 def write_job(folder: Path, **changes: Any) -> Path:
-    """The job file with its data beside it; `changes` replace top-level keys."""
+    """The job file, its weights and its data beside it; `changes` replace top-level keys."""
+    save_file(model().state_dict(), folder / "tiny.safetensors")
     for split in ("training", "evaluation"):
         x, y = arrays(split)
         np.savez(folder / f"{split}.npz", x=x, y=y)
     job: dict[str, Any] = {
         "version": 1,
         "name": "tiny",
-        "model": {"source": "python:tests.tiny:model"},
+        "model": {"source": "python:tests.tiny:Residual", "weights": "tiny.safetensors"},
         "data": {"training": "npz:training.npz", "evaluation": "npz:evaluation.npz"},
         "latency_budget": "0.9x",
         "max_accuracy_drop": 0.05,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, exists, select
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import LatencyReport, MeasurementRequest, MeasurementResult, Outcome
@@ -51,6 +51,17 @@ def enqueue(
     session.add(row)
     session.flush()
     return to_record(MeasurementRecord, row)
+
+
+def may_lease(session: Session, *, device_id: str, agent_id: str) -> bool:
+    """Whether `lease` would do anything: lease, end the agent's lease, or refuse the agent."""
+    of_device = MeasurementRow.device_id == device_id
+    queued = exists().where(of_device, MeasurementRow.state == MeasurementState.QUEUED)
+    held = exists().where(
+        MeasurementRow.leased_by == agent_id, MeasurementRow.state == MeasurementState.LEASED
+    )
+    known = exists().where(AgentRow.id == agent_id, AgentRow.revoked_at.is_(None))
+    return bool(session.scalar(select(queued | held | ~known)))
 
 
 def lease(

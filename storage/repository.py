@@ -213,6 +213,10 @@ class Repository:
             NotFound: there is no such agent.
             InvalidToken: the agent was revoked.
         """
+        # Many agents wait for work: those with none in sight must not queue for the write lock.
+        with self._database.reading() as session:
+            if not measurements.may_lease(session, device_id=device_id, agent_id=agent_id):
+                return None
         with self._writing() as session:
             return measurements.lease(
                 session,

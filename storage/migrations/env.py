@@ -16,7 +16,6 @@ def _run(connection: Connection) -> None:
         connection=connection,
         target_metadata=Base.metadata,
         render_as_batch=connection.dialect.name == "sqlite",
-        transactional_ddl=True,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -97,12 +97,14 @@ class Client:
         timeout_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        if not (token.isascii() and token.isprintable() and token.strip()):
+            raise errors.AuthenticationError("the token is empty or holds what no token holds")
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:
             self._http = httpx.Client(
                 base_url=self.url,
-                headers={"Authorization": f"Bearer {token}"},
+                headers={"Authorization": f"Bearer {token.strip()}"},
                 timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5.0)),
                 transport=transport,
                 # A proxy of the environment cannot reach what listens on this machine only.

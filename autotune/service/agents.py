@@ -112,7 +112,6 @@ async def download(
     "/results",
     operation_id="report_result",
     responses=problem_responses(401, 409),
-    max_body_size=MAX_RESULT_BYTES,
 )
 async def report(context: Context, agent: Agent, result: MeasurementResult) -> dict[str, bool]:
     """Accept a result while its lease is current; a late one is kept for audit (409)."""

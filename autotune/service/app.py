@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -19,9 +20,11 @@ from fastapi.openapi.utils import get_openapi
 import autotune
 from autotune.api_types import Health, Problem
 from autotune.service import agents, devices, events, fronts, jobs, uploads
+from autotune.service.body_limit import BodyLimit
 from autotune.service.context import ServiceContext
 from autotune.service.problems import install_problem_handlers, problem_responses
 from autotune.service.security import require_user
+from autotune.settings import Settings
 from autotune.spec import JobSpec
 from storage.errors import StorageError
 
@@ -53,7 +56,6 @@ def create_app(context: ServiceContext) -> FastAPI:
         openapi_url="/v1/openapi.json",
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
-        max_body_size=MAX_JSON_BYTES,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.context = context
@@ -65,9 +67,20 @@ def create_app(context: ServiceContext) -> FastAPI:
             dependencies=[Depends(require_user)],
             responses=problem_responses(401, 422),
         )
+    app.add_middleware(BodyLimit, limit_of=partial(_body_limit, context.settings))
     install_problem_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
+
+
+def _body_limit(settings: Settings, method: str, path: str) -> int:
+    if method == "PUT" and path.startswith(uploads.router.prefix):
+        return settings.max_upload_bytes
+    if path.endswith("/verify"):
+        return fronts.MAX_MODEL_BYTES
+    if path == f"{agents.router.prefix}/results":
+        return agents.MAX_RESULT_BYTES
+    return MAX_JSON_BYTES
 
 
 @contextlib.asynccontextmanager
@@ -129,5 +142,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             schema = model.model_json_schema(ref_template=template)
             schemas |= schema.pop("$defs", {})
             schemas[model.__name__] = schema
+        # The route takes any object, so that `parse_job` can name the nearest known key.
+        body = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]
+        body["application/json"]["schema"] = {"$ref": template.format(model=JobSpec.__name__)}
         app.openapi_schema = document
     return app.openapi_schema

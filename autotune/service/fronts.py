@@ -106,7 +106,6 @@ async def get_report(context: Context, job_id: str) -> HTMLResponse:
     "/verify",
     operation_id="verify_model",
     responses=problem_responses(404, 409, 413, 422),
-    max_body_size=MAX_MODEL_BYTES,
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -47,12 +47,6 @@ class ResumeRequest(BaseModel):
     status_code=201,
     operation_id="submit_job",
     responses=problem_responses(403, 422),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
-        }
-    },
 )
 async def submit(context: Context, document: Annotated[dict[str, Any], Body()]) -> Job:
     """Submit a job. It waits for its device where that is not there yet."""

@@ -103,6 +103,11 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_error)
 
 
+def problem_response(error: Exception) -> JSONResponse:
+    """The answer that an error stands for."""
+    return _response(problem_of(error))
+
+
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route may answer beside success, for the OpenAPI document."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -130,7 +135,6 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     detail = {
         404: f"there is no route {asked}",
         405: f"{asked}: this address does not take {request.method}",
-        413: f"{asked}: the body is larger than this service takes",
     }.get(error.status_code, str(error.detail))
     return _response(_problem(error.status_code, kind(detail)), error.headers)
 

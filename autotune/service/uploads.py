@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from autotune.api_types import Upload
 from autotune.errors import DiskFull, InvalidData, ServiceError
 from autotune.service.context import Context, ServiceContext
-from autotune.service.problems import Refusal, problem_responses
+from autotune.service.problems import problem_responses
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -59,14 +59,11 @@ async def find_upload(context: Context, sha256: Sha256) -> Response:
 )
 async def upload(context: Context, sha256: Sha256, request: Request) -> Upload:
     """Keep a file; a job names it as `sha256:HEX` wherever it takes a path."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal():
-        _require_size(int(declared), context)
     folder = context.settings.data_dir / "incoming"
     part = folder / f"{sha256[:16]}-{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = await _receive(context, request, part)
+        found = await _receive(request, part)
         if found != sha256:
             raise InvalidData(
                 f"the bytes received have sha256 {found}, not {sha256} as announced; "
@@ -83,14 +80,12 @@ async def upload(context: Context, sha256: Sha256, request: Request) -> Upload:
         part.unlink(missing_ok=True)
 
 
-async def _receive(context: ServiceContext, request: Request, part: Path) -> str:
+async def _receive(request: Request, part: Path) -> str:
     """Write the body to a file; returns its sha256."""
-    digest, size_bytes, gathered = hashlib.sha256(), 0, bytearray()
+    digest, gathered = hashlib.sha256(), bytearray()
     with contextlib.closing(await run_in_threadpool(part.open, "xb")) as file:
         os.fchmod(file.fileno(), 0o600)
         async for chunk in request.stream():
-            size_bytes += len(chunk)
-            _require_size(size_bytes, context)
             gathered += chunk
             if len(gathered) >= WRITE_BYTES:
                 await run_in_threadpool(file.write, gathered)
@@ -105,15 +100,3 @@ def _keep(context: ServiceContext, part: Path) -> Upload:
     stored = context.artifacts.put_file(part)
     context.repository.record_artifact(stored.sha256, stored.size_bytes, KIND)
     return Upload(sha256=stored.sha256, size_bytes=stored.size_bytes)
-
-
-def _require_size(size_bytes: int, context: ServiceContext) -> None:
-    limit = context.settings.max_upload_bytes
-    if size_bytes > limit:
-        raise Refusal(
-            413,
-            InvalidData(
-                f"the upload is larger than this service takes ({limit} bytes); put the file on "
-                "the service's host and name its path, or raise AUTOTUNE_MAX_UPLOAD_BYTES"
-            ),
-        )

@@ -81,7 +81,8 @@ def duration_text(nanoseconds: float) -> str:
     ('1.235 ms', '81.30 µs', '2.500 s')
     """
     scale, unit = _unit(nanoseconds)
-    return f"{_significant(nanoseconds / scale)} {unit}"
+    value = nanoseconds / scale
+    return f"{value:.{_places(value)}f} {unit}"
 
 
 def duration_interval_text(value: float, low: float, high: float) -> str:
@@ -96,11 +97,12 @@ def duration_interval_text(value: float, low: float, high: float) -> str:
 def bounds_text(value: float, low: float, high: float) -> str:
     """The bounds of a duration in the value's unit.
 
-    >>> bounds_text(1_234_567, 1_220_000, 1_250_000)
-    '[1.220, 1.250]'
+    >>> bounds_text(1_034_567, 990_000, 1_250_000)
+    '[0.990, 1.250]'
     """
     scale, _ = _unit(value)
-    return f"[{_significant(low / scale)}, {_significant(high / scale)}]"
+    places = _places(value / scale)
+    return f"[{low / scale:.{places}f}, {high / scale:.{places}f}]"
 
 
 def latency_text(report: LatencyReport | None) -> str:
@@ -188,6 +190,6 @@ def _unit(nanoseconds: float) -> tuple[float, str]:
     return 1.0, "ns"
 
 
-def _significant(value: float) -> str:
-    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{min(max(digits, 0), 4)}f}"
+def _places(value: float) -> int:
+    """Decimal places that show four significant digits."""
+    return min(max(3 - math.floor(math.log10(abs(value))), 0), 4) if value else 0

@@ -49,6 +49,8 @@ COLOURS = {
 
 # Trials that lose more than this many points lie under the picture's lower edge.
 DEEPEST_POINTS = 15.0
+# Accuracies that lie closer together than this are not blown up to the picture's height.
+LEAST_POINTS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +139,7 @@ def _draw(
     winner: TrialRecord | None,
     budget_ns: float | None,
 ) -> Figure:
-    figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     axes = figure.add_subplot()
     _dress(axes)
     ranked = [trial for trial in trials if figures.is_ranked(trial)]
@@ -163,7 +165,7 @@ def _draw(
             label=f"budget {figures.duration_text(budget_ns)}",
         )
     _frame(axes, ranked, budget_ns)
-    _legend(axes)
+    _legend(figure, axes)
     return figure
 
 
@@ -234,7 +236,7 @@ def _frame(axes: Any, ranked: Sequence[TrialRecord], budget_ns: float | None) ->
     floor = max(min(ys), max(ys) - DEEPEST_POINTS)
     shown = [*xs, *([] if budget_ns is None else [budget_ns / 1e6])]
     x_margin = 0.06 * (max(shown) - min(shown) or max(shown))
-    y_margin = 0.08 * (max(ys) - floor) or 1.0
+    y_margin = max(0.08 * (max(ys) - floor), (LEAST_POINTS - (max(ys) - floor)) / 2)
     axes.set_xlim(max(min(shown) - x_margin, 0.0), max(shown) + x_margin)
     axes.set_ylim(max(floor - y_margin, 0.0), min(max(ys) + y_margin, 101.0))
     below = sum(y < floor - y_margin for y in ys)
@@ -248,7 +250,7 @@ def _frame(axes: Any, ranked: Sequence[TrialRecord], budget_ns: float | None) ->
         )
 
 
-def _legend(axes: Any) -> None:
+def _legend(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     first = dict(reversed(list(zip(labels, handles, strict=True))))
     order = [mark.label for mark in reversed(MARKS.values())]
@@ -256,10 +258,13 @@ def _legend(axes: Any) -> None:
     others = [label for label in first if label not in order]
     shown = known + others
     if shown:
-        axes.legend(
+        figure.legend(
             [first[label] for label in shown],
             shown,
-            loc="lower right",
+            loc="outside lower center",
+            ncols=len(shown),
+            columnspacing=1.4,
+            handletextpad=0.4,
             frameon=False,
             labelcolor=COLOURS["ink"],
         )

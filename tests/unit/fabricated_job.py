@@ -302,7 +302,7 @@ def job(model_inventory: LayerInventory) -> JobRecord:
             "latency_budget": "0.5x",
         },
         cancel_requested=False,
-        source={"reference": "torchvision:mobilenet_v2", "digest": "d" * 64},
+        source={"digest": "d" * 64, "input_name": "x", "input_shape": [6]},
         inventory=model_inventory,
         device_id="dev-1",
         latency_budget_ns=0.5 * FP32_NS,

@@ -81,6 +81,7 @@ def test_the_readme_shows_the_figures_with_interval_and_n(export, tmp_path: Path
     assert "600 held-out samples" in text
     assert "960 samples in 16 blocks" in text
     assert "kitchen-pi4" in text
+    assert "`model.onnx` is `torchvision:mobilenet_v2`" in text
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "candidate.json", "run.py"])

@@ -142,7 +142,14 @@ def test_a_job_without_an_answer_says_in_which_state_it_is(job) -> None:
     text = text_of(render_report(waiting, [], None))
     assert "the job is waiting for device, baselines" in text
     assert "device pi4 is offline" in text
-    assert "No trial has both an accuracy and a steady latency yet" in text
+    assert "No trial with both an accuracy and a steady latency to draw" in text
+
+
+def test_a_job_that_ended_without_an_answer_says_why(job, trials) -> None:
+    ended = replace(job, result=None)
+    text = text_of(render_report(ended, [replace(trials[2], latency=None)], None))
+    assert "There is no answer: the job is finished" in text
+    assert "None of its 1 trials has both an accuracy and a steady latency" in text
 
 
 def test_trials_that_failed_are_listed_with_their_reason(page: str) -> None:

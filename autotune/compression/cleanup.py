@@ -48,6 +48,7 @@ def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
     _constants_to_initializers(model)
     _require_one_input_and_output(model)
     _drop_identities(model)
+    _free_batch_axis(model)
     _require_finite(model)
     _fold_batch_norms(model)
     _means_to_pools(model)
@@ -156,6 +157,29 @@ def _drop_identities(model: onnx.ModelProto) -> None:
         else:
             kept.append(node)
     _replace_nodes(graph, kept)
+
+
+def _free_batch_axis(model: onnx.ModelProto) -> None:
+    """A model exported for one batch size repeats it in its Reshapes; -1 takes its place.
+
+    Whether that was enough is for the loader to find out, by running two batch sizes.
+    """
+    graph = model.graph
+    batch = shape_of(graph.input[0])[0]
+    if batch < 1:
+        return
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    freed = {}
+    for node in graph.node:
+        shape = held.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None:
+            continue
+        target = numpy_helper.to_array(shape).copy()
+        if len(target) > 1 and target[0] == batch and -1 not in target:
+            target[0] = -1
+            freed[f"{node.output[0]}/shape"] = target
+            node.input[1] = f"{node.output[0]}/shape"
+    _set_initializers(graph, freed)
 
 
 def _require_finite(model: onnx.ModelProto) -> None:

@@ -1,0 +1,204 @@
+"""The estimator, its interval and the rules, against naive code and by simulation."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from device_agents import latency
+from device_agents.latency import StoppingRule, TimedBlock
+
+RATIO = 0.5
+
+
+def pair_order(generator, n_pairs):
+    first = generator.random(n_pairs) < 0.5
+    return np.column_stack([first, ~first]).ravel()
+
+
+def blocks_of(is_candidate, medians):
+    names = {True: "candidate", False: "reference"}
+    return [
+        TimedBlock(subject=names[bool(c)], samples_ns=(round(m),), median_ns=float(m))
+        for c, m in zip(is_candidate, medians, strict=True)
+    ]
+
+
+def disturbances(kind, generator, n):
+    """The logarithm of each block's slowdown on a device of that kind."""
+    if kind == "quiet":
+        return generator.normal(0, 0.01, n)
+    if kind == "noisy":
+        return generator.normal(0, 0.04, n)
+    if kind == "disturbed":
+        struck = generator.random(n) < 0.15
+        return generator.normal(0, 0.02, n) + struck * generator.exponential(0.4, n)
+    values = np.zeros(n)  # correlated
+    for i in range(1, n):
+        values[i] = 0.8 * values[i - 1] + generator.normal(0, 0.03)
+    return values
+
+
+def simulated_device(kind, seed, n_pairs):
+    generator = np.random.default_rng(seed)
+    is_candidate = pair_order(generator, n_pairs)
+    slowdown = np.exp(disturbances(kind, generator, 2 * n_pairs))
+    return is_candidate, np.where(is_candidate, RATIO, 1.0) * 1e6 * slowdown
+
+
+def stopped_interval(kind, seed, *, target=0.02, max_pairs=120):
+    is_candidate, medians = simulated_device(kind, seed, max_pairs)
+    blocks = blocks_of(is_candidate, medians)
+    rule = StoppingRule(target_half_width=target, min_blocks=8)
+    n_pairs = rule.first_look()
+    while True:
+        interval = latency.ratio_interval(blocks[: 2 * n_pairs], seed=seed)
+        if rule.is_satisfied(interval) or n_pairs == max_pairs:
+            return interval
+        n_pairs = min(max_pairs, rule.next_look(n_pairs))
+
+
+def test_log_ratios_agree_with_a_loop_over_pairs():
+    generator = np.random.default_rng(1)
+    is_candidate = pair_order(generator, 40)
+    medians = generator.uniform(1e5, 2e5, 80)
+    naive = []
+    for i in range(0, 80, 2):
+        of_candidate, of_reference = (i, i + 1) if is_candidate[i] else (i + 1, i)
+        naive.append(math.log(medians[of_candidate] / medians[of_reference]))
+    np.testing.assert_allclose(latency.log_ratios(is_candidate, medians), naive)
+
+
+def test_exchanging_the_models_inverts_the_ratio():
+    is_candidate, medians = simulated_device("disturbed", 3, 25)
+    there = latency.ratio_interval(blocks_of(is_candidate, medians), seed=0).center
+    back = latency.ratio_interval(blocks_of(~is_candidate, medians), seed=0).center
+    assert there * back == pytest.approx(1)
+
+
+@pytest.mark.parametrize("subjects", [[], [True], [True, True], [True, False, False]])
+def test_blocks_that_are_no_pairs_are_refused(subjects):
+    medians = np.ones(len(subjects))
+    with pytest.raises(ValueError, match="pairs"):
+        latency.log_ratios(np.array(subjects, dtype=bool), medians)
+
+
+@pytest.mark.parametrize("n", [3, 9, 30])
+def test_the_bootstrap_agrees_with_a_naive_one(n):
+    values = np.random.default_rng(5).normal(size=n)
+    length = latency.run_length(n)
+    starts = np.random.default_rng(7).integers(0, n, size=(50, -(-n // length), 1))
+    naive = []
+    for resample in starts:
+        drawn = [values[(start[0] + k) % n] for start in resample for k in range(length)]
+        naive.append(np.median(drawn[:n]))
+    np.testing.assert_allclose(latency.bootstrap_medians(values, seed=7, n_resamples=50), naive)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    blocks = blocks_of(*simulated_device("noisy", 1, 20))
+    assert latency.ratio_interval(blocks, seed=4) == latency.ratio_interval(blocks, seed=4)
+
+
+@pytest.mark.parametrize("n", [9, 12, 20, 60, 500])
+def test_the_small_sample_factor_uses_students_quantile(n):
+    length = latency.run_length(n)
+    quantile = student.ppf(0.975, n / length - 1) / student.ppf(0.975, math.inf)
+    expected = 1.1 * math.sqrt(n / (n - length)) * quantile
+    assert latency.small_sample_factor(n) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["quiet", "noisy", "disturbed", "correlated"])
+def test_stopped_intervals_cover_the_true_ratio(kind):
+    intervals = [stopped_interval(kind, seed) for seed in range(120)]
+    covered = sum(interval.low <= RATIO <= interval.high for interval in intervals)
+    # With a true coverage of 93 %, fewer than 86 % of 120 is a matter of two in a thousand.
+    assert covered / len(intervals) >= 0.86
+
+
+def test_the_estimate_is_unbiased_on_a_disturbed_device():
+    centers = [stopped_interval("disturbed", seed, max_pairs=40).center for seed in range(150)]
+    assert np.mean(centers) == pytest.approx(RATIO, rel=0.003)
+
+
+def test_two_blocks_of_each_tell_nothing_about_the_spread():
+    interval = latency.ratio_interval(blocks_of(*simulated_device("quiet", 0, 2)), seed=0)
+    assert interval.low == 0
+    assert interval.high == math.inf
+
+
+def test_looks_are_few_and_begin_where_a_drift_can_be_seen():
+    rule = StoppingRule(target_half_width=0.02, min_blocks=4)
+    looks = [rule.first_look()]
+    while looks[-1] < 100:
+        looks.append(rule.next_look(looks[-1]))
+    assert looks == [9, 14, 21, 32, 48, 72, 108]
+
+
+def test_a_ramp_of_the_reference_is_a_drift():
+    medians = 1e6 * np.linspace(1, 1.2, 30) * np.random.default_rng(0).normal(1, 0.005, 30)
+    assert latency.reference_drift(medians) == pytest.approx(0.13, abs=0.02)
+
+
+def test_a_step_in_the_middle_is_a_drift():
+    medians = 1e6 * np.where(np.arange(40) < 20, 1, 1.3)
+    assert latency.reference_drift(medians) == pytest.approx(0.3)
+
+
+def test_noise_is_seldom_a_drift():
+    seen = [
+        abs(latency.reference_drift(1e6 * np.random.default_rng(i).normal(1, 0.1, 60))) > 0.03
+        for i in range(200)
+    ]
+    assert sum(seen) <= 20
+
+
+def test_fewer_than_nine_blocks_never_drift():
+    assert latency.reference_drift(np.array([1.0, 1, 1, 1, 9, 9, 9, 9])) == 0
+
+
+def summary_of(blocks, **changes):
+    options = {"seed": 0, "target_half_width": 0.02, "reference_latency_ns": None} | changes
+    return latency.summarize(blocks, **options)
+
+
+def test_latencies_are_scaled_to_the_calibrated_reference():
+    blocks = blocks_of(*simulated_device("quiet", 2, 20))
+    plain, scaled = summary_of(blocks), summary_of(blocks, reference_latency_ns=3e6)
+    factor = 3e6 / plain.reference_p50_ns
+    assert scaled.p50_ns == pytest.approx(scaled.ratio * 3e6)
+    assert scaled.p99_ns == pytest.approx(plain.p99_ns * factor)
+    assert scaled.ratio == plain.ratio
+    assert scaled.p50_low_ns < scaled.p50_ns < scaled.p50_high_ns
+
+
+def test_quantiles_are_those_of_the_candidates_samples():
+    is_candidate, medians = simulated_device("quiet", 2, 20)
+    blocks = [
+        replace(b, samples_ns=tuple(range(100, 201))) if b.subject == "candidate" else b
+        for b in blocks_of(is_candidate, medians)
+    ]
+    summary = summary_of(blocks)
+    assert summary.p90_ns == pytest.approx(190)
+    assert summary.p99_ns == pytest.approx(199)
+    assert summary.n_samples == 20 * 101 + 20
+
+
+def test_an_interval_that_only_misses_its_target_is_steady():
+    blocks = blocks_of(*simulated_device("noisy", 1, 12))
+    width = latency.ratio_interval(blocks, seed=0).half_width
+    assert summary_of(blocks, target_half_width=width / 2).is_steady
+    far_off = summary_of(blocks, target_half_width=width / 4)
+    assert not far_off.is_steady
+    assert "3 times the target" in str(far_off.unsteady_reason)
+
+
+def test_a_busy_device_is_not_steady_even_with_a_narrow_interval():
+    generator = np.random.default_rng(0)
+    busy = np.repeat(np.where(generator.random(60) < 0.5, 1.0, 1.6), 2)
+    is_candidate = pair_order(generator, 60)
+    summary = summary_of(blocks_of(is_candidate, 1e6 * busy * np.where(is_candidate, RATIO, 1)))
+    assert summary.ratio == pytest.approx(RATIO)
+    assert "busy" in str(summary.unsteady_reason)

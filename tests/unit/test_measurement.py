@@ -1,0 +1,288 @@
+"""One child per measurement: every way it can end is an outcome of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from device_agents import measurement_child
+from device_agents.measurement import ChildEnd, Measurement, interpret
+from device_agents.measurement_child import ChildJob, make_feeds
+from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
+from device_agents.runtimes import TensorSpec, UnsupportedModel
+from device_agents.runtimes.simulated import SimulatedModel
+
+SIMULATED = RuntimeRequest(runtime="simulated")
+
+
+def artifact(folder, name="candidate", **fields):
+    path = folder / name
+    path.write_bytes(SimulatedModel(**fields).to_bytes())
+    return path
+
+
+def measurement(folder, *, runtime=SIMULATED, timeout_s=30.0, memory_limit_bytes=None, **fields):
+    return Measurement(
+        candidate=artifact(folder, **fields),
+        reference=artifact(folder, "reference", latency_ns=8e5, noise=0.01),
+        runtime=runtime,
+        plan=MeasurementPlan(timeout_s=timeout_s, seed=3),
+        memory_limit_bytes=memory_limit_bytes,
+    )
+
+
+def test_a_measurement_reports_the_ratio_of_two_simulated_models(tmp_path):
+    ended = measurement(tmp_path, latency_ns=4e5, noise=0.01).run()
+    assert ended.outcome is Outcome.OK
+    report = ended.report
+    assert report.ratio == pytest.approx(0.5, rel=0.02)
+    assert report.ratio_low < 0.5 < report.ratio_high
+    assert report.is_steady
+    assert {block.subject for block in report.blocks} == {"candidate", "reference"}
+    assert report.n_samples == sum(len(block.samples_ns) for block in report.blocks)
+    assert report.peak_memory_bytes > 2**20
+    assert report.after.available_memory_bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("verb", "outcome", "said"),
+    [
+        ("segfault", Outcome.RUNTIME_CRASH, "SIGSEGV"),
+        ("abort", Outcome.RUNTIME_CRASH, "SIGABRT"),
+        ("raise", Outcome.RUNTIME_CRASH, "the simulated kernel failed"),
+        ("garbage", Outcome.RUNTIME_CRASH, "without a result"),
+        ("backwards_clock", Outcome.RUNTIME_CRASH, "ns by the clock"),
+        ("unsupported", Outcome.UNSUPPORTED, "no kernel for this operator"),
+    ],
+)
+def test_each_failure_has_its_outcome_and_reason(tmp_path, verb, outcome, said):
+    ended = measurement(tmp_path, verb=verb).run()
+    assert ended.outcome is outcome
+    assert said in ended.reason
+    assert ended.report is None
+
+
+def test_a_crash_while_loading_is_a_crash_too(tmp_path):
+    ended = measurement(tmp_path, verb="segfault", after_calls=0).run()
+    assert ended.outcome is Outcome.RUNTIME_CRASH
+
+
+def test_a_model_that_takes_all_memory_meets_its_limit(tmp_path):
+    ended = measurement(tmp_path, verb="oom", memory_limit_bytes=400 * 2**20).run()
+    assert ended.outcome is Outcome.OOM
+    assert "memory" in ended.reason
+
+
+def test_a_child_that_ignores_sigterm_is_ended_at_the_time_limit(tmp_path):
+    ended = measurement(tmp_path, verb="hang", timeout_s=1.5).run()
+    assert ended.outcome is Outcome.TIMEOUT
+    assert "1.5 s" in ended.reason
+
+
+def test_a_measurement_can_be_cancelled_while_it_runs(tmp_path):
+    running = measurement(tmp_path, verb="hang")
+    threading.Timer(0.5, running.cancel).start()
+    assert running.run().outcome is Outcome.CANCELLED
+
+
+def test_a_measurement_cancelled_before_it_runs_starts_no_process(tmp_path):
+    never = measurement(tmp_path)
+    never.cancel()
+    assert never.run().outcome is Outcome.CANCELLED
+
+
+def test_a_drifting_device_is_unstable_with_its_figures(tmp_path):
+    ended = Measurement(
+        candidate=artifact(tmp_path, drift_per_s=0.3),
+        reference=artifact(tmp_path, "reference", drift_per_s=0.3),
+        runtime=SIMULATED,
+        plan=MeasurementPlan(target_half_width=0.001),
+    ).run()
+    assert ended.outcome is Outcome.UNSTABLE
+    assert "drifted" in ended.reason
+    assert not ended.report.is_steady
+
+
+def test_an_unknown_runtime_is_unsupported_and_the_known_ones_are_named(tmp_path):
+    ended = measurement(tmp_path, runtime=RuntimeRequest(runtime="abacus")).run()
+    assert ended.outcome is Outcome.UNSUPPORTED
+    assert "onnxruntime, simulated" in ended.reason
+
+
+def test_a_provider_that_is_not_there_is_unsupported(tmp_path):
+    runtime = RuntimeRequest(runtime="simulated", provider="AbacusExecutionProvider")
+    assert measurement(tmp_path, runtime=runtime).run().outcome is Outcome.UNSUPPORTED
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all", b"{}"])
+def test_a_file_that_is_no_model_is_corrupt(tmp_path, content):
+    (tmp_path / "model").write_bytes(content)
+    ended = Measurement(
+        candidate=tmp_path / "model",
+        reference=tmp_path / "model",
+        runtime=RuntimeRequest(),
+        plan=MeasurementPlan(),
+    ).run()
+    assert ended.outcome is Outcome.ARTIFACT_CORRUPT
+    assert "not an ONNX model" in ended.reason
+    assert str(tmp_path) not in ended.reason
+
+
+def test_an_onnx_model_is_measured_against_itself(tmp_path):
+    model = small_onnx_model(tmp_path / "model.onnx", shape=("N", 3, 16, 16))
+    ended = Measurement(
+        candidate=model,
+        reference=model,
+        runtime=RuntimeRequest(),
+        plan=MeasurementPlan(time_cap_s=1.0, target_half_width=0.3),
+    ).run()
+    assert ended.outcome in (Outcome.OK, Outcome.UNSTABLE)
+    assert 0.2 < ended.report.ratio < 5
+    assert ended.report.p50_ns > 1_000
+
+
+def test_a_model_with_free_sizes_is_unsupported_with_the_way_out(tmp_path):
+    model = small_onnx_model(tmp_path / "model.onnx", shape=("N", 3, "H", "W"))
+    ended = Measurement(
+        candidate=model, reference=model, runtime=RuntimeRequest(), plan=MeasurementPlan()
+    ).run()
+    assert ended.outcome is Outcome.UNSUPPORTED
+    assert "export the model with fixed sizes" in ended.reason
+
+
+def small_onnx_model(path, *, shape):
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), dtype=np.float32), "weight")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "weight"], ["y"])],
+        "one convolution",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [weight],
+    )
+    opset = [onnx.helper.make_opsetid("", 21)]
+    path.write_bytes(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+    )
+    return path
+
+
+def test_a_child_whose_parent_is_killed_dies_with_it(tmp_path):
+    model = artifact(tmp_path, verb="kill_agent")
+    reference = artifact(tmp_path, "reference")
+    program = f"""
+from pathlib import Path
+from device_agents.measurement import Measurement
+from device_agents.protocol import MeasurementPlan, RuntimeRequest
+Measurement(candidate=Path({str(model)!r}), reference=Path({str(reference)!r}),
+            runtime=RuntimeRequest(runtime="simulated"), plan=MeasurementPlan()).run()
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    parent = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60)
+    assert parent.returncode == -signal.SIGKILL
+    assert wait_until_gone(str(tmp_path))
+
+
+def wait_until_gone(text):
+    """True once no process has the text in its command line; False after 10 s."""
+    quiet = threading.Event()
+    for _ in range(200):
+        if not any(text in command_line(path) for path in Path("/proc").glob("[0-9]*")):
+            return True
+        quiet.wait(0.05)
+    return False
+
+
+def command_line(process):
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def end(**changes):
+    fields = {
+        "return_code": 0,
+        "killed": None,
+        "was_oom_killed": False,
+        "document": None,
+        "log_tail": "",
+    }
+    return interpret(ChildEnd(**fields | changes), runtime=SIMULATED, timeout_s=9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "said"),
+    [
+        ({"return_code": -9}, Outcome.OOM, "most likely"),
+        ({"return_code": -9, "was_oom_killed": True}, Outcome.OOM, "the kernel ran out"),
+        ({"return_code": -9, "killed": Outcome.TIMEOUT}, Outcome.TIMEOUT, "9 s"),
+        ({"return_code": -24}, Outcome.TIMEOUT, "SIGXCPU"),
+        ({"return_code": -6, "log_tail": "x\nstd::bad_alloc\n"}, Outcome.OOM, "bad_alloc"),
+        ({"return_code": -4}, Outcome.RUNTIME_CRASH, "SIGILL"),
+        ({"return_code": 1, "log_tail": "a\nb\n\n"}, Outcome.RUNTIME_CRASH, "last wrote: b"),
+        ({"document": {"outcome": "fine"}}, Outcome.RUNTIME_CRASH, "makes no sense"),
+        ({"document": {"outcome": "ok", "report": {}}}, Outcome.RUNTIME_CRASH, "no sense"),
+    ],
+)
+def test_every_end_of_a_child_has_an_outcome(changes, outcome, said):
+    ended = end(**changes)
+    assert ended.outcome is outcome
+    assert said in ended.reason
+
+
+def child_job(folder, **changes):
+    fields = {
+        "candidate_path": str(artifact(folder, noise=0.01)),
+        "reference_path": str(artifact(folder, "reference", noise=0.01)),
+        "runtime": "simulated",
+        "provider": "CPUExecutionProvider",
+        "threads": 1,
+        "target_half_width": 0.02,
+        "time_cap_s": 10.0,
+        "min_blocks": 8,
+        "seed": 0,
+        "reference_latency_ns": None,
+        "memory_limit_bytes": None,
+        "cpu_limit_s": 100,
+        "parent_pid": os.getppid(),
+    }
+    return ChildJob(**fields | changes)
+
+
+def test_the_childs_report_is_plain_json_that_the_protocol_reads(tmp_path):
+    document = json.loads(json.dumps(measurement_child.measure(child_job(tmp_path))))
+    ended = end(document=document)
+    assert ended.outcome is Outcome.OK
+    assert ended.report.runtime_version == "1"
+
+
+def test_a_given_reference_latency_calibrates_the_report(tmp_path):
+    document = measurement_child.measure(child_job(tmp_path, reference_latency_ns=1e6))
+    report = document["report"]
+    assert report["p50_ns"] == pytest.approx(report["ratio"] * 1e6)
+
+
+def test_two_measurements_with_one_seed_are_equal_on_a_simulated_device(tmp_path):
+    first, second = (measurement_child.measure(child_job(tmp_path))["report"] for _ in range(2))
+    assert first["blocks"] == second["blocks"]
+    assert first["ratio_low"] == second["ratio_low"]
+
+
+def test_inputs_are_the_same_numbers_wherever_the_shapes_agree():
+    spec = TensorSpec(name="a", shape=(None, 3, 4), dtype="float32")
+    first = make_feeds([spec], seed=5)["a"]
+    second = make_feeds([TensorSpec(name="b", shape=(1, 3, 4), dtype="float32")], seed=5)["b"]
+    assert first.shape == (1, 3, 4)
+    assert (first == second).all()
+
+
+def test_a_free_dimension_that_is_not_the_batch_is_refused():
+    with pytest.raises(UnsupportedModel, match="only the first axis"):
+        make_feeds([TensorSpec(name="a", shape=(None, 3, None), dtype="float32")], seed=0)

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from examples.digits.images import Images
+    from examples.digits.images import ImageRecipe, Images
+    from examples.digits.training import TrainingRecipe
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_FOLDER = Path("build/digits")
@@ -39,29 +40,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR")
     options = parser.parse_args(arguments)
-    print(prepare(options.model, options.out, console=Console(stderr=True, soft_wrap=True)))
+    from examples.digits.training import RECIPES  # torch takes its seconds only after --help
+
+    console = Console(stderr=True, soft_wrap=True)
+    print(prepare(RECIPES[options.model], options.out, console=console))
     return 0
 
 
-def prepare(model: str, folder: Path, *, console: Console) -> Path:
+def prepare(
+    recipe: TrainingRecipe, folder: Path, *, console: Console, images: ImageRecipe | None = None
+) -> Path:
     """The path of the job file, after making in `folder` whatever is missing or outdated."""
-    from examples.digits.images import ImageRecipe  # imports torch: after --help
-    from examples.digits.training import RECIPES
+    from examples.digits.images import ImageRecipe
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = _Made(folder)
-    images_digest = _digest(asdict(ImageRecipe()))
-    model_digest = _digest([images_digest, asdict(RECIPES[model])])
-    fresh_images = made.current("images", images_digest, (TRAINING_FILE, EVALUATION_FILE))
-    weights = f"{model}.safetensors"
-    if not fresh_images:
-        _make_images(folder, console)
+    images, made, model = images or ImageRecipe(), _Made(folder), recipe.model
+    images_digest = _digest(asdict(images))
+    if not made.current("images", images_digest, (TRAINING_FILE, EVALUATION_FILE)):
+        _make_images(images, folder, console)
         made.record("images", {"digest": images_digest})
-    if made.current(model, model_digest, (weights,)):
+    model_digest = _digest([images_digest, asdict(recipe)])
+    if made.current(model, model_digest, (f"{model}.safetensors",)):
         accuracy = made.entry(model)["accuracy"]
         console.print(f"{model} is ready in {folder} (FP32 accuracy {accuracy:.1%}, cached)")
     else:
-        facts = _train(model, folder, console)
+        facts = _train(recipe, folder, console)
         made.record(model, {"digest": model_digest, **facts})
     job = folder / f"{model}.yaml"
     if not job.exists():  # a job file that the user changed stays theirs
@@ -95,12 +98,12 @@ def job_text(model: str) -> str:
     return head + yaml.safe_dump(document, sort_keys=False)
 
 
-def _make_images(folder: Path, console: Console) -> None:
+def _make_images(recipe: ImageRecipe, folder: Path, console: Console) -> None:
     import numpy as np
 
-    from examples.digits.images import ImageRecipe, make_images
+    from examples.digits.images import make_images
 
-    training, evaluation = make_images(ImageRecipe())
+    training, evaluation = make_images(recipe)
     for name, images in ((TRAINING_FILE, training), (EVALUATION_FILE, evaluation)):
         with _part(folder / name) as part, part.open("wb") as file:
             np.savez(file, x=images.x, y=images.y)
@@ -109,13 +112,12 @@ def _make_images(folder: Path, console: Console) -> None:
     )
 
 
-def _train(model: str, folder: Path, console: Console) -> dict[str, Any]:
+def _train(recipe: TrainingRecipe, folder: Path, console: Console) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    from examples.digits.training import RECIPES, accuracy, train
+    from examples.digits.training import accuracy, train
 
-    recipe = RECIPES[model]
-    started = time.monotonic()
+    model, started = recipe.model, time.monotonic()
     with _epoch_progress(console, model, recipe.epochs) as on_epoch:
         trained = train(recipe, _load(folder / TRAINING_FILE), threads=_cores(), on_epoch=on_epoch)
     train_s = time.monotonic() - started

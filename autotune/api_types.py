@@ -72,6 +72,7 @@ class Trial(Shape):
     held_out_accuracy_drop: Interval | None = None
     held_out_samples: int | None = None
     confirmed_latency_ns: Interval | None = None
+    confirmed_latency_samples: int | None = None
     confirmed_fp32_ratio: Interval | None = None
     groups: list[GroupPrecision] = []
     prune_ratios: dict[str, float] = {}

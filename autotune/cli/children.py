@@ -30,7 +30,9 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], *, log: Path) -> None:
         self.name = name
         self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
+        # A service prints its token when it makes one: logs are their user's alone.
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log.touch(mode=0o600)
         with log.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module

@@ -17,7 +17,7 @@ import click
 from autotune.api_types import Front, Interval, Job, JobResult, Trial, Verification
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View, print_rows
-from autotune.cli.views.front import front_rows, front_view
+from autotune.cli.views.front import FRONT, front_rows
 from autotune.errors import BundleError, DiskFull, JobNotReady
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format:
     front = client.front(job.id)
     rows = front_rows(front.trials, trials, result=job.result)
     if output_format != "json":
-        print_rows(front_view(rows), rows, output_format=output_format, to=sys.stdout)
+        print_rows(FRONT, rows, output_format=output_format, to=sys.stdout)
     for line in answer_lines(job.result):
         click.echo(line, err=output_format != "table")
 
@@ -80,15 +80,10 @@ def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format:
 
 def answer_lines(result: JobResult) -> list[str]:
     """Which trial wins and why, as lines for people."""
-    lines = ["", result.explanation]
-    if result.verdict == "impossible_budget":
-        lines.append(
-            "no trial is inside the latency budget; the answer is the fastest one, which misses "
-            f"it by {figures.latency(result.missed_by_ns)}"
-        )
+    lines = [part.strip() for part in result.explanation.split("; ")]
     if result.stopped_because:
         lines.append(f"the search ended: {result.stopped_because}")
-    return lines
+    return ["", *lines]
 
 
 def export_and_verify(client: Client, job: Job, out: Path) -> tuple[Path, Verification]:

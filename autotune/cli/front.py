@@ -37,7 +37,7 @@ def front(session: Session, job: str, budget: str | None, max_drop: float | None
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False))
         return
     from autotune.cli.output import print_rows
-    from autotune.cli.views.front import front_rows, front_view
+    from autotune.cli.views.front import FRONT, front_rows
 
     rows = front_rows(
         found.trials,
@@ -45,5 +45,5 @@ def front(session: Session, job: str, budget: str | None, max_drop: float | None
         result=client.job(job).result,
         answer=found.answer,
     )
-    print_rows(front_view(rows), rows, output_format=session.output_format, to=sys.stdout)
+    print_rows(FRONT, rows, output_format=session.output_format, to=sys.stdout)
     click.echo(found.explanation, err=session.output_format != "table")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TextIO, TypeVar
 
 Row = TypeVar("Row")
@@ -20,11 +21,15 @@ Scalar = str | float | int | bool | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column(Generic[Row]):
-    """A column for people: a title with the unit, and the text of a row."""
+    """A column for people: a title with the unit, and the text of a row.
+
+    A secondary column is the first to go where a terminal is too narrow.
+    """
 
     title: str
     text: Callable[[Row], str]
     right: bool = False
+    secondary: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,34 +95,85 @@ def _csv_cell(value: Scalar) -> Scalar:
 
 
 def _write_table(view: View[Row], rows: Sequence[Row], to: TextIO) -> None:
+    columns = [
+        _Filled(column=column, cells=[column.text(row) for row in rows]) for column in view.columns
+    ]
     if to.isatty():
-        _write_rich_table(view, rows, to)
+        _write_rich_table(columns, [view.style(row) for row in rows], to)
         return
-    titles = [column.title for column in view.columns]
-    cells = [[column.text(row) for column in view.columns] for row in rows]
-    widths = [max(map(cell_width, column)) for column in zip(titles, *cells, strict=True)]
-    for line in [titles, *cells]:
+    for number in range(-1, len(rows)):
         padded = [
-            pad(text, width, right=column.right)
-            for text, width, column in zip(line, widths, view.columns, strict=True)
+            pad(filled.line(number), filled.width, right=filled.column.right) for filled in columns
         ]
         to.write("  ".join(padded).rstrip() + "\n")
 
 
-def _write_rich_table(view: View[Row], rows: Sequence[Row], to: TextIO) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Filled:
+    """A column with its cells."""
+
+    column: Column[Any]
+    cells: Sequence[str]
+
+    def line(self, number: int) -> str:
+        """The cell of that row; the title where it is -1."""
+        return self.column.title if number < 0 else self.cells[number]
+
+    @property
+    def width(self) -> int:
+        """The width of the widest line in it."""
+        texts = [self.column.title, *self.cells]
+        return max(cell_width(line) for text in texts for line in text.split("\n"))
+
+    def stacked(self) -> _Filled:
+        """The same with intervals below their figures and lists one entry to a line."""
+        column = replace(self.column, title=_BREAKS.sub("\n", self.column.title))
+        return _Filled(column=column, cells=[_BREAKS.sub("\n", cell) for cell in self.cells])
+
+
+# Before a bracket, after one, and after a comma that is in none.
+_BREAKS = re.compile(r" (?=[\[(])|(?<=\]) |(?<=,) (?![^\[]*\])")
+_GAP = 2
+
+
+def _write_rich_table(columns: Sequence[_Filled], styles: Sequence[str | None], to: TextIO) -> None:
+    """A table that fits the terminal: in one line per row, else stacked, else with less in it."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in view.columns:
-        justify = "right" if column.right else "left"
-        table.add_column(column.title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        cells = [Text(column.text(row)) for column in view.columns]
-        table.add_row(*cells, style=view.style(row))
-    Console(file=to).print(table)
+    console = Console(file=to)
+    shown, dropped = _fitted(columns, console.width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for filled in shown:
+        justify = "right" if filled.column.right else "left"
+        title = Text(filled.column.title)
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for number, style in enumerate(styles):
+        table.add_row(*(Text(filled.line(number)) for filled in shown), style=style)
+    console.print(table)
+    if dropped:
+        console.print(f"no room for: {', '.join(dropped)}; -o csv has everything", style="dim")
+
+
+def _fitted(columns: Sequence[_Filled], width: int) -> tuple[list[_Filled], list[str]]:
+    """The columns as they fit into `width`, and the titles of those that do not."""
+
+    def fits(some: Sequence[_Filled]) -> bool:
+        return sum(filled.width + _GAP for filled in some) <= width
+
+    if fits(columns):
+        return list(columns), []
+    shown = [filled.stacked() for filled in columns]
+    dropped: list[str] = []
+    while not fits(shown):
+        secondary = [n for n, filled in enumerate(shown) if filled.column.secondary]
+        if not secondary:
+            break
+        title = shown.pop(secondary[-1]).column.title
+        dropped.insert(0, title.partition("\n")[0])
+    return shown, dropped
 
 
 def cell_width(text: str) -> int:

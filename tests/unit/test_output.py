@@ -12,7 +12,7 @@ import pytest
 from autotune.api_types import Interval
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View, cell_width, print_one, print_rows
-from autotune.cli.views.front import front_rows, front_view
+from autotune.cli.views.front import FRONT, front_rows
 from autotune.cli.views.jobs import JOB, JOBS
 from autotune.cli.views.trials import GROUPS, TRIALS, group_counts, prune_summary
 from tests.unit.cli_fakes import (
@@ -171,15 +171,43 @@ def test_a_baseline_on_the_front_is_one_row_with_both_roles() -> None:
     assert next(r.roles for r in rows if r.trial.number == 1) == ("winner", "INT8", "front")
 
 
-def test_a_front_shows_all_rows_on_the_same_footing() -> None:
-    held_out = {"held_out_accuracy": interval(0.9, 0.01), "held_out_samples": 540}
-    confirmed = {"confirmed_latency_ns": interval(2e6, 1e4)}
-    both = [make_trial(n, **held_out, **confirmed) for n in (1, 2)]
-    titles = [c.title for c in front_view(front_rows(both, both, result=None)).columns]
-    assert "held-out accuracy % [95 %, n=540]" in titles and "confirmed p50 ms [95 %]" in titles
-    mixed = [both[0], make_trial(2)]
-    titles = [c.title for c in front_view(front_rows(mixed, mixed, result=None)).columns]
-    assert "search accuracy % [95 %, n=360]" in titles and "p50 ms [95 %]" in titles
+def test_a_front_shows_confirmed_figures_where_there_are_some_and_says_so() -> None:
+    confirmed = make_trial(
+        1,
+        held_out_accuracy=interval(0.9, 0.01),
+        held_out_samples=540,
+        confirmed_latency_ns=interval(2e6, 1e4),
+        confirmed_latency_samples=900,
+    )
+    to = io.StringIO()
+    rows = front_rows([confirmed, make_trial(2)], [], result=None)
+    print_rows(FRONT, rows, output_format="table", to=to)
+    first, second = to.getvalue().splitlines()[1:]
+    assert "confirmed" in first and "90.0 [89.0, 91.0]" in first and "2.000 [1.990" in first
+    assert first.split().count("540") == 1 and "900" in first.split()
+    assert "search" in second and "93.4" in second and "320" in second.split()
+
+
+@pytest.mark.parametrize(("width", "is_whole"), [(150, True), (80, False)])
+def test_a_narrow_terminal_gets_intervals_below_their_figures_and_fewer_columns(
+    width: int, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    to = Terminal()
+    rows = front_rows(baseline_trials()[2:], baseline_trials(), result=make_result())
+    print_rows(FRONT, rows, output_format="table", to=to)
+    text = to.getvalue()
+    assert "[2.370, 2.430]" in text and "2.400 [2.370" not in text
+    assert ("pruned" in text.partition("no room for")[0]) is is_whole
+    assert ("no room for" in text) is not is_whole
+
+
+def test_a_wide_terminal_gets_one_line_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    to = Terminal()
+    rows = front_rows(baseline_trials()[2:], baseline_trials(), result=make_result())
+    print_rows(FRONT, rows, output_format="table", to=to)
+    assert "2.400 [2.370, 2.430]" in to.getvalue()
 
 
 def test_a_finished_job_shows_verdict_and_reason() -> None:

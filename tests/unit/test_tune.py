@@ -384,7 +384,11 @@ def test_a_verified_figure_agrees_where_the_intervals_meet() -> None:
     assert compare(trial, make_verification(latency_ns=None))[0].agrees is None
 
 
-def test_an_impossible_budget_says_by_how_much_it_is_missed() -> None:
-    result = make_result(verdict="impossible_budget", missed_by_ns=300_000.0)
-    assert any("misses it by 300.0 µs" in line for line in answer_lines(result))
-    assert not any("misses" in line for line in answer_lines(make_result()))
+def test_the_answer_says_who_wins_why_and_what_ended_the_search() -> None:
+    result = make_result(explanation="trial 5 wins: it is fast; it loses 0.2 points")
+    assert answer_lines(result) == [
+        "",
+        "trial 5 wins: it is fast",
+        "it loses 0.2 points",
+        "the search ended: all 40 trials are done",
+    ]

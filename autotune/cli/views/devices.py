@@ -52,7 +52,7 @@ DEVICES: View[Device] = View(
         Column(title="presence", text=_presence),
         Column(title="architecture", text=_told("architecture")),
         Column(title="CPU", text=_told("cpu_model")),
-        Column(title="runtimes", text=_runtimes),
+        Column(title="runtimes", text=_runtimes, secondary=True),
     ],
     fields=_DEVICE_FIELDS,
     document=lambda device: device.model_dump(mode="json"),

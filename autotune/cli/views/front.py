@@ -19,68 +19,86 @@ class FrontRow:
     roles: tuple[str, ...] = ()
 
 
-def front_view(rows: Sequence[FrontRow]) -> View[FrontRow]:
-    """The columns of a front.
+def _accuracy(row: FrontRow) -> Interval | None:
+    return row.trial.held_out_accuracy or row.trial.accuracy
 
-    All rows are shown on the same footing: confirmed latency and held-out accuracy where
-    every row has them, otherwise the search's own figures, and the titles say which.
-    """
-    held_out = bool(rows) and all(row.trial.held_out_accuracy for row in rows)
-    confirmed = bool(rows) and all(row.trial.confirmed_latency_ns for row in rows)
-    samples = {
-        row.trial.held_out_samples if held_out else row.trial.accuracy_samples for row in rows
-    }
-    n = f", n={samples.pop()}" if len(samples) == 1 and None not in samples else ""
 
-    def accuracy(row: FrontRow) -> Interval | None:
-        return row.trial.held_out_accuracy if held_out else row.trial.accuracy
+def _accuracy_samples(row: FrontRow) -> str:
+    trial = row.trial
+    n = trial.held_out_samples if trial.held_out_accuracy else trial.accuracy_samples
+    return figures.MISSING if n is None else str(n)
 
-    def drop(row: FrontRow) -> Interval | None:
-        return row.trial.held_out_accuracy_drop if held_out else row.trial.accuracy_drop
 
-    def p50(row: FrontRow) -> str:
-        if confirmed:
-            return figures.milliseconds(row.trial.confirmed_latency_ns)
-        return latency_text(row.trial)
+def _drop(row: FrontRow) -> Interval | None:
+    return row.trial.held_out_accuracy_drop or row.trial.accuracy_drop
 
-    def ratio(row: FrontRow) -> str:
-        if confirmed and row.trial.confirmed_fp32_ratio is not None:
-            return figures.interval(row.trial.confirmed_fp32_ratio)
-        return figures.interval(row.trial.fp32_ratio)
 
-    return View(
-        columns=[
-            Column(title="", text=lambda row: ", ".join(row.roles)),
-            Column(title="trial", text=lambda row: f"#{row.trial.number}", right=True),
-            Column(
-                title=f"{'held-out' if held_out else 'search'} accuracy % [95 %{n}]",
-                text=lambda row: figures.percent(accuracy(row)),
-                right=True,
-            ),
-            Column(
-                title="drop, points [95 %]", text=lambda row: figures.percent(drop(row)), right=True
-            ),
-            Column(title=f"{'confirmed ' if confirmed else ''}p50 ms [95 %]", text=p50, right=True),
-            Column(title="x FP32 [95 %]", text=ratio, right=True),
-            Column(
-                title="size",
-                text=lambda row: figures.size(row.trial.artifact_size_bytes),
-                right=True,
-            ),
-            Column(title="groups", text=lambda row: group_counts(row.trial)),
-            Column(title="pruned", text=lambda row: prune_summary(row.trial)),
-        ],
-        fields=[
-            Field(name="roles", value=lambda row: " ".join(row.roles)),
-            *map(_of_trial, TRIAL_FIELDS),
-        ],
-        document=lambda row: {"roles": list(row.roles), **row.trial.model_dump(mode="json")},
-        style=lambda row: "bold green" if "winner" in row.roles or "answer" in row.roles else None,
-    )
+def _p50(row: FrontRow) -> str:
+    if row.trial.confirmed_latency_ns is not None:
+        return figures.milliseconds(row.trial.confirmed_latency_ns)
+    return latency_text(row.trial)
+
+
+def _latency_samples(row: FrontRow) -> str:
+    trial = row.trial
+    confirmed = trial.confirmed_latency_ns is not None
+    n = trial.confirmed_latency_samples if confirmed else trial.latency_samples
+    return figures.MISSING if n is None else str(n)
+
+
+def _basis(row: FrontRow) -> str:
+    """Which figures the row shows: those of a confirmed trial, or the search's own."""
+    return "confirmed" if row.trial.confirmed_latency_ns is not None else "search"
 
 
 def _of_trial(field: Field[Trial]) -> Field[FrontRow]:
     return Field(name=field.name, value=lambda row: field.value(row.trial))
+
+
+FRONT: View[FrontRow] = View(
+    columns=[
+        Column(title="", text=lambda row: ", ".join(row.roles)),
+        Column(title="trial", text=lambda row: f"#{row.trial.number}", right=True),
+        Column(title="figures", text=_basis, secondary=True),
+        Column(
+            title="accuracy % [95 %]",
+            text=lambda row: figures.percent(_accuracy(row)),
+            right=True,
+        ),
+        Column(
+            title="lost points [95 %]",
+            text=lambda row: figures.percent(_drop(row)),
+            right=True,
+            secondary=True,
+        ),
+        Column(title="samples", text=_accuracy_samples, right=True, secondary=True),
+        Column(title="p50 ms [95 %]", text=_p50, right=True),
+        Column(
+            title="x FP32 [95 %]",
+            text=lambda row: figures.interval(
+                row.trial.confirmed_fp32_ratio or row.trial.fp32_ratio
+            ),
+            right=True,
+        ),
+        Column(title="runs", text=_latency_samples, right=True, secondary=True),
+        Column(
+            title="size",
+            text=lambda row: figures.size(row.trial.artifact_size_bytes),
+            right=True,
+            secondary=True,
+        ),
+        Column(title="groups", text=lambda row: group_counts(row.trial)),
+        Column(title="pruned", text=lambda row: prune_summary(row.trial), secondary=True),
+    ],
+    fields=[
+        Field(name="roles", value=lambda row: " ".join(row.roles)),
+        *map(_of_trial, TRIAL_FIELDS),
+    ],
+    document=lambda row: {"roles": list(row.roles), **row.trial.model_dump(mode="json")},
+    style=lambda row: "bold green" if {"winner", "answer"} & set(row.roles) else None,
+)
+"""Confirmed latency and held-out accuracy where there are some, else the search's own: the
+same rule as in the bundle and the report."""
 
 
 def front_rows(

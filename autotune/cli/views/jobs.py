@@ -45,10 +45,16 @@ JOBS: View[Job] = View(
         Column(title="state", text=lambda j: j.state),
         Column(title="phase", text=lambda j: j.phase),
         Column(title="trials", text=_progress_text, right=True),
-        Column(title="front", text=lambda j: str(j.progress.front_size), right=True),
+        Column(
+            title="front", text=lambda j: str(j.progress.front_size), right=True, secondary=True
+        ),
         Column(title="device", text=lambda j: j.progress.device_name or figures.MISSING),
-        Column(title="created (UTC)", text=lambda j: f"{j.created_at:%Y-%m-%d %H:%M:%S}"),
-        Column(title="reason", text=lambda j: j.reason or ""),
+        Column(
+            title="created (UTC)",
+            text=lambda j: f"{j.created_at:%Y-%m-%d %H:%M:%S}",
+            secondary=True,
+        ),
+        Column(title="reason", text=lambda j: j.reason or "", secondary=True),
     ],
     fields=_JOB_FIELDS,
     document=lambda job: job.model_dump(mode="json"),

@@ -26,8 +26,18 @@ LAYER_GROUPS: View[LayerGroup] = View(
         Column(title="kinds", text=_layer_kinds),
         Column(title="MACs", text=lambda g: figures.count(g.macs), right=True),
         Column(title="parameters", text=lambda g: figures.count(g.parameters), right=True),
-        Column(title="input", text=lambda g: _shape(g.layers[0].input_shape), right=True),
-        Column(title="output", text=lambda g: _shape(g.layers[-1].output_shape), right=True),
+        Column(
+            title="input",
+            text=lambda g: _shape(g.layers[0].input_shape),
+            right=True,
+            secondary=True,
+        ),
+        Column(
+            title="output",
+            text=lambda g: _shape(g.layers[-1].output_shape),
+            right=True,
+            secondary=True,
+        ),
         Column(title="precisions", text=lambda g: " ".join(g.precisions)),
     ],
     fields=[

@@ -96,6 +96,7 @@ TRIAL_FIELDS: list[Field[Trial]] = [
     *_bounds("held_out_accuracy_drop", lambda t: t.held_out_accuracy_drop),
     Field(name="held_out_samples", value=lambda t: t.held_out_samples),
     *_bounds("confirmed_latency_ns", lambda t: t.confirmed_latency_ns),
+    Field(name="confirmed_latency_samples", value=lambda t: t.confirmed_latency_samples),
     *_bounds("confirmed_fp32_ratio", lambda t: t.confirmed_fp32_ratio),
     Field(name="size_bytes", value=lambda t: t.artifact_size_bytes),
     Field(name="groups", value=group_counts),
@@ -112,12 +113,17 @@ TRIALS: View[Trial] = View(
         Column(title="outcome", text=_outcome),
         Column(title="accuracy % [95 %]", text=lambda t: figures.percent(t.accuracy), right=True),
         Column(title="p50 ms [95 %]", text=latency_text, right=True),
-        Column(title="n", text=_samples, right=True),
+        Column(title="runs", text=_samples, right=True, secondary=True),
         Column(title="x FP32", text=lambda t: figures.interval(t.fp32_ratio), right=True),
-        Column(title="size", text=lambda t: figures.size(t.artifact_size_bytes), right=True),
+        Column(
+            title="size",
+            text=lambda t: figures.size(t.artifact_size_bytes),
+            right=True,
+            secondary=True,
+        ),
         Column(title="groups", text=group_counts),
-        Column(title="pruned", text=prune_summary),
-        Column(title="by", text=lambda t: t.proposed_by),
+        Column(title="pruned", text=prune_summary, secondary=True),
+        Column(title="by", text=lambda t: t.proposed_by, secondary=True),
         Column(title="front", text=lambda t: "yes" if t.is_on_front else ""),
     ],
     fields=TRIAL_FIELDS,
@@ -145,7 +151,10 @@ TRIAL: View[Trial] = View(
         Column(title="latency p90", text=lambda t: figures.latency(t.latency_p90_ns)),
         Column(
             title="confirmed in a fresh process",
-            text=lambda t: f"{figures.milliseconds(t.confirmed_latency_ns)} ms",
+            text=lambda t: (
+                f"{figures.milliseconds(t.confirmed_latency_ns)} ms, "
+                f"n={t.confirmed_latency_samples or figures.MISSING}"
+            ),
         ),
         Column(title="ratio to FP32", text=lambda t: figures.interval(t.fp32_ratio)),
         Column(title="inside the budget", text=lambda t: _claim(t.is_feasible)),

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from autotune.api_types import Job
 from autotune.client import Client
 from autotune.search.verification import VerificationOutcome
 from autotune.service.app import create_app
@@ -22,6 +23,7 @@ from autotune.service.broadcast import Broadcast
 from autotune.service.context import ServiceContext
 from autotune.service.security import local_token
 from autotune.settings import Settings
+from autotune.spec import parse_job
 from device_agents.protocol import PROTOCOL_VERSION, MeasurementRequest, Outcome
 from search_spaces import RuntimeOptions
 from storage.artifacts import ArtifactStore
@@ -97,18 +99,21 @@ class RunningService:
         self._agents.append(opened)
         return opened
 
+    def submit(self, **changes: Any) -> Job:
+        """A job submitted over HTTP; `changes` are keys of its document."""
+        return self.client.submit(parse_job(job_document(**changes)))
+
     def enrol(self, name: str | None = None) -> tuple[httpx.Client, DeviceRecord]:
         """A device that enrolled over HTTP; the HTTP client carries its agent's key."""
         token = self.client.enrolment_token().token
         description = fabricated_job.device().description
         reply = self.http().post(
             "/v1/agent/enrol",
-            json={
-                "protocol_version": PROTOCOL_VERSION,
-                "token": token,
-                "name": name or f"pi-{secrets.token_hex(4)}",
-                "device": description.model_dump(mode="json"),
-            },
+            json=versioned(
+                token=token,
+                name=name or f"pi-{secrets.token_hex(4)}",
+                device=description.model_dump(mode="json"),
+            ),
         )
         assert reply.status_code == 201, reply.text
         key = reply.json()["agent_key"]
@@ -185,6 +190,11 @@ class RunningService:
             ),
             held_out=fabricated_job.accuracy(0.94, split="held_out", n=600),
         )
+
+
+def versioned(**fields: Any) -> dict[str, Any]:
+    """An agent's message, as JSON."""
+    return {"protocol_version": PROTOCOL_VERSION, **fields}
 
 
 def request() -> MeasurementRequest:

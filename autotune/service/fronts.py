@@ -7,16 +7,12 @@ Owns which trial is meant. Ranking is `autotune.search.front`'s, files are
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict
-from starlette.background import BackgroundTask
 
 from autotune.api_types import Front, Verification
 from autotune.errors import InvalidJob, JobNotReady, ServiceError
@@ -77,15 +73,13 @@ async def get_front(
 @router.post(
     "/export",
     operation_id="export_trial",
-    response_class=FileResponse,
+    response_class=Response,
     responses={
         200: {"content": {"application/zip": {}}, "description": "The bundle"},
-        **problem_responses(404, 409, 422, 507),
+        **problem_responses(404, 409, 422),
     },
 )
-async def export(
-    context: Context, job_id: str, request: ExportRequest | None = None
-) -> FileResponse:
+async def export(context: Context, job_id: str, request: ExportRequest | None = None) -> Response:
     """A trial as a bundle: model, candidate, reports, and a program that runs it."""
     return await run_in_threadpool(_export, context, job_id, request or ExportRequest())
 
@@ -144,8 +138,8 @@ def _front(
     )
 
 
-def _export(context: ServiceContext, job_id: str, request: ExportRequest) -> FileResponse:
-    from autotune.export.bundle import write_bundle
+def _export(context: ServiceContext, job_id: str, request: ExportRequest) -> Response:
+    from autotune.export.bundle import bundle_files, bundle_zip
 
     job = context.repository.get_job(job_id)
     trials = context.repository.list_trials(job.id)
@@ -153,29 +147,23 @@ def _export(context: ServiceContext, job_id: str, request: ExportRequest) -> Fil
     if trial.artifact_sha256 is None:
         outcome = trial.outcome.value if trial.outcome else trial.state.value
         raise JobNotReady(f"trial {trial.number} has no artifact: {outcome}, {trial.reason}")
-    result = job.result or {}
+    result, source = job.result or {}, job.source or {}
     by_id = {t.id: t for t in trials}
-    folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=context.settings.data_dir))
-    try:
-        path = write_bundle(
-            folder / f"{_file_name(job.name)}-trial-{trial.number}.zip",
-            job=job,
-            trial=trial,
-            device=_device(context, job),
-            model=context.artifacts.read(trial.artifact_sha256),
-            fp32_trial=by_id.get(result.get("fp32_trial") or ""),
-            int8_trial=by_id.get(result.get("int8_trial") or ""),
-            input_name=(job.source or {}).get("input_name"),
-            input_shape=(job.source or {}).get("input_shape"),
-        )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return FileResponse(
-        path,
+    files = bundle_files(
+        job=job,
+        trial=trial,
+        device=_device(context, job),
+        model=context.artifacts.read(trial.artifact_sha256),
+        fp32_trial=by_id.get(result.get("fp32_trial") or ""),
+        int8_trial=by_id.get(result.get("int8_trial") or ""),
+        input_name=source.get("input_name"),
+        input_shape=source.get("input_shape"),
+    )
+    name = f"{_file_name(job.name)}-trial-{trial.number}.zip"
+    return Response(
+        bundle_zip(files),
         media_type="application/zip",
-        filename=path.name,
-        background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import uvicorn
 
 from autotune.errors import AddressInUse, DatabaseInUse, DiskFull, InvalidSettings, ServiceError
+from autotune.service import uploads
 from autotune.service.app import create_app
 from autotune.service.broadcast import Broadcast
 from autotune.service.context import JobRunner, ServiceContext
@@ -28,7 +29,7 @@ from autotune.service.security import LocalToken, local_token, write_private
 from autotune.settings import Settings
 from storage.artifacts import ArtifactStore
 from storage.database import Database, open_database
-from storage.errors import DatabaseFull, DatabaseLocked, StorageError
+from storage.errors import ArtifactStoreFull, DatabaseFull, DatabaseLocked, StorageError
 from storage.repository import Repository
 
 GRACE_S = 10.0
@@ -110,7 +111,8 @@ def _make_context(
     broadcast = Broadcast()
     repository = Repository(database, notify=broadcast.publish)
     artifacts = ArtifactStore(settings.artifacts_dir)
-    _remove_leftovers(settings.data_dir)
+    # Half-received uploads of a service that was killed.
+    shutil.rmtree(uploads.incoming(settings), ignore_errors=True)
     return ServiceContext(
         settings=settings,
         repository=repository,
@@ -229,17 +231,11 @@ def _withdraw(service_file: Path) -> None:
             service_file.unlink()
 
 
-def _remove_leftovers(data_dir: Path) -> None:
-    """Half-received uploads and half-written bundles of a service that was killed."""
-    for left in [data_dir / "incoming", *data_dir.glob("bundle-*")]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def _translated(settings: Settings) -> Iterator[None]:
     try:
         yield
-    except DatabaseFull as error:
+    except (DatabaseFull, ArtifactStoreFull) as error:
         raise DiskFull(str(error)) from error
     except StorageError as error:
         raise ServiceError(str(error)) from error

@@ -23,6 +23,7 @@ from autotune.api_types import Upload
 from autotune.errors import DiskFull, InvalidData, ServiceError
 from autotune.service.context import Context, ServiceContext
 from autotune.service.problems import problem_responses
+from autotune.settings import Settings
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -59,7 +60,7 @@ async def find_upload(context: Context, sha256: Sha256) -> Response:
 )
 async def upload(context: Context, sha256: Sha256, request: Request) -> Upload:
     """Keep a file; a job names it as `sha256:HEX` wherever it takes a path."""
-    folder = context.settings.data_dir / "incoming"
+    folder = incoming(context.settings)
     part = folder / f"{sha256[:16]}-{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -78,6 +79,11 @@ async def upload(context: Context, sha256: Sha256, request: Request) -> Upload:
         raise ServiceError(f"cannot keep the upload below {folder}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def incoming(settings: Settings) -> Path:
+    """Where uploads lie until they are whole."""
+    return settings.data_dir / "incoming"
 
 
 async def _receive(request: Request, part: Path) -> str:

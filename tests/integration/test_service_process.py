@@ -24,6 +24,7 @@ from device_agents.protocol import PROTOCOL_VERSION
 from tests.running_service import job_document
 from tests.unit import fabricated_job
 
+ROOT = Path(__file__).resolve().parents[2]
 START_S = 90.0
 STOP_S = 30.0
 
@@ -42,6 +43,19 @@ class Served:
         return self.process.returncode, said
 
 
+# The same process without a search in it, for what must not depend on one.
+WITHOUT_SEARCH = """
+import sys
+from pathlib import Path
+from autotune.service.server import serve
+from autotune.settings import Settings
+from tests.running_service import WaitingRunner
+data_dir = Path(sys.argv[1])
+settings = Settings(data_dir=data_dir, port=0)
+serve(settings, ready_file=data_dir / "ready.json", make_runner=lambda *_: WaitingRunner())
+"""
+
+
 def command(data_dir: Path, *options: str) -> list[str]:
     words = [sys.executable, "-m", "autotune.cli", "serve", "--data-dir", str(data_dir)]
     return [*words, "--workers", "1", *(options or ("--port", "0"))]
@@ -53,14 +67,16 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def served(data_dir: Path, *options: str) -> Iterator[Served]:
+def served(data_dir: Path, *options: str, with_search: bool = True) -> Iterator[Served]:
     ready = data_dir / "ready.json"
     ready.unlink(missing_ok=True)
+    words = [*command(data_dir, *options), "--ready-file", str(ready)]
     process = subprocess.Popen(
-        [*command(data_dir, *options), "--ready-file", str(ready)],
+        words if with_search else [sys.executable, "-c", WITHOUT_SEARCH, str(data_dir)],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        cwd=ROOT,
     )
     try:
         tick = threading.Event()
@@ -90,7 +106,7 @@ def refused(data_dir: Path, *options: str) -> tuple[int, str]:
 
 
 def test_a_service_lives_from_its_first_start_through_a_restart(tmp_path: Path) -> None:
-    with served(tmp_path) as first:
+    with served(tmp_path, with_search=False) as first:
         with Client(first.url, first.token) as client:
             job = client.submit(parse_job(job_document(device="nowhere")))
         place = json.loads((tmp_path / "service.json").read_text())
@@ -103,7 +119,7 @@ def test_a_service_lives_from_its_first_start_through_a_restart(tmp_path: Path) 
     assert first.token in said
     assert not (tmp_path / "service.json").exists()
 
-    with served(tmp_path) as second:
+    with served(tmp_path, with_search=False) as second:
         with Client(second.url, first.token) as client:
             assert client.job(job.id).name == job.name
         code, said = second.stop(signal.SIGINT)
@@ -112,7 +128,10 @@ def test_a_service_lives_from_its_first_start_through_a_restart(tmp_path: Path) 
 
 
 def test_whoever_waits_is_let_go_at_the_end(tmp_path: Path) -> None:
-    with served(tmp_path) as service, Client(service.url, service.token) as client:
+    with (
+        served(tmp_path, with_search=False) as service,
+        Client(service.url, service.token) as client,
+    ):
         enrolment = {
             "protocol_version": PROTOCOL_VERSION,
             "token": client.enrolment_token().token,
@@ -134,12 +153,14 @@ def test_whoever_waits_is_let_go_at_the_end(tmp_path: Path) -> None:
         agent = threading.Thread(target=wait_for_work)
         agent.start()
         job = client.submit(parse_job(job_document(device="nowhere")))
-        events = client.events(job.id)
-        next(events)
-        code, _ = service.stop()
+        stream = f"/v1/jobs/{job.id}/events"
+        bearer = {"Authorization": f"Bearer {service.token}"}
+        with httpx.stream("GET", service.url + stream, headers=bearer, trust_env=False) as events:
+            code, _ = service.stop()
+            told = events.read()
         agent.join(STOP_S)
-        events.close()
     assert (code, answers) == (0, [204])
+    assert b"event: end" not in told  # the job has not ended: a client should come back
 
 
 def test_a_second_service_on_the_same_file_is_refused(tmp_path: Path) -> None:
@@ -176,6 +197,8 @@ def test_another_address_is_taken_by_the_explicit_flag(tmp_path: Path) -> None:
     ):
         assert service.url.startswith("http://127.0.0.1:")
         assert client.jobs() == []
+        code, _ = service.stop()
+    assert code == 0
 
 
 def test_a_data_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
@@ -191,9 +214,11 @@ def test_a_data_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
 def test_tls_is_spoken_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-        + ["-keyout", str(key), "-out", str(certificate)],
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
         check=True,
         capture_output=True,
     )

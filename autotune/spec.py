@@ -28,7 +28,8 @@ _UPLOAD = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The text below a key is its description in the published schema.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelSpec(_Section):
@@ -39,8 +40,11 @@ class ModelSpec(_Section):
     """
 
     source: str = Field(pattern=r"^(torchvision|onnx|python):.+")
+    """`torchvision:NAME`, `onnx:PATH` or `python:MODULE:FUNCTION`."""
     weights: str | None = None
+    """Path of a state_dict (`.pt`) or a `.safetensors` file."""
     num_classes: int | None = Field(default=None, ge=2)
+    """Classes of the output, where the source does not say it itself."""
 
 
 class DataSpec(_Section):
@@ -53,9 +57,13 @@ class DataSpec(_Section):
     """
 
     evaluation: str = Field(pattern=r"^(npz|imagefolder|python):.+")
+    """Labelled data to judge candidates by; a part of it is held out from the search."""
     training: str | None = Field(default=None, pattern=r"^(npz|imagefolder|python):.+")
+    """Labelled data for calibration and for training after pruning."""
     held_out_fraction: float = Field(default=0.6, gt=0.0, lt=1.0)
+    """Share of the evaluation data that only confirmed trials are judged by."""
     calibration_samples: int = Field(default=128, ge=1)
+    """Samples from which the ranges of quantized tensors are taken."""
 
 
 class SearchSpec(_Section):
@@ -66,12 +74,19 @@ class SearchSpec(_Section):
     """
 
     precisions: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
+    """Precisions that a layer group may take: `fp32`, `w8a8` (INT8), weight-only `w8` and `w4`."""
     prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
+    """Shares of its channels that a prunable group may lose; `[0]` switches pruning off."""
     threads: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    """Numbers of threads that the runtime may use on the device."""
     trials: int = Field(default=40, ge=1)
+    """Finished trials after which the search stops."""
     time_s: float | None = Field(default=None, gt=0)
+    """Seconds after which the search stops."""
     max_pruned_bases: int = Field(default=4, ge=0)
+    """Pruned and recovered versions of the model that are made at most; each is trained once."""
     allow_without_pruning: bool = True
+    """Go on where the model cannot be pruned; false makes that an error."""
 
     @field_validator("precisions")
     @classmethod
@@ -92,19 +107,28 @@ class RecoverySpec(_Section):
     """
 
     epochs: int = Field(default=8, ge=0)
+    """Passes over the training data; 0 leaves recovery training out."""
     learning_rate: float = Field(default=0.02, gt=0)
+    """Peak of the one-cycle schedule."""
     batch_size: int = Field(default=64, ge=2)
+    """Samples per step."""
     temperature: float = Field(default=4.0, gt=0)
+    """Softens teacher and student; larger is softer."""
 
 
 class MeasurementSpec(_Section):
     """How exactly the device measures; see `device_agents.protocol.MeasurementPlan`."""
 
     target_half_width: float = Field(default=0.02, gt=0, lt=1)
+    """Half width of the 95 % interval, as a fraction of the latency, at which sampling stops."""
     time_cap_s: float = Field(default=8.0, gt=0)
+    """Seconds of timing after which sampling stops anyway."""
     confirmation_half_width: float = Field(default=0.01, gt=0, lt=1)
+    """The same half width where a front member is confirmed in a fresh process."""
     confirmation_time_cap_s: float = Field(default=15.0, gt=0)
+    """The same cap where a front member is confirmed."""
     timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds after which a measurement is given up as hanging."""
 
 
 class JobSpec(_Section):
@@ -118,16 +142,27 @@ class JobSpec(_Section):
     """
 
     version: Literal[1] = JOB_VERSION
+    """Version of the job file's format."""
     name: str = Field(default="job", min_length=1, max_length=100)
+    """What to call the job."""
     model: ModelSpec
+    """The source model."""
     data: DataSpec
+    """The labelled data."""
     device: str | None = None
+    """Name, id or pool of the device to measure on; any device that is online where left out."""
     latency_budget: str | None = None
+    """Bound on the latency: `2.5ms`, `800us`, or `0.5x` of the FP32 latency."""
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Largest acceptable loss of accuracy against FP32, as a fraction: 0.01 is one point."""
     search: SearchSpec = SearchSpec()
+    """What may be chosen, and how long to search."""
     recovery: RecoverySpec = RecoverySpec()
+    """Training after pruning."""
     measurement: MeasurementSpec = MeasurementSpec()
+    """How exactly to measure."""
     seed: int = Field(default=0, ge=0)
+    """Seed of everything random; the same seed makes the same proposals of the same results."""
 
     @field_validator("latency_budget")
     @classmethod

@@ -1,4 +1,4 @@
-"""`autotune schema`: the JSON Schema of the job file, for editors and generators."""
+"""`autotune schema`: the job file's JSON Schema, and the reference of all that has a name."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import click
 
 
 @click.command()
-def schema() -> None:
+@click.option(
+    "--reference",
+    is_flag=True,
+    help="Print the reference of commands, exit codes, settings and keys, as Markdown, instead.",
+)
+def schema(reference: bool) -> None:
     """Print the JSON Schema of the job file.
 
     An editor with YAML support completes and checks job files with it; the same text is
-    published as docs/job.schema.json.
+    published as autotune/docs/job.schema.json.
     """
+    if reference:
+        from autotune.cli.reference import reference_text
+
+        click.echo(reference_text(), nl=False)
+        return
     from autotune.spec import job_schema_text
 
     click.echo(job_schema_text(), nl=False)

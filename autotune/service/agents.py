@@ -78,18 +78,20 @@ async def heartbeat(context: Context, agent: Agent, request: Heartbeat) -> Heart
 async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Request) -> Response:
     """The oldest measurement queued for the agent's device; waits up to `wait_s` for one."""
     _require_version(asked.protocol_version)
-    deadline = asyncio.get_running_loop().time() + asked.wait_s
+    now = asyncio.get_running_loop().time
+    deadline = now() + asked.wait_s
     await run_in_threadpool(context.repository.touch_device, agent.device_id)
     while not context.broadcast.is_closed and not await request.is_disconnected():
-        ticket = context.broadcast.ticket("measurements")
+        ticket, looked_at = context.broadcast.ticket("measurements"), now()
         record = await run_in_threadpool(_take, context, agent)
         if record is not None:
             return JSONResponse(_lease_of(record, context).model_dump(mode="json"))
-        left_s = deadline - asyncio.get_running_loop().time()
+        left_s = deadline - now()
         if left_s <= 0:
             break
         await context.broadcast.changed(ticket, timeout_s=min(left_s, RECHECK_S))
-        await asyncio.sleep(min(left_s, POLL_FLOOR_S) if not context.broadcast.is_closed else 0)
+        if not context.broadcast.is_closed:
+            await asyncio.sleep(max(looked_at + POLL_FLOOR_S - now(), 0))
     return Response(status_code=204)
 
 

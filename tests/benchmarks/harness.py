@@ -145,12 +145,16 @@ def rounded(value: float) -> str:
 def median_figure(values: Sequence[float], *, seed: int = 0) -> Figure:
     """The median with its 95 % bootstrap interval (percentile method, Efron 1979).
 
+    Fewer than three values have no interval: resampling them says nothing about their spread.
+
     Raises:
         ValueError: there is no value.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
         raise ValueError("no value to take the median of")
+    if sample.size < 3:
+        return Figure(value=statistics.median(values), n=int(sample.size))
     rng = np.random.default_rng(seed)
     draws = rng.choice(sample, size=(BOOTSTRAP_DRAWS, sample.size))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.benchmarks import harness
+from tests.benchmarks import harness, quiet_window
 from tests.benchmarks.harness import Benchmark, Figure, median_figure
+from tests.unit import fabricated_job
 
 
 @pytest.fixture
@@ -85,6 +86,30 @@ def test_the_interval_of_a_median_narrows_with_n() -> None:
     assert many.high - many.low < 0.5 * (few.high - few.low)
 
 
+def test_two_values_have_a_median_but_no_interval() -> None:
+    assert median_figure([1.0, 2.0]) == Figure(value=1.5, n=2)
+
+
 def test_there_is_no_median_of_nothing() -> None:
     with pytest.raises(ValueError, match="no value"):
         median_figure([])
+
+
+def test_a_value_during_a_job_is_held_against_its_idle_neighbours() -> None:
+    ratios = quiet_window.neighbour_ratios([100.0, 110.0, 90.0], [105.0, 103.0])
+    assert ratios == pytest.approx([1.0, 1.03])
+
+
+def test_the_method_is_held_against_itself_on_the_idle_machine() -> None:
+    assert quiet_window.successive_ratios([100.0, 110.0, 99.0]) == pytest.approx([1.1, 0.9])
+
+
+def test_the_clock_time_undoes_the_calibration() -> None:
+    report = fabricated_job.latency(1.2e6)
+    assert quiet_window.clock_ns(report) == pytest.approx(1.2e6 * 1.004)
+
+
+def test_a_turn_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiet_window, "TURN_TIMEOUT_S", 0.0)
+    with pytest.raises(SystemExit, match="not within 0 s: the job pauses"):
+        quiet_window.until(lambda: False, "the job pauses")

@@ -6,7 +6,6 @@ is something that a job can live without, `fail` something that it cannot.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import shutil
@@ -61,6 +60,11 @@ _DISK_WARN_BYTES, _DISK_FAIL_BYTES = 5_000_000_000, 500_000_000
 # The flags with which onnxruntime's u8s8 kernels are fast and do not saturate.
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
+_START_RAY = (
+    "from autotune.search.workers import start_ray, stop_ray\nstart_ray(n_workers=1)\nstop_ray()"
+)
+_RAY_TIMEOUT_S = 120.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
@@ -99,7 +103,7 @@ def examine(session: Session, *, deep: bool) -> Iterator[Finding]:
         from autotune.settings import Settings
 
         settings = Settings()
-    except (ImportError, ValueError) as error:
+    except (ImportError, AutotuneError) as error:
         yield Finding(check="settings", status="fail", text=_first_line(error))
         return
     yield check_data_dir(settings.data_dir)
@@ -160,14 +164,11 @@ def check_providers() -> Finding:
     return Finding(check="onnxruntime providers", status=status, text=", ".join(providers))
 
 
-def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
+def check_cpu(root: Path = Path("/")) -> Finding:
     """The CPU has the instructions that make INT8 faster than FP32."""
-    words: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().splitlines():
-            if line.lower().startswith(("flags", "features")):
-                words.update(line.partition(":")[2].split())
-    found = [flag for flag in _INT8_FLAGS if flag in words]
+    from device_agents.device import Processor
+
+    found = [flag for flag in Processor(root=root).kernel_flags() if flag in _INT8_FLAGS]
     if found:
         return Finding(check="CPU int8", status="ok", text=", ".join(found))
     return Finding(
@@ -242,16 +243,23 @@ def check_service(session: Session) -> Finding:
     return Finding(check="service", status="ok", text=text)
 
 
-def check_ray() -> Finding:
-    """Ray starts and stops."""
-    from autotune.search.workers import start_ray, stop_ray
-
+def check_ray(program: str = _START_RAY) -> Finding:
+    """Ray starts and stops: in a process of its own, as it reads its settings at import."""
     started = time.monotonic()
     try:
-        start_ray(n_workers=1)
-        stop_ray()
-    except Exception as error:  # noqa: BLE001  # whatever Ray raises, it is the finding
-        return Finding(check="Ray", status="fail", text=_first_line(error))
+        ended = subprocess.run(  # noqa: S603  # our own interpreter and program
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_RAY_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        text = f"did not start within {_RAY_TIMEOUT_S:.0f} s"
+        return Finding(check="Ray", status="fail", text=text)
+    if ended.returncode != 0:
+        last_words = ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
+        return Finding(check="Ray", status="fail", text=last_words)
     text = f"started and stopped in {time.monotonic() - started:.1f} s"
     return Finding(check="Ray", status="ok", text=text)
 

@@ -17,12 +17,7 @@ import onnxruntime
 from onnx import helper
 
 from autotune.compression.graph import GraphView
-from autotune.compression.units import (
-    ELEMENTWISE,
-    INT8_OPERATORS,
-    OWN_SCALE,
-    find_layers,
-)
+from autotune.compression.units import INT8_OPERATORS, find_layers
 from autotune.errors import CompressionError
 
 LEVELS = 255
@@ -93,8 +88,9 @@ def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) 
         values = dict(zip(outputs, session.run(None, {view.input_name: part}), strict=True))
         values[view.input_name] = part
         for name in names:
-            low[name] = min(low[name], float(values[name].min()))
-            high[name] = max(high[name], float(values[name].max()))
+            # numpy's minimum keeps a NaN, Python's loses it
+            low[name] = float(np.minimum(low[name], values[name].min()))
+            high[name] = float(np.maximum(high[name], values[name].max()))
     _require_finite(low, high)
     return Calibration(
         n_samples=len(samples),
@@ -108,7 +104,7 @@ def quantizable_tensors(view: GraphView) -> list[str]:
     for layer in find_layers(view):
         names.update(dict.fromkeys((layer.input, layer.output)))
     for node in view.nodes:
-        if node.op_type in INT8_OPERATORS | OWN_SCALE | ELEMENTWISE:
+        if node.op_type in INT8_OPERATORS:
             names.update(dict.fromkeys((*view.data_inputs(node), node.output[0])))
     return [name for name in names if view.rank(name) > 0]
 

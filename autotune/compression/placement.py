@@ -23,6 +23,8 @@ from autotune.compression.units import (
 from search_spaces import INT8, LayerKind, Precision
 
 _GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+# Behind a quantized matrix product these take its sums as float, without a Q/DQ in between.
+_TAKES_FLOAT_SUMS = frozenset({"Gemm", "MatMul", "Softmax", "LogSoftmax"})
 _TRANSPARENT_TO_Q = SAME_SCALE | {"Relu", "Clip"}
 
 
@@ -129,16 +131,14 @@ class _Rules:
         self.placement.stored[tensor] = root or tensor
 
     def _wanted(self, tensor: str) -> bool:
-        """Somebody down the line computes on codes of the tensor."""
-        for node in self.view.consumers.get(tensor, []):
-            if node.name in self.layers:
-                if node.name in self.quantized:
-                    return True
-            elif node.op_type in INT8_OPERATORS and (
-                node.op_type in ELEMENTWISE | {"Concat"} or self._wanted(node.output[0])
-            ):
-                return True
-        return False
+        """Somebody computes on codes of the tensor, or the runtime would fuse him otherwise.
+
+        onnxruntime fuses a Gemm with the activation behind it before it looks for DQs.
+        """
+        return any(
+            node.name in self.quantized or node.op_type not in _TAKES_FLOAT_SUMS
+            for node in self.view.consumers.get(tensor, [])
+        )
 
     def _is_conv(self, node: onnx.NodeProto) -> bool:
         kind = self.layers[node.name].kind

@@ -78,6 +78,17 @@ def counted(counter: Counter[str]) -> str:
     return ", ".join(f"{amount} {name}" for name, amount in counter.most_common())
 
 
+def with_unit(text: str, unit: str, n: int | None) -> str:
+    """A figure's text with its unit and sample count; a missing figure stays missing.
+
+    >>> with_unit("93.4 [91.1, 95.2]", "%", 360), with_unit(MISSING, "%", None)
+    ('93.4 [91.1, 95.2] %, n=360', '-')
+    """
+    if text == MISSING:
+        return MISSING
+    return f"{text} {unit}" if n is None else f"{text} {unit}, n={n}"
+
+
 def latency(ns: float | None) -> str:
     """A duration with the unit that suits it.
 

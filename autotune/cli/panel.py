@@ -29,8 +29,8 @@ class Display(Protocol):
     def show(self, job: Job) -> None:
         """The job as it is now."""
 
-    def note(self, event: Event) -> None:
-        """Something happened in the job."""
+    def note(self, event: Event, *, at_s: float) -> None:
+        """Something happened in the job, that many seconds after it was submitted."""
 
     def say(self, text: str) -> None:
         """A line for the person who waits."""
@@ -75,11 +75,12 @@ def best_text(trial: Trial | None) -> str:
     """The best feasible trial so far, with accuracy and latency."""
     if trial is None:
         return "none yet"
-    return (
-        f"#{trial.number}: {figures.percent(trial.accuracy)} % accuracy "
-        f"(n={trial.accuracy_samples}), {figures.milliseconds(trial.latency_ns)} ms p50 "
-        f"(n={trial.latency_samples}{', unsteady' if trial.is_steady is False else ''})"
+    accuracy = figures.with_unit(figures.percent(trial.accuracy), "%", trial.accuracy_samples)
+    latency = figures.with_unit(
+        figures.milliseconds(trial.latency_ns), "ms p50", trial.latency_samples
     )
+    unsteady = ", unsteady" if trial.is_steady is False else ""
+    return f"#{trial.number}: accuracy {accuracy}; {latency}{unsteady}"
 
 
 def device_text(job: Job) -> str:
@@ -130,8 +131,9 @@ class LivePanel:
         """Redraw."""
         self._live.update(self._render(job), refresh=True)
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event, *, at_s: float) -> None:
         """Keep the last event for the panel's lower edge."""
+        del at_s  # the panel shows the job's own clock
         self._last_event = event_text(event)
 
     def say(self, text: str) -> None:
@@ -175,7 +177,7 @@ class LivePanel:
 
 
 class PlainLines:
-    """One line per event and per change of state, each with the seconds since the start."""
+    """One line per event and per change of state, each with the seconds since the submission."""
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -192,15 +194,19 @@ class PlainLines:
                 self._said.add(text)
                 self.say(text)
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event, *, at_s: float) -> None:
         """Print the event."""
         text = event_text(event)
         self._said.add(text)
-        self.say(text)
+        self._start = min(self._start, self._clock() - at_s)
+        self._write(text, at_s)
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._stream.write(f"[{self._clock() - self._start:7.1f} s] {text}\n")
+        self._write(text, self._clock() - self._start)
+
+    def _write(self, text: str, at_s: float) -> None:
+        self._stream.write(f"[{at_s:7.1f} s] {text}\n")
         self._stream.flush()
 
     def __enter__(self) -> Self:
@@ -261,6 +267,9 @@ _EVENT_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "trial_finished": _trial_text,
     "trial_confirmed": lambda payload: f"trial #{payload.get('number')} measured again to confirm",
     "base_prepared": _base_text,
+    "verified": lambda payload: (
+        f"bundle measured again on {payload.get('device_name')}: {payload.get('outcome')}"
+    ),
 }
 
 

@@ -79,7 +79,8 @@ def follow(
             if event.kind == "state":
                 error = event.payload.get("error")
             if since is None or event.created_at >= since:
-                display.note(event)
+                at_s = (event.created_at - job.created_at).total_seconds()
+                display.note(event, at_s=at_s)
         display.show(job)
         if ended:
             return Ended(job, error)

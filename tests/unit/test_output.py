@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from typing import TextIO
 
 import pytest
@@ -14,7 +15,7 @@ from autotune.cli import figures
 from autotune.cli.output import Column, Field, View, cell_width, print_one, print_rows
 from autotune.cli.views.front import FRONT, front_rows
 from autotune.cli.views.jobs import JOB, JOBS
-from autotune.cli.views.trials import GROUPS, TRIALS, group_counts, prune_summary
+from autotune.cli.views.trials import GROUPS, TRIAL, TRIALS, group_counts, prune_summary
 from tests.unit.cli_fakes import (
     baseline_trials,
     finished_job,
@@ -208,6 +209,17 @@ def test_a_wide_terminal_gets_one_line_per_row(monkeypatch: pytest.MonkeyPatch) 
     rows = front_rows(baseline_trials()[2:], baseline_trials(), result=make_result())
     print_rows(FRONT, rows, output_format="table", to=to)
     assert "2.400 [2.370, 2.430]" in to.getvalue()
+
+
+def test_a_trial_that_was_not_measured_shows_no_figures() -> None:
+    to = io.StringIO()
+    bare = make_trial(1, accuracy=0.9).model_copy(
+        update={"accuracy": None, "latency_ns": None, "latency_samples": None}
+    )
+    print_one(TRIAL, bare, output_format="table", to=to)
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in to.getvalue().splitlines())
+    assert lines["accuracy, search data"] == lines["latency p50"] == "-"
+    assert lines["accuracy, held-out data"] == "-"
 
 
 def test_a_finished_job_shows_verdict_and_reason() -> None:

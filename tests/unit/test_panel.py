@@ -34,7 +34,7 @@ class Recorder:
     def show(self, job: Job) -> None:
         self.jobs.append(job)
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event, *, at_s: float) -> None:
         self.events.append(event.id)
 
     def say(self, text: str) -> None:
@@ -56,7 +56,7 @@ def test_the_panel_says_phase_progress_best_front_device_and_time() -> None:
     assert said["phase"] == "search (running)"
     assert said["trials"] == "7 of 40"
     assert said["best inside the budget"] == (
-        "#5: 93.4 [91.4, 95.4] % accuracy (n=360), 2.400 [2.370, 2.430] ms p50 (n=320)"
+        "#5: accuracy 93.4 [91.4, 95.4] %, n=360; 2.400 [2.370, 2.430] ms p50, n=320"
     )
     assert said["front"] == "3 trials, hypervolume 0.01234"
     assert said["device"] == "local"
@@ -90,7 +90,7 @@ def test_the_live_panel_draws_the_job_and_its_last_event(monkeypatch: pytest.Mon
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     with LivePanel(stream) as panel:
-        panel.note(make_event(1, "trial_confirmed", number=7))
+        panel.note(make_event(1, "trial_confirmed", number=7), at_s=3.0)
         panel.say("hello [there]")
         panel.show(make_job(name="digits [v2]"))
     drawn = stream.getvalue()
@@ -107,17 +107,26 @@ def test_the_live_panel_restores_the_cursor_after_an_error() -> None:
 
 
 def test_plain_lines_carry_seconds_and_say_a_thing_once() -> None:
-    ticks = iter([100.0, 101.5, 102.5, 103.0])
+    now = [100.0]
     stream = io.StringIO()
-    lines = PlainLines(stream, clock=lambda: next(ticks))
-    lines.note(make_event(1, "phase", phase="search"))
+    lines = PlainLines(stream, clock=lambda: now[0])
+    now[0] = 101.5
+    lines.note(make_event(1, "phase", phase="search"), at_s=1.2)
     lines.show(make_job())
     lines.show(make_job(phase="confirming"))
     assert stream.getvalue().splitlines() == [
-        "[    1.5 s] phase: search",
-        "[    2.5 s] state: running",
-        "[    3.0 s] phase: confirming",
+        "[    1.2 s] phase: search",
+        "[    1.5 s] state: running",
+        "[    1.5 s] phase: confirming",
     ]
+
+
+def test_plain_lines_of_an_earlier_job_carry_that_jobs_seconds() -> None:
+    stream = io.StringIO()
+    lines = PlainLines(stream, clock=lambda: 100.0)
+    lines.note(make_event(1, "phase", phase="search"), at_s=60.0)
+    lines.say("watching")
+    assert stream.getvalue() == "[   60.0 s] phase: search\n[   60.0 s] watching\n"
 
 
 def test_plain_lines_repeat_no_notice() -> None:

@@ -11,6 +11,16 @@ def _progress_text(job: Job) -> str:
     return f"{job.progress.trials_finished}/{job.progress.trials_total}"
 
 
+def _state(job: Job) -> str:
+    return job.state if job.phase in ("", job.state) else f"{job.state}, {job.phase}"
+
+
+def _reason(job: Job) -> str:
+    """Why it waits, failed or was cancelled; the answer's own explanation comes further down."""
+    is_said_below = job.result is not None and job.reason == job.result.explanation
+    return figures.MISSING if is_said_below else job.reason or figures.MISSING
+
+
 def _verdict(job: Job) -> str:
     if job.result is None:
         return figures.MISSING
@@ -66,8 +76,8 @@ JOB: View[Job] = View(
     columns=[
         Column(title="job", text=lambda j: j.id),
         Column(title="name", text=lambda j: j.name),
-        Column(title="state", text=lambda j: f"{j.state}, {j.phase}" if j.phase else j.state),
-        Column(title="reason", text=lambda j: j.reason or figures.MISSING),
+        Column(title="state", text=_state),
+        Column(title="reason", text=_reason),
         Column(title="model", text=lambda j: str(j.spec.get("model", {}).get("source", ""))),
         Column(title="trials", text=_progress_text),
         Column(title="front", text=lambda j: f"{j.progress.front_size} trials"),

@@ -139,21 +139,25 @@ TRIAL: View[Trial] = View(
         Column(title="proposed by", text=lambda t: t.proposed_by),
         Column(
             title="accuracy, search data",
-            text=lambda t: f"{figures.percent(t.accuracy)} %, n={t.accuracy_samples}",
+            text=lambda t: figures.with_unit(figures.percent(t.accuracy), "%", t.accuracy_samples),
         ),
         Column(title="drop from FP32, points", text=lambda t: figures.percent(t.accuracy_drop)),
         Column(
             title="accuracy, held-out data",
-            text=lambda t: f"{figures.percent(t.held_out_accuracy)} %, n={t.held_out_samples}",
+            text=lambda t: figures.with_unit(
+                figures.percent(t.held_out_accuracy), "%", t.held_out_samples
+            ),
         ),
         Column(title="mean KL from FP32, nats", text=lambda t: figures.optional(t.mean_kl)),
-        Column(title="latency p50", text=lambda t: f"{latency_text(t)} ms, n={_samples(t)}"),
+        Column(
+            title="latency p50",
+            text=lambda t: figures.with_unit(latency_text(t), "ms", t.latency_samples),
+        ),
         Column(title="latency p90", text=lambda t: figures.latency(t.latency_p90_ns)),
         Column(
             title="confirmed in a fresh process",
-            text=lambda t: (
-                f"{figures.milliseconds(t.confirmed_latency_ns)} ms, "
-                f"n={t.confirmed_latency_samples or figures.MISSING}"
+            text=lambda t: figures.with_unit(
+                figures.milliseconds(t.confirmed_latency_ns), "ms", t.confirmed_latency_samples
             ),
         ),
         Column(title="ratio to FP32", text=lambda t: figures.interval(t.fp32_ratio)),

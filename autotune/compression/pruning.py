@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ MIN_CHANNELS = 8
 
 MIN_PRUNABLE_CHANNELS = 16
 """Narrower groups are not offered: half of 15 channels rounds to the floor of 8 or to nothing."""
+
+_DEAD_NORM = 1e-30
+"""Squared norms below this count as equally dead; keeps the logarithm finite."""
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -243,14 +246,30 @@ def _least_important(coupling: _Coupling, ratio: float, round_to: int) -> list[i
     removed = channels - kept_channels(channels, ratio, round_to=round_to)
     if removed == 0:
         return []
-    # L1 norm of each member's slice, averaged over the members of the coupled group.
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=1, group_reduction="mean")(
-        coupling.dependencies
-    )
+    importance = _CoupledMagnitude(p=2, normalizer=None)(coupling.dependencies)
     if importance is None or importance.numel() != channels:
         raise CompressionError(f"the channels of group {coupling.group.name!r} cannot be ranked")
-    order = torch.argsort(importance.double(), stable=True)
+    order = torch.argsort(importance, stable=True)
     return [int(channel) for channel in order[:removed]]
+
+
+class _CoupledMagnitude(torch_pruning.importance.GroupMagnitudeImportance):
+    """Squared L2 norm of each member's slice, as a geometric mean over the coupled group.
+
+    A logarithm, so only its order means anything. torch-pruning's arithmetic mean lets the
+    member with the largest weights decide alone; on mobilenet_v2 (digits, every group at
+    0.5, BatchNorm re-estimated) this keeps 40 % accuracy, the arithmetic mean 22 to 27 %.
+    Its `group_reduction="prod"` is the same order but underflows in long residual streams.
+    """
+
+    def _reduce(
+        self, group_imp: Sequence[torch.Tensor], group_idxs: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        total = torch.zeros(max(max(channels) for channels in group_idxs) + 1, dtype=torch.float64)
+        for norms, channels in zip(group_imp, group_idxs, strict=True):
+            logarithms = norms.double().clamp_min(_DEAD_NORM).log()
+            total.scatter_add_(0, torch.tensor(channels), logarithms)
+        return total
 
 
 def _remove(

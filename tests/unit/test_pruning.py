@@ -142,6 +142,15 @@ def test_the_weakest_channels_go_and_the_others_keep_their_weights() -> None:
     assert torch.equal(pruned[3].weight, net[3].weight[:, strong])
 
 
+def test_the_largest_member_of_a_group_does_not_decide_alone() -> None:
+    net = small_net()
+    louder = copy.deepcopy(net)
+    with torch.no_grad():
+        louder[3].weight *= 1000.0
+    kept, kept_louder = (prune_module(n, SHAPE, {"0": 0.5})[0].weight for n in (net, louder))
+    assert torch.equal(kept, kept_louder)
+
+
 def test_removing_dead_channels_does_not_change_the_answer() -> None:
     net = small_net()
     with torch.no_grad():

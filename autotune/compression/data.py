@@ -212,7 +212,7 @@ def _checked(x: Any, y: Any, *, where: str) -> LabelledData:
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [key for key in ("x", "y") if key not in archive]
             if missing:
                 held = ", ".join(archive.files) or "nothing"

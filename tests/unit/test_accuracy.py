@@ -1,0 +1,134 @@
+"""Accuracy reports: intervals with their published examples, and real artifacts."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from autotune.compression.accuracy import (
+    AccuracyEvaluator,
+    mean_kl_divergence,
+    paired_difference_interval,
+    wilson_interval,
+)
+from autotune.errors import CompressionError, InvalidModel
+from search_spaces import INT8, W4
+from tests.unit.compression_models import labelled, quantizable, run, tiny_source
+
+
+def pairs(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    left = np.array([True] * (both + first) + [False] * (second + neither))
+    right = np.array([True] * both + [False] * first + [True] * second + [False] * neither)
+    return left, right
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (29, 29, 0.8830, 1),
+    ],
+)
+def test_the_wilson_interval_gives_the_published_figures(
+    successes: int, n: int, low: float, high: float
+) -> None:
+    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I."""
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+    ],
+)
+def test_the_paired_interval_follows_newcombes_method_10(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    """The figures are the paper's, table II."""
+    assert paired_difference_interval(*pairs(*counts)) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_the_paired_interval_covers_the_true_difference() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        first = rng.random(200) < 0.92
+        second = np.where(rng.random(200) < 0.06, rng.random(200) < 0.5, first)
+        low, high = paired_difference_interval(first, second)
+        covered += low <= 0.06 * (0.92 - 0.5) <= high
+    assert covered / 2000 >= 0.94
+
+
+def test_fp32_against_itself_loses_nothing() -> None:
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(40), split="search")
+    report = evaluator.evaluate(tiny_source().fp32_bytes)
+    assert (report.drop, report.mean_kl) == (0.0, 0.0)
+    assert report.value == evaluator.fp32_report.value == report.fp32_value
+    assert report.drop_low < 0 < report.drop_high
+
+
+def test_the_report_is_about_the_artifact_itself() -> None:
+    data = labelled(40)
+    artifact = quantizable("tiny").emit({"head": INT8, "hidden": W4})
+    report = AccuracyEvaluator(tiny_source().fp32_bytes, data, split="search").evaluate(artifact)
+    answers = run(artifact, data.x).argmax(axis=1)
+    assert report.value == pytest.approx((answers == data.y).mean())
+    assert report.value_low < report.value < report.value_high
+    assert report.n_samples == 40
+    assert report.mean_kl > 0
+
+
+def test_read_only_samples_are_accepted() -> None:
+    data = labelled(20)
+    data.x.setflags(write=False)
+    AccuracyEvaluator(tiny_source().fp32_bytes, data, split="search")
+
+
+def test_an_artifact_that_does_not_run_is_refused() -> None:
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(4), split="search")
+    with pytest.raises(CompressionError, match="onnxruntime cannot run the artifact"):
+        evaluator.evaluate(b"no model")
+    with pytest.raises(InvalidModel, match="the FP32 model cannot be evaluated"):
+        AccuracyEvaluator(b"no model", labelled(4), split="search")
+
+
+def test_an_artifact_that_answers_nan_is_refused() -> None:
+    model = onnx.load_from_string(tiny_source().fp32_bytes)
+    for tensor in model.graph.initializer:
+        if tensor.name == "head.bias":
+            tensor.raw_data = np.full(5, np.nan, np.float32).tobytes()
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(4), split="search")
+    with pytest.raises(CompressionError, match="NaN or infinite on 4 samples"):
+        evaluator.evaluate(model.SerializeToString())
+
+
+def test_the_divergence_is_the_textbook_sum() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    expected = 0.5 * np.log(2) - 0.25 * np.log(2)
+    assert mean_kl_divergence(np.log(p), np.log(q)) == pytest.approx(expected)
+    assert mean_kl_divergence(np.log(p), np.log(p)) == 0.0
+
+
+@pytest.mark.parametrize("counts", [(18, 14, 0, 18), (5, 0, 9, 80), (0, 3, 4, 0)])
+def test_the_paired_interval_agrees_with_the_formula_written_out_again(
+    counts: tuple[int, int, int, int],
+) -> None:
+    expected = pytest.approx(_by_hand(*counts), abs=1e-12)
+    assert paired_difference_interval(*pairs(*counts)) == expected
+
+
+def _by_hand(e: int, f: int, g: int, h: int) -> tuple[float, float]:
+    n = e + f + g + h
+    p1, p2 = (e + f) / n, (e + g) / n
+    (l1, u1), (l2, u2) = wilson_interval(e + f, n), wilson_interval(e + g, n)
+    margins = (e + f) * (g + h) * (e + g) * (f + h)
+    a = e * h - f * g
+    phi = 0.0 if margins == 0 else (max(a - n / 2, 0) if a > 0 else a) / margins**0.5
+    delta = ((p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2) ** 0.5
+    epsilon = ((u1 - p1) ** 2 - 2 * phi * (u1 - p1) * (p2 - l2) + (p2 - l2) ** 2) ** 0.5
+    return p1 - p2 - delta, p1 - p2 + epsilon

@@ -1,0 +1,179 @@
+"""The compressor: bases made once, identical bytes, honest facts, clear failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from autotune.compression.accuracy import AccuracyEvaluator
+from autotune.compression.bases import Base, BaseFacts, BaseStore
+from autotune.compression.calibration import Calibration, Range
+from autotune.compression.compressor import Compressor
+from autotune.compression.sensitivity import Sensitivity, measure_sensitivity
+from autotune.errors import CompressionError, DiskFull
+from autotune.spec import RecoverySpec
+from search_spaces import INT8, W4, Candidate, RuntimeOptions
+from tests.unit.compression_models import run, samples, tiny_source, tiny_splits
+
+RATIOS = {"block1.expand.0": 0.5}
+
+
+def compressor(folder: Path, *, training: bool = True, **changes: object) -> Compressor:
+    return Compressor(
+        changes.pop("source", tiny_source()),  # type: ignore[arg-type]
+        tiny_splits(training=training),
+        recovery=RecoverySpec(epochs=1, batch_size=16),
+        cache_dir=folder,
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Compressor:
+    return compressor(tmp_path_factory.mktemp("cache"))
+
+
+def test_fp32_is_the_source_model(warm: Compressor) -> None:
+    artifact = warm.build(Candidate())
+    x = samples(3)
+    assert (run(artifact.data, x) == run(tiny_source().fp32_bytes, x)).all()
+    assert artifact.base.prune_ratios == {}
+
+
+def test_an_artifact_knows_its_bytes_its_candidate_and_its_groups(warm: Compressor) -> None:
+    candidate = Candidate(precisions={"head": INT8, "hidden": W4})
+    artifact = warm.build(candidate)
+    assert artifact.size_bytes == len(artifact.data)
+    assert artifact.candidate_digest == candidate.digest
+    effective = {g.group: g.effective for g in artifact.groups}
+    assert effective.keys() == {g.name for g in warm.inventory.groups}
+    assert (effective["head"], effective["hidden"], effective["stem.0"]) == ("w8a8", "w4", "fp32")
+    assert artifact.facts()["base"]["macs"] == sum(g.macs for g in warm.inventory.groups)
+
+
+def test_the_runtime_options_do_not_change_the_file(warm: Compressor) -> None:
+    one = Candidate(precisions={"head": INT8})
+    two = dataclasses.replace(one, runtime=RuntimeOptions(threads=2))
+    assert warm.build(one).sha256 == warm.build(two).sha256
+    assert warm.build(one).candidate_digest != warm.build(two).candidate_digest
+    assert warm.emit(one) == warm.build(two).data
+
+
+def test_a_pruned_base_is_smaller_recovered_and_has_the_same_groups(warm: Compressor) -> None:
+    facts = warm.prepare_base(RATIOS)
+    plain = warm.prepare_base({})
+    assert facts.macs < plain.macs
+    assert facts.parameters < plain.parameters
+    assert facts.recovery_epochs == 1
+    assert facts.recovery_s > 0
+    artifact = warm.build(Candidate(precisions={"head": INT8}, prune_ratios=RATIOS))
+    assert [g.group for g in artifact.groups] == [g.name for g in warm.inventory.groups]
+    assert artifact.size_bytes < warm.build(Candidate(precisions={"head": INT8})).size_bytes
+
+
+def test_another_compressor_takes_the_base_from_the_folder(
+    warm: Compressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = Candidate(precisions={"head": INT8}, prune_ratios=RATIOS)
+    first = warm.build(candidate)
+    other = compressor(warm._store._folder.parent)
+    monkeypatch.setattr(Compressor, "_make", lambda *_: pytest.fail("trained again"))
+    assert other.build(candidate).data == first.data
+    assert other.prepare_base(RATIOS) == first.base
+
+
+def test_without_training_data_batch_norm_alone_is_re_estimated(tmp_path: Path) -> None:
+    facts = compressor(tmp_path, training=False).prepare_base(RATIOS)
+    assert facts.recovery_epochs == 0
+    assert facts.note is not None
+    assert "without recovery training" in facts.note
+
+
+def test_what_a_base_depends_on_is_in_its_digest(tmp_path: Path) -> None:
+    base = compressor(tmp_path)
+    other_seed = compressor(tmp_path, seed=1)
+    no_training = compressor(tmp_path, training=False)
+    digests = [c._base_digest(RATIOS) for c in (base, other_seed, no_training)]
+    assert len({*digests, base._base_digest({})}) == 4
+    assert base._base_digest({}) == other_seed._base_digest({})
+
+
+def test_an_onnx_source_cannot_be_pruned_and_says_why(tmp_path: Path) -> None:
+    source = dataclasses.replace(tiny_source(), module=None)
+    with pytest.raises(CompressionError, match=r"block1.expand.0 cannot be applied: .*ONNX file"):
+        compressor(tmp_path, source=source).prepare_base(RATIOS)
+
+
+def test_unknown_groups_are_named(warm: Compressor) -> None:
+    with pytest.raises(CompressionError, match="no layer group 'nobody'"):
+        warm.build(Candidate(precisions={"nobody": INT8}))
+    with pytest.raises(CompressionError, match="nobody"):
+        warm.build(Candidate(prune_ratios={"nobody": 0.5}))
+
+
+def test_sensitivity_is_measured_group_by_group(warm: Compressor) -> None:
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, tiny_splits().search, split="search")
+    entries = measure_sensitivity(warm, evaluator, [("head", W4), ("stem.0", INT8)])
+    assert [(e.group, e.precision) for e in entries] == [("head", "w4"), ("stem.0", "w8a8")]
+    assert all(e.mean_kl > 0 and e.n_samples == 40 for e in entries)
+    assert Sensitivity.from_json(entries[0].to_json()) == entries[0]
+    report = evaluator.evaluate(warm.build(Candidate(precisions={"head": W4})).data)
+    assert entries[0].mean_kl == report.mean_kl
+
+
+def test_a_damaged_base_is_made_again(tmp_path: Path) -> None:
+    store, calls = BaseStore(tmp_path), []
+    first = store.get_or_make("d", lambda: calls.append(1) or _base("d"))
+    model = tmp_path / "bases" / "d" / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1])
+    again = store.get_or_make("d", lambda: calls.append(2) or _base("d"))
+    assert calls == [1, 2]
+    assert again.facts == first.facts
+    assert store.get_or_make("d", lambda: pytest.fail("made again")).facts == first.facts
+
+
+def test_two_processes_make_a_base_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Barrier(2)
+    children = [context.Process(target=_make_slowly, args=(tmp_path, started)) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert len((tmp_path / "made").read_text().split()) == 1
+
+
+def test_a_full_disk_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskFull, match="free some space and resume"):
+        BaseStore(tmp_path).get_or_make("d", lambda: _base("d"))
+    assert [p.name for p in (tmp_path / "bases").iterdir()] == ["d.lock"]
+
+
+def _base(digest: str) -> Base:
+    return Base(
+        facts=BaseFacts(digest=digest, macs=1, parameters=2),
+        model=tiny_source().graph,
+        calibration=Calibration(ranges={"x": Range(low=0.0, high=0.1)}, n_samples=1),
+    )
+
+
+def _make_slowly(folder: Path, started: object) -> None:
+    def make() -> Base:
+        with (folder / "made").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)  # long enough for the other process to meet the lock
+        return _base("d")
+
+    started.wait()  # type: ignore[attr-defined]
+    BaseStore(folder).get_or_make("d", make)

@@ -1,0 +1,144 @@
+"""Layer groups: what is tied, what it costs, what can be chosen."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from autotune.compression.cleanup import clean_up
+from autotune.compression.graph import GraphView
+from autotune.compression.inventory import build_inventory, count_cost
+from autotune.compression.source import export_module
+from autotune.compression.units import find_units
+from search_spaces import INT8, LayerInventory, LayerKind, SearchSpace
+from tests.unit.compression_models import SHAPE, tiny_module, tiny_source, torchvision_source
+
+
+def layers_of(inventory: LayerInventory, group: str) -> list[str]:
+    return [layer.name for layer in inventory.group(group).layers]
+
+
+def test_a_residual_add_ties_its_producers_through_a_pool() -> None:
+    inventory = build_inventory(tiny_source())
+    assert layers_of(inventory, "stem.0") == ["stem.0", "block1.project.0"]
+    assert layers_of(inventory, "mix.0") == ["mix.0", "block2.project.0"]
+
+
+def test_everything_else_is_a_group_of_its_own() -> None:
+    inventory = build_inventory(tiny_source())
+    names = [group.name for group in inventory.groups]
+    assert names[:5] == [
+        "stem.0", "block1.expand.0", "block1.depthwise", "block1.fc1", "block1.fc2",
+    ]  # fmt: skip
+    assert names[-2:] == ["hidden", "head"]
+    assert all(len(g.layers) == 1 for g in inventory.groups if g.name not in ("stem.0", "mix.0"))
+
+
+def test_every_weight_is_in_exactly_one_group() -> None:
+    inventory = build_inventory(tiny_source())
+    names = [layer.name for group in inventory.groups for layer in group.layers]
+    weighted = [n.name for n in tiny_source().graph.graph.node if n.op_type in ("Conv", "Gemm")]
+    assert sorted(names) == sorted(weighted)
+
+
+def test_activations_and_adds_belong_to_the_unit() -> None:
+    nodes = build_inventory(tiny_source()).group("stem.0").nodes
+    kinds = [name.split(":")[0] for name in nodes]
+    assert kinds == ["stem.0", "Relu", "Add", "block1.project.0"] or "Add" in kinds
+
+
+def test_costs_are_those_of_the_textbook() -> None:
+    inventory = build_inventory(tiny_source())
+    (depthwise,) = inventory.group("block1.depthwise").layers
+    assert depthwise.kind is LayerKind.DEPTHWISE_CONV
+    assert depthwise.macs == 32 * 8 * 8 * 3 * 3
+    assert depthwise.parameters == 32 * 9 + 32
+    (head,) = inventory.group("head").layers
+    assert (head.kind, head.macs, head.parameters) == (LayerKind.GEMM, 64 * 5, 64 * 5 + 5)
+    assert (head.input_shape, head.output_shape) == ((64,), (5,))
+
+
+def test_parameters_are_the_modules_own_with_batch_norm_folded() -> None:
+    _, parameters = count_cost(GraphView(tiny_source().graph))
+    module = tiny_module()
+    own = sum(p.numel() for p in module.parameters())
+    # A folded BatchNorm leaves one bias where it had a scale and a shift.
+    folded = sum(m.weight.numel() for m in module.modules() if hasattr(m, "running_mean"))
+    assert parameters == own - folded
+
+
+def test_weight_only_precisions_are_for_matrix_products() -> None:
+    inventory = build_inventory(tiny_source())
+    assert inventory.group("head").precisions == ("fp32", "w8", "w4", "w8a8")
+    assert inventory.group("stem.0").precisions == ("fp32", "w8a8")
+
+
+def test_the_inventory_survives_json() -> None:
+    inventory = build_inventory(tiny_source())
+    assert LayerInventory.from_json(json.loads(json.dumps(inventory.to_json()))) == inventory
+
+
+def test_a_torch_source_can_be_pruned_and_an_onnx_source_says_why_not() -> None:
+    import dataclasses
+
+    assert build_inventory(tiny_source()).prunable_groups
+    onnx_only = build_inventory(dataclasses.replace(tiny_source(), module=None))
+    assert onnx_only.prunable_groups == ()
+    assert onnx_only.pruning_unavailable is not None
+    assert "ONNX file" in onnx_only.pruning_unavailable
+
+
+def test_a_module_exported_again_has_the_same_groups() -> None:
+    again = find_units(GraphView(export_module(tiny_module(), SHAPE)))
+    assert [unit.name for unit in again] == [g.name for g in build_inventory(tiny_source()).groups]
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "largest"),
+    [
+        ("resnet18", 13, 3),
+        ("mobilenet_v2", 43, 4),
+        ("mobilenet_v3_small", 48, 3),
+        ("efficientnet_b0", 73, 4),
+    ],
+)
+def test_the_groups_of_known_models(name: str, groups: int, largest: int) -> None:
+    inventory = build_inventory(torchvision_source(name))
+    assert len(inventory.groups) == groups
+    assert max(len(group.layers) for group in inventory.groups) == largest
+    assert inventory.float_operators == ()
+    space = SearchSpace.build(inventory, precisions=[INT8])
+    assert len(space.uniform_int8().precisions) == groups
+
+
+def test_unknown_operators_are_counted_and_stay_float() -> None:
+    source = _with_unknown_operators()
+    view = GraphView(source)
+    assert [unit.name for unit in find_units(view)] == ["a"]
+    import dataclasses
+
+    inventory = build_inventory(
+        dataclasses.replace(tiny_source(), graph=source, module=None, digest="0" * 64)
+    )
+    assert inventory.float_operators == (("Conv", 1), ("Erf", 2))
+
+
+def _with_unknown_operators() -> onnx.ModelProto:
+    """Erf twice, and a Conv whose weights are computed."""
+    weight = np.zeros((3, 3, 1, 1), np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["c"]),
+        helper.make_node("Erf", ["c"], ["d"]),
+        helper.make_node("Erf", ["b.weight"], ["w"]),
+        helper.make_node("Conv", ["d", "w"], ["y"]),
+    ]
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", *SHAPE]) for n in "xy"]
+    constants = [numpy_helper.from_array(weight, n) for n in ("a.weight", "b.weight")]
+    graph = helper.make_graph(nodes, "g", value[:1], value[1:], constants)
+    return clean_up(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )

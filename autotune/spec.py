@@ -103,14 +103,16 @@ class RecoverySpec(_Section):
     """Training after pruning: epochs of distillation from the FP32 model.
 
     `learning_rate` is the peak of a one-cycle schedule of SGD with momentum; `temperature`
-    softens teacher and student (Hinton et al. 2015, section 2).
+    softens teacher and student (Hinton et al. 2015, section 2). The defaults bring
+    mobilenet_v2 and resnet18, pruned by 25 or 50 %, back on some 2,000 images: many small
+    steps do more per second than few large ones.
     """
 
-    epochs: int = Field(default=8, ge=0)
+    epochs: int = Field(default=4, ge=0)
     """Passes over the training data; 0 leaves recovery training out."""
-    learning_rate: float = Field(default=0.02, gt=0)
+    learning_rate: float = Field(default=0.03, gt=0)
     """Peak of the one-cycle schedule."""
-    batch_size: int = Field(default=64, ge=2)
+    batch_size: int = Field(default=32, ge=2)
     """Samples per step."""
     temperature: float = Field(default=4.0, gt=0)
     """Softens teacher and student; larger is softer."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from examples.digits.training import TrainingRecipe
 
 RECIPE_FILE = "recipe.json"
-DEFAULT_FOLDER = Path("build/digits")
+DEFAULT_FOLDER = Path("demo")
 MODELS = ("mobilenet_v2", "resnet18")
 TRAINING_FILE, EVALUATION_FILE = "training.npz", "evaluation.npz"
 

@@ -1,0 +1,1 @@
+"""Tuning a model that exists only as an ONNX file."""

@@ -1,0 +1,1 @@
+"""Driving a running service from Python."""

@@ -5,14 +5,17 @@ Pure functions of records; the phases that call them are `tuning.py`'s.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from autotune.api_types import JobResult
 from autotune.errors import InvalidJob
-from autotune.search.front import Answer, blocking_groups
+from autotune.search.front import Answer, answer, blocking_groups
 from autotune.spec import JobSpec
 from search_spaces import LayerInventory, Precision, RuntimeOptions, SearchSpace
 from storage.records import JobRecord, TrialRecord
+
+CANCELLED_BY_HAND = "cancelled by hand"
 
 
 def build_space(spec: JobSpec, inventory: LayerInventory) -> SearchSpace:
@@ -66,7 +69,8 @@ def conclude(
     fp32, int8 = (None, None) if job.space is None else baseline_trials(job.space, trials)
     winner = found.winner
     is_baseline = winner.proposed_by == "baseline"
-    sentences = [f"trial {winner.number} wins: {found.explanation}"]
+    found_out = "is the nearest" if found.verdict == "impossible_budget" else "wins"
+    sentences = [f"trial {winner.number} {found_out}: {found.explanation}"]
     if is_baseline:
         sentences.append("it is a baseline: nothing that was searched beats it")
     held_out = winner.held_out_accuracy
@@ -89,4 +93,32 @@ def conclude(
         int8_trial=int8.id if int8 else None,
         beats_baseline=not is_baseline,
         stopped_because=stopped_because,
+    )
+
+
+def conclude_cancelled(job: JobRecord, trials: Sequence[TrialRecord]) -> JobResult | None:
+    """The answer of a job that was cancelled while it did not run; None without trials."""
+    found = answer(
+        trials,
+        latency_budget_ns=job.latency_budget_ns,
+        max_accuracy_drop=job.spec.get("max_accuracy_drop"),
+    )
+    if found is None:
+        return None
+    return conclude(job, trials, found, stopped_because=CANCELLED_BY_HAND)
+
+
+def nothing_ranks(trials: Sequence[TrialRecord]) -> str:
+    """Why a job with trials has no answer: what kept most of them from ranking."""
+    causes = Counter(
+        trial.latency.unsteady_reason or "the latency is not steady"
+        if trial.latency is not None and not trial.latency.is_steady
+        else trial.reason or "no reason given"
+        for trial in trials
+    )
+    (cause, n), *_ = causes.most_common(1) or [("no trial was finished", 0)]
+    return (
+        f"none of {len(trials)} trials can be ranked; {n} of them because: {cause}. Stop what "
+        "else runs on the device, or widen measurement.target_half_width, and resume the job "
+        "with more trials"
     )

@@ -57,8 +57,6 @@ class Evaluation:
     fleet: Fleet
     window: QuietWindow
     should_stop: Callable[[], bool]
-    on_offline: Callable[[DeviceRecord], None]
-    on_online: Callable[[DeviceRecord], None]
     on_finished: Callable[[TrialRecord], None]
 
     def open_trials(self, proposals: Sequence[Proposal]) -> list[TrialRecord]:
@@ -80,6 +78,7 @@ class Evaluation:
 
         Raises:
             Stopped: the user or the service asked to stop; unfinished trials stay open.
+            DeviceAway: the device went offline; unfinished trials stay open.
             DiskFull: the artifact store has no room; unfinished trials stay open.
         """
         return [
@@ -90,8 +89,8 @@ class Evaluation:
     def confirm(self, trial: TrialRecord) -> TrialRecord:
         """Measure an `OK` trial again: a fresh process, a narrower interval, held-out data.
 
-        Returns the trial with what could be confirmed; a measurement that did not succeed
-        leaves `confirmed_latency` None.
+        Returns the trial with what could be confirmed; a measurement that did not succeed or
+        was not steady leaves `confirmed_latency` None.
         """
         artifact = self._artifact_of(trial)
         if trial.held_out_accuracy is None:
@@ -102,7 +101,7 @@ class Evaluation:
                 trial = self.repository.update_trial(trial.id, held_out_accuracy=report)
         if trial.confirmed_latency is None:
             record = self._order(trial, artifact, kind="confirmation")
-            if record.outcome is Outcome.OK:
+            if record.outcome is Outcome.OK and record.report and record.report.is_steady:
                 trial = self.repository.update_trial(trial.id, confirmed_latency=record.report)
         return trial
 
@@ -168,8 +167,6 @@ class Evaluation:
                 ),
             ),
             should_stop=self.should_stop,
-            on_offline=self.on_offline,
-            on_online=self.on_online,
         )
 
     def _finish(

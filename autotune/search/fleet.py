@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from autotune.search.interruption import Stopped
+from autotune.search.interruption import DeviceAway, Stopped
 from device_agents.protocol import (
     ArtifactReference,
     MeasurementPlan,
@@ -29,11 +29,13 @@ from storage.repository import Repository
 ONLINE_WITHIN_S = 10.0
 """A device counts as online this long after its last heartbeat: three heartbeats of 3 s."""
 
-_RETRIED = (Outcome.UNSTABLE, Outcome.LOST, Outcome.ARTIFACT_CORRUPT)
-"""Outcomes that say more about the moment than about the artifact: tried once more."""
-
-_OF_THE_MOMENT = (*_RETRIED, Outcome.CANCELLED)
-"""Outcomes of an earlier run of the job that are not taken for an answer."""
+_OF_THE_MOMENT = (
+    Outcome.UNSTABLE,
+    Outcome.LOST,
+    Outcome.ARTIFACT_CORRUPT,
+    Outcome.CANCELLED,
+)
+"""Outcomes that say more about the moment than about the artifact."""
 
 _TRIES = 2
 
@@ -135,29 +137,29 @@ class Fleet:
         order: MeasurementOrder,
         *,
         should_stop: Callable[[], bool],
-        on_offline: Callable[[DeviceRecord], None] | None = None,
-        on_online: Callable[[DeviceRecord], None] | None = None,
     ) -> MeasurementRecord:
         """Measure in a quiet window; returns the finished record, whatever its outcome.
 
         A request that was queued before a restart is found again by its id and not repeated.
-        An outcome that speaks of the moment (unstable, lost) is tried once more.
+        An outcome that speaks of the moment (unstable, lost) is tried once more, and so is a
+        report that is not steady.
 
         Raises:
             Stopped: `should_stop` became true.
+            DeviceAway: the device is offline; the request stays queued for its return.
         """
         with self._window.quiet(shares_host=self.shares_host(device)):
             attempt, enqueued = 0, 0
             while True:
                 record = self._existing(order, device, attempt)
                 attempt += 1
-                if record is not None and record.outcome in _OF_THE_MOMENT:
+                if record is not None and _speaks_of_the_moment(record):
                     continue
                 if record is None:
                     record = self._enqueue(job, device, order, attempt - 1)
                     enqueued += 1
-                record = self._wait(record, device, should_stop, on_offline, on_online)
-                if record.outcome not in _RETRIED or enqueued == _TRIES:
+                record = self._wait(record, device, should_stop)
+                if not _speaks_of_the_moment(record) or enqueued == _TRIES:
                     return record
 
     def _existing(
@@ -186,35 +188,41 @@ class Fleet:
         )
 
     def _wait(
-        self,
-        record: MeasurementRecord,
-        device: DeviceRecord,
-        should_stop: Callable[[], bool],
-        on_offline: Callable[[DeviceRecord], None] | None,
-        on_online: Callable[[DeviceRecord], None] | None,
+        self, record: MeasurementRecord, device: DeviceRecord, should_stop: Callable[[], bool]
     ) -> MeasurementRecord:
-        said_offline = False
         while record.state is not MeasurementState.DONE:
             if should_stop():
                 raise Stopped
             seen = self.changes
             record = self._repository.get_measurement(record.id)
-            if record.state is not MeasurementState.DONE:
-                self.wait_for_change(seen)
-            online = is_online(self._repository.get_device(device.id))
-            if online == said_offline:
-                tell = on_online if online else on_offline
-                if tell is not None:
-                    tell(device)
-            said_offline = not online
-        if said_offline and on_online is not None:
-            on_online(device)
+            if record.state is MeasurementState.DONE:
+                break
+            if not is_online(self._repository.get_device(device.id)):
+                raise DeviceAway(absence(device.name, device))
+            self.wait_for_change(seen)
         return record
+
+
+def absence(selector: str | None, device: DeviceRecord | None) -> str:
+    """Why a job waits, and what to do: for the user."""
+    if device is not None:
+        return f"device {device.name} is offline; the job goes on when its agent is back"
+    if selector is None:
+        return "no device is online; start an agent (`autotune device enroll`)"
+    return (
+        f"no device or pool is called {selector!r}; enrol it (`autotune device enroll`) and the "
+        "job goes on, or cancel the job"
+    )
 
 
 def is_online(device: DeviceRecord) -> bool:
     """The device's agent was heard of within the last three heartbeats."""
     return (datetime.now(UTC) - device.last_seen_at).total_seconds() <= ONLINE_WITHIN_S
+
+
+def _speaks_of_the_moment(record: MeasurementRecord) -> bool:
+    unsteady = record.report is not None and not record.report.is_steady
+    return record.outcome in _OF_THE_MOMENT or unsteady
 
 
 def _runtime_request(options: RuntimeOptions) -> RuntimeRequest:

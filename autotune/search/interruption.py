@@ -1,5 +1,9 @@
-"""Stopping in the middle: one exception for everything that waits."""
+"""Stopping in the middle: what everything that waits may raise. What is finished is kept."""
 
 
 class Stopped(Exception):
-    """The user cancelled the job or the service is going down; what was finished is kept."""
+    """The user cancelled the job or the service is going down."""
+
+
+class DeviceAway(Exception):
+    """The job's device went offline; the job goes on when its agent is back."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autotune.search.fleet import Fleet, QuietWindow
+from autotune.search.conclusion import conclude_cancelled
+from autotune.search.fleet import Fleet, QuietWindow, absence, is_online
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Host, Tuning
 from autotune.search.verification import VerificationOutcome, verify
@@ -21,7 +23,7 @@ from autotune.search.workers import WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
-from storage.records import JobRecord, JobState
+from storage.records import DeviceRecord, JobRecord, JobState
 from storage.repository import Repository
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Runner:
         trust_job_code: jobs may run Python code of their own.
         host_id: this host's id, to open a quiet window for an agent on it.
         ray_address: a Ray cluster to join; None starts Ray on this host.
+        make_pool: how a job gets its workers; None takes Ray's.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Runner:
         trust_job_code: bool = False,
         host_id: str | None = None,
         ray_address: str | None = None,
+        make_pool: Callable[[JobSpec, DataSplits], WorkerPool] | None = None,
     ) -> None:
         self._window = QuietWindow()
         self._fleet = Fleet(repository, host_id=host_id, window=self._window)
@@ -71,7 +75,7 @@ class Runner:
             fleet=self._fleet,
             window=self._window,
             trust_job_code=trust_job_code,
-            make_pool=self._make_pool,
+            make_pool=make_pool or self._make_pool,
             should_stop=self._stopping.is_set,
         )
 
@@ -86,7 +90,7 @@ class Runner:
         self.wake("stop")
         if self._thread is not None:
             self._thread.join(timeout=30)
-            stop_ray()
+        stop_ray()
 
     def wake(self, topic: str) -> None:  # noqa: ARG002 - every topic wakes
         """Something changed in the database."""
@@ -119,19 +123,51 @@ class Runner:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self._woken.clear()
-            job = self._next_job()
-            if job is None:
+            found = self._next_job()
+            if found is None:
                 self._woken.wait(_IDLE_S)
                 continue
-            self._run(job)
+            self._run(*found)
 
-    def _next_job(self) -> JobRecord | None:
+    def _next_job(self) -> tuple[JobRecord, DeviceRecord] | None:
+        """The oldest open job whose device is there; the others are told why they wait."""
         open_jobs = [job for job in self._repository.list_jobs() if not job.state.is_final]
-        return min(open_jobs, key=lambda job: (job.created_at, job.id), default=None)
+        for job in sorted(open_jobs, key=lambda job: (job.created_at, job.id)):
+            if job.cancel_requested:
+                self._cancel(job)
+                continue
+            selector = job.device_id or job.spec.get("device")
+            device = self._fleet.find_device(selector)
+            if device is not None and is_online(device):
+                return job, device
+            self._wait(job, absence(selector, device))
+        return None
 
-    def _run(self, job: JobRecord) -> None:
+    def _wait(self, job: JobRecord, reason: str) -> None:
+        if (job.state, job.reason) == (JobState.WAITING_FOR_DEVICE, reason):
+            return
+        self._move(job, JobState.WAITING_FOR_DEVICE, reason)
+
+    def _cancel(self, job: JobRecord) -> None:
+        """End a job that does not run, with the answer that its trials give."""
+        self._repository.cancel_measurements(job.id)
+        result = conclude_cancelled(job, self._repository.list_trials(job.id))
+        self._move(
+            job,
+            JobState.CANCELLED,
+            None,
+            phase=JobState.CANCELLED.value,
+            result=None if result is None else result.model_dump(),
+            finished_at=datetime.now(UTC),
+        )
+
+    def _move(self, job: JobRecord, state: JobState, reason: str | None, **changes: object) -> None:
+        self._repository.update_job(job.id, state=state, reason=reason, **changes)
+        self._repository.append_event(job.id, "state", {"state": state.value, "reason": reason})
+
+    def _run(self, job: JobRecord, device: DeviceRecord) -> None:
         try:
-            Tuning(self._host, job).run()
+            Tuning(self._host, job, device).run()
         except Stopped:
             return
         except Exception as error:  # noqa: BLE001 - the loop outlives any one job

@@ -18,11 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from autotune.errors import AutotuneError, DeviceUnavailable, JobNotReady
 from autotune.search import planner
-from autotune.search.conclusion import baseline_trials, build_space, conclude, limits
+from autotune.search.conclusion import (
+    CANCELLED_BY_HAND,
+    baseline_trials,
+    build_space,
+    conclude,
+    limits,
+    nothing_ranks,
+)
 from autotune.search.evaluation import Evaluation
-from autotune.search.fleet import Fleet, QuietWindow, is_online
+from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.front import Answer, answer, non_dominated
-from autotune.search.interruption import Stopped
+from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
@@ -30,7 +37,7 @@ from autotune.spec import JobSpec, LatencyBudget, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from search_spaces import Candidate, LayerInventory, SearchSpace
 from storage.artifacts import ArtifactStore
-from storage.errors import ArtifactStoreFull
+from storage.errors import StorageError
 from storage.records import (
     DeviceRecord,
     JobRecord,
@@ -73,42 +80,50 @@ class Host:
 class Tuning:
     """The phases of one job; `run` does those that are left."""
 
-    def __init__(self, host: Host, job: JobRecord) -> None:
+    def __init__(self, host: Host, job: JobRecord, device: DeviceRecord) -> None:
         self._host = host
         self._repository = host.repository
         self._job = job
-        self._spec = resolve_uploads(parse_job(job.spec), host.artifacts.path)
+        self._device = device
+        self._spec = parse_job(job.spec)
+        self._started = job.started_at or datetime.now(UTC)
         self._stopped_because = ""
         self._pool: WorkerPool | None = None
 
     def run(self) -> JobRecord:
-        """Do what is left of the job; returns it in its final state.
+        """Do what is left of the job; returns it final, or waiting for its device.
 
         Raises:
             Stopped: the service is going down; the job goes on after the next start.
         """
-        started = self._job.started_at or datetime.now(UTC)
-        self._job = self._update(state=JobState.RUNNING, started_at=started, reason=None)
-        self._started = started
+        self._job = self._update(
+            state=JobState.RUNNING,
+            started_at=self._started,
+            device_id=self._device.id,
+            reason=None,
+        )
+        self._event("state", {"state": JobState.RUNNING.value, "reason": None})
         try:
+            self._spec = resolve_uploads(self._spec, self._host.artifacts.path)
             self._run_phases()
             return self._end(JobState.FINISHED)
         except Stopped:
             if not self._is_cancelled():
                 raise
-            self._stopped_because = "cancelled by hand"
+            self._stopped_because = CANCELLED_BY_HAND
             return self._end(JobState.CANCELLED)
-        except (AutotuneError, ArtifactStoreFull) as error:
+        except DeviceAway as away:
+            return self._wait_for_device(str(away))
+        except (AutotuneError, StorageError) as error:
             return self._end(JobState.FAILED, reason=str(error))
         finally:
             if self._pool is not None:
                 self._pool.close()
 
     def _run_phases(self) -> None:
-        splits = self._load()
-        inspection = self._inspect(splits)
-        device = self._wait_for_device()
-        evaluation = self._baselines(inspection, device)
+        inspection = self._inspect(self._load())
+        self._require_runtimes()
+        evaluation = self._baselines(inspection)
         if not self._is_over():
             bases = self._prune(inspection.inventory)
             damage = self._sensitivity()
@@ -149,23 +164,9 @@ class Tuning:
         )
         return inspection
 
-    def _wait_for_device(self) -> DeviceRecord:
-        selector = self._job.device_id or self._spec.device
-        while True:
-            seen = self._host.fleet.changes
-            device = self._host.fleet.find_device(selector)
-            if device is not None and is_online(device):
-                self._job = self._update(device_id=device.id, state=JobState.RUNNING, reason=None)
-                self._require_runtimes(device)
-                return device
-            self._wait_because(_absence(selector, device))
-            if self._must_stop():
-                raise Stopped
-            self._host.fleet.wait_for_change(seen)
-
-    def _baselines(self, inspection: Inspection, device: DeviceRecord) -> Evaluation:
+    def _baselines(self, inspection: Inspection) -> Evaluation:
         self._enter("baselines")
-        evaluation = self._evaluation(device, self._store_reference(inspection.fp32))
+        evaluation = self._evaluation(self._store_reference(inspection.fp32))
         first, *others = planner.baselines(self._space)
         fp32 = self._evaluate(evaluation, [first])
         evaluation = self._calibrate(evaluation, fp32[0])
@@ -326,10 +327,10 @@ class Tuning:
             )
         return replace(evaluation, job=self._job)
 
-    def _evaluation(self, device: DeviceRecord, reference: ArtifactReference) -> Evaluation:
+    def _evaluation(self, reference: ArtifactReference) -> Evaluation:
         return Evaluation(
             job=self._job,
-            device=device,
+            device=self._device,
             reference=reference,
             reference_runtime=self._space.runtimes[0],
             settings=self._spec.measurement,
@@ -340,8 +341,6 @@ class Tuning:
             fleet=self._host.fleet,
             window=self._host.window,
             should_stop=self._must_stop,
-            on_offline=lambda d: self._wait_because(_absence(None, d)),
-            on_online=self._go_on,
             on_finished=self._report_trial,
         )
 
@@ -420,6 +419,8 @@ class Tuning:
             )
             if found.verdict == "impossible_budget":
                 reason = reason or result.explanation
+        elif state is JobState.FINISHED:
+            state, reason = JobState.FAILED, nothing_ranks(self._trials())
         self._job = self._update(
             state=state,
             phase=state.value,
@@ -447,17 +448,10 @@ class Tuning:
     def _notice(self, message: str) -> None:
         self._event("notice", {"message": message})
 
-    def _wait_because(self, reason: str) -> None:
-        current = self._repository.get_job(self._job.id)
-        if current.state is not JobState.WAITING_FOR_DEVICE or current.reason != reason:
-            self._job = self._update(state=JobState.WAITING_FOR_DEVICE, reason=reason)
-            self._event("state", {"state": JobState.WAITING_FOR_DEVICE.value, "reason": reason})
-
-    def _go_on(self, device: DeviceRecord) -> None:
-        self._job = self._update(state=JobState.RUNNING, reason=None)
-        self._event(
-            "state", {"state": JobState.RUNNING.value, "reason": f"device {device.name} is back"}
-        )
+    def _wait_for_device(self, reason: str) -> JobRecord:
+        self._job = self._update(state=JobState.WAITING_FOR_DEVICE, reason=reason)
+        self._event("state", {"state": self._job.state.value, "reason": reason})
+        return self._job
 
     def _report_trial(self, trial: TrialRecord) -> None:
         self._event(
@@ -473,25 +467,14 @@ class Tuning:
             },
         )
 
-    def _require_runtimes(self, device: DeviceRecord) -> None:
-        offered = {build.name for build in device.description.runtimes}
+    def _require_runtimes(self) -> None:
+        offered = {build.name for build in self._device.description.runtimes}
         missing = {r.runtime for r in self._space.runtimes} - offered
         if missing:
             raise DeviceUnavailable(
-                f"device {device.name} has no runtime {', '.join(sorted(missing))}; "
+                f"device {self._device.name} has no runtime {', '.join(sorted(missing))}; "
                 f"it has {', '.join(sorted(offered)) or 'none'}"
             )
-
-
-def _absence(selector: str | None, device: DeviceRecord | None) -> str:
-    if device is not None:
-        return f"device {device.name} is offline; the job goes on when its agent is back"
-    if selector is None:
-        return "no device is online; start an agent (`autotune device enroll`)"
-    return (
-        f"no device or pool is called {selector!r}; enrol it (`autotune device enroll`) and the "
-        "job goes on, or cancel the job"
-    )
 
 
 def _distinct_bases(bases: Sequence[dict[str, float]]) -> list[dict[str, float]]:

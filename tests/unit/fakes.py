@@ -152,6 +152,7 @@ class FakeAgent:
             Outcome.OK,
             None,
         )
+        self.report_of: Callable[[Candidate], LatencyReport] = lambda c: latency(fake_ms(c))
         self.limit: int | None = None
         self._agent_id = agent.id
         self._repository = repository
@@ -193,8 +194,7 @@ class FakeAgent:
         document = json.loads(self._artifact(record.request.artifact.sha256))
         candidate = Candidate.from_json(document)
         outcome, reason = self.outcome_of(candidate)
-        ms = fake_ms(candidate)
-        report: LatencyReport | None = latency(ms) if outcome is Outcome.OK else None
+        report = self.report_of(candidate) if outcome is Outcome.OK else None
         self.measured.append(record.trial_id)
         self.plans.append(record.request.plan)
         try:

@@ -20,7 +20,8 @@ from storage.artifacts import ArtifactStore
 from storage.database import open_database
 from storage.records import JobRecord, JobState, TrialOutcome, TrialState
 from storage.repository import Repository
-from tests.unit.fakes import FakeAgent, FakePool
+from tests.unit.fakes import FakeAgent, FakePool, fake_ms
+from tests.unit.records import latency
 
 
 class Bench:
@@ -56,6 +57,9 @@ class Bench:
             self.pools.append(self.make_pool())
             return self.pools[-1]
 
+        record = self.repository.get_job(job.id)
+        device = self.fleet.find_device(record.device_id or record.spec.get("device"))
+        assert device is not None
         host = Host(
             repository=self.repository,
             artifacts=self.artifacts,
@@ -65,7 +69,7 @@ class Bench:
             make_pool=make_pool,
             should_stop=self.should_stop,
         )
-        return Tuning(host, self.repository.get_job(job.id)).run()
+        return Tuning(host, record, device).run()
 
 
 @pytest.fixture
@@ -192,39 +196,27 @@ def test_a_model_that_does_not_run_on_the_device_fails_the_job_and_says_why(benc
     assert "opset 99" in (job.reason or "")
 
 
-def test_a_job_waits_for_its_device_and_says_so(bench: Bench) -> None:
-    job = bench.job(device="pi5")
-    states: list[tuple[JobState, str | None]] = []
+def test_a_device_that_goes_away_leaves_the_job_waiting_and_it_goes_on_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = bench.job()
+    online = True
+    monkeypatch.setattr("autotune.search.fleet.is_online", lambda device: online)
+    with _agent(bench) as agent:
+        agent.limit = 4
 
-    def stop_when_waiting() -> bool:
-        record = bench.repository.get_job(job.id)
-        states.append((record.state, record.reason))
-        return record.state is JobState.WAITING_FOR_DEVICE
+        def gone() -> bool:
+            nonlocal online
+            online = len(agent.measured) < 4
+            return False
 
-    bench.should_stop = stop_when_waiting
-    with pytest.raises(Stopped):
-        bench.run(job)
-    assert states[-1][0] is JobState.WAITING_FOR_DEVICE
-    assert "no device or pool is called 'pi5'" in (states[-1][1] or "")
-
-
-def test_a_job_goes_on_when_its_device_appears(bench: Bench) -> None:
-    job = bench.job(device="late")
-    agents: list[FakeAgent] = []
-    real = bench.fleet.find_device
-
-    def enrol_on_second_look(selector: str | None) -> Any:
-        found = real(selector)
-        if found is None and not agents:
-            agents.append(bench.agent(name="late").__enter__())
-        return found
-
-    bench.fleet.find_device = enrol_on_second_look  # type: ignore[method-assign]
-    try:
+        bench.should_stop = gone
+        waiting = bench.run(job)
+        assert waiting.state is JobState.WAITING_FOR_DEVICE
+        assert "device local is offline" in (waiting.reason or "")
+        agent.limit, online = None, True
+        bench.should_stop = lambda: False
         assert bench.run(job).state is JobState.FINISHED
-    finally:
-        for agent in agents:
-            agent.__exit__()
 
 
 @pytest.mark.parametrize("after", [1, 3, 6, 10, 13])
@@ -285,7 +277,18 @@ def test_a_resumed_job_spends_its_new_trials(bench: Bench) -> None:
 
 def test_wrong_data_fails_the_job_with_the_reason(bench: Bench, tmp_path: Path) -> None:
     np.savez(tmp_path / "empty.npz", x=np.zeros((0, 1, 8, 8), np.float32), y=np.zeros(0, int))
-    job = bench.run(bench.job(data={"evaluation": f"npz:{tmp_path / 'empty.npz'}"}))
+    with _agent(bench):
+        job = bench.run(bench.job(data={"evaluation": f"npz:{tmp_path / 'empty.npz'}"}))
     assert job.state is JobState.FAILED
     assert job.reason
     assert bench.repository.list_trials(job.id) == []
+
+
+def test_a_job_in_which_nothing_is_steady_fails_and_says_why(bench: Bench) -> None:
+    with _agent(bench) as agent:
+        agent.report_of = lambda c: latency(
+            fake_ms(c), is_steady=False, unsteady_reason="the reference spread by 40 %"
+        )
+        job = bench.run(bench.job())
+    assert job.state is JobState.FAILED
+    assert "the reference spread by 40 %" in (job.reason or "")

@@ -115,7 +115,7 @@ class Tuning:
         except DeviceAway as away:
             return self._wait_for_device(str(away))
         except (AutotuneError, StorageError) as error:
-            return self._end(JobState.FAILED, reason=str(error))
+            return self._end(JobState.FAILED, reason=str(error), error=type(error).__name__)
         finally:
             if self._pool is not None:
                 self._pool.close()
@@ -408,7 +408,9 @@ class Tuning:
             max_accuracy_drop=self._spec.max_accuracy_drop,
         )
 
-    def _end(self, state: JobState, reason: str | None = None) -> JobRecord:
+    def _end(
+        self, state: JobState, reason: str | None = None, error: str | None = None
+    ) -> JobRecord:
         """Close the job with the best answer there is, whatever ended it."""
         self._repository.cancel_measurements(self._job.id)
         found = self._answer()
@@ -428,7 +430,7 @@ class Tuning:
             result=None if result is None else result.model_dump(),
             finished_at=datetime.now(UTC),
         )
-        self._event("state", {"state": state.value, "reason": reason})
+        self._event("state", {"state": state.value, "reason": reason, "error": error})
         return self._job
 
     # Telling the user.

@@ -189,6 +189,8 @@ def start_ray(*, n_workers: int, address: str | None = None) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's crash handler takes SIGTERM away from the service, which has to end cleanly on it.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     if address is None:
         # `_node_ip_address="127.0.0.1"` is replaced by an outside address; with this switch
         # off Ray takes the loopback address for the node and every server binds to it.

@@ -67,6 +67,7 @@ def trial_view(
         held_out_samples=trial.held_out_accuracy.n_samples if trial.held_out_accuracy else None,
         confirmed_latency_ns=_latency(confirmed),
         confirmed_fp32_ratio=_ratio(confirmed),
+        confirmed_latency_samples=confirmed.n_samples if confirmed else None,
         groups=[api_types.GroupPrecision(**group) for group in compression.get("groups", ())],
         prune_ratios=dict(trial.candidate.prune_ratios),
         recovery_s=(compression.get("base") or {}).get("recovery_s"),

@@ -1,7 +1,10 @@
 """Ranges of the tensors that may be quantized, from one run of the FP32 graph.
 
 Owns what an activation's 8 bits stand for. It is done once per base; every candidate of
-that base derives its scales from the same ranges.
+that base derives its scales from the same ranges. They are least and largest value: narrower
+ones were tried on models trained on digits and multiplied the KL divergence of uniform INT8
+(mobilenet_v2: 0.00025 nats, 0.0025 with ranges of least square error, 0.0094 with 0.01 %
+percentiles; mobilenet_v3_small: 0.00075, 0.0010, 0.0015).
 """
 
 from __future__ import annotations

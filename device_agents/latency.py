@@ -32,8 +32,9 @@ WIDE_INTERVAL_FACTOR = 3.0
 """An interval wider than this many targets at the time cap makes a report unsteady."""
 REFERENCE_SPREAD_LIMIT = 0.25
 """Interquartile range of the reference's block medians, as a fraction of their median, above
-which the machine was busy with something else. On a 2-core machine with both cores loaded the
-range stays below 0.2 and the ratio still holds; beyond, its bias is no longer known."""
+which the device was busy with something else. With a load of 6 on two logical CPUs of one core
+it is 0.3 to 0.7, and A/A ratios of one process then spread by 5 % whatever their interval says.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The demo's labelled images, made from scikit-learn's 1,797 real 8x8 digits.
 
-Owns the recipe: resize to 64x64, random shift and contrast, coarse and fine noise, three
-equal channels, values around zero. Everything is drawn from one seed, so every machine gets
-the same images. Training images and evaluation images come from different originals.
+Owns how they are made: resize, random shift and contrast, coarse and fine noise, three equal
+channels, values around zero. Everything is drawn from one seed, so every machine gets the
+same images. Training images and evaluation images come from different originals.
 """
 
 from __future__ import annotations
@@ -14,23 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRecipe:
-    """How the images are made; shifts in pixels of the 64x64 image, noise as its spread.
-
-    Pixels lie in [-1, 1] before contrast (a factor from `contrast`) and noise. The noise was
-    chosen so that mobilenet_v2 and resnet18 reach about 95 % in FP32.
-    """
-
-    size: int = 64
-    evaluation_originals: int = 1000
-    variants: int = 3
-    max_shift: float = 6.0
-    contrast: tuple[float, float] = (0.6, 1.2)
-    coarse_noise: float = 0.35
-    fine_noise: float = 0.5
-    seed: int = 2026
+from examples.digits.recipes import ImageRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,13 +21,14 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from examples.digits.recipes import RECIPES, ImageRecipe, TrainingRecipe
+
 if TYPE_CHECKING:
-    from examples.digits.images import ImageRecipe, Images
-    from examples.digits.training import TrainingRecipe
+    from examples.digits.images import Images
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_FOLDER = Path("demo")
-MODELS = ("mobilenet_v2", "resnet18")
+RECOVERY_EPOCHS = {"mobilenet_v2": 4, "resnet18": 3}
 TRAINING_FILE, EVALUATION_FILE = "training.npz", "evaluation.npz"
 
 
@@ -37,11 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m examples.digits.prepare",
         description="Make the demo's data, train its model, write its job file.",
     )
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--model", choices=sorted(RECIPES), default="mobilenet_v2")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR")
     options = parser.parse_args(arguments)
-    from examples.digits.training import RECIPES  # torch takes its seconds only after --help
-
+    # Threads that wait must not spin: on a busy machine that doubles the training time. The
+    # OpenMP runtime reads this when torch is first imported, which is later and only if needed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console(stderr=True, soft_wrap=True)
     print(prepare(RECIPES[options.model], options.out, console=console))
     return 0
@@ -51,8 +53,6 @@ def prepare(
     recipe: TrainingRecipe, folder: Path, *, console: Console, images: ImageRecipe | None = None
 ) -> Path:
     """The path of the job file, after making in `folder` whatever is missing or outdated."""
-    from examples.digits.images import ImageRecipe
-
     folder.mkdir(parents=True, exist_ok=True)
     images, made, model = images or ImageRecipe(), _Made(folder), recipe.model
     images_digest = _digest(asdict(images))
@@ -87,6 +87,7 @@ def job_text(model: str) -> str:
         "latency_budget": "0.5x",
         "max_accuracy_drop": 0.01,
         "search": {"trials": 36, "prune_ratios": [0.0, 0.25, 0.5], "max_pruned_bases": 3},
+        "recovery": {"epochs": RECOVERY_EPOCHS[model]},
         "measurement": {
             "target_half_width": 0.02,
             "time_cap_s": 2.0,

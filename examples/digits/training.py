@@ -1,13 +1,12 @@
 """Training of the demo's FP32 models from scratch, on every core.
 
-Owns the training recipe. A user brings a trained model of their own; this file only makes
+Owns the training loop. A user brings a trained model of their own; this file only makes
 the demo independent of any download.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,27 +15,11 @@ from torch.nn import functional
 
 from autotune.compression.torchvision_repair import import_torchvision
 from examples.digits.images import Images
+from examples.digits.recipes import RECIPES, TrainingRecipe
+
+__all__ = ["CLASSES", "RECIPES", "accuracy", "train"]
 
 CLASSES = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingRecipe:
-    """SGD with Nesterov momentum on a one-cycle schedule whose peak is `learning_rate`."""
-
-    model: str
-    epochs: int
-    learning_rate: float
-    batch_size: int = 32
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.05
-    seed: int = 2026
-
-
-RECIPES = {
-    "mobilenet_v2": TrainingRecipe(model="mobilenet_v2", epochs=8, learning_rate=0.05),
-    "resnet18": TrainingRecipe(model="resnet18", epochs=4, learning_rate=0.03),
-}
 
 
 def train(

@@ -12,9 +12,9 @@ from rich.console import Console
 from autotune.compression.data import load_labelled_data, split_data
 from autotune.compression.source import load_source_model
 from autotune.spec import parse_job, read_job
-from examples.digits.images import ImageRecipe, make_images
+from examples.digits.images import make_images
 from examples.digits.prepare import EVALUATION_FILE, TRAINING_FILE, job_text, main, prepare
-from examples.digits.training import RECIPES, TrainingRecipe
+from examples.digits.recipes import RECIPES, ImageRecipe, TrainingRecipe
 
 SMALL = ImageRecipe(evaluation_originals=1700, variants=1)
 SHORT = TrainingRecipe(model="resnet18", epochs=1, learning_rate=0.01)

@@ -98,6 +98,7 @@ class Compressor:
         self._store = BaseStore(cache_dir)
         self._warm: OrderedDict[str, _WarmBase] = OrderedDict()
         self._data_digests: dict[str, str] = {}
+        self._teacher_logits: np.ndarray | None = None
 
     def prepare_base(self, prune_ratios: Mapping[str, float]) -> BaseFacts:
         """Make the base with those ratios ready; seconds to minutes where it is new.
@@ -209,8 +210,10 @@ class Compressor:
     def _recover(
         self, student: torch.nn.Module, teacher: torch.nn.Module, training: LabelledData
     ) -> dict[str, Any]:
-        from autotune.compression.recovery import recover
+        from autotune.compression.recovery import logits, recover
 
+        if self._teacher_logits is None:
+            self._teacher_logits = logits(teacher, training.x)
         report = recover(
             student,
             teacher,
@@ -218,6 +221,7 @@ class Compressor:
             spec=self._recovery,
             seed=self._seed,
             threads=self._threads,
+            teacher_logits=self._teacher_logits,
         )
         return {
             "recovery_epochs": report.epochs,

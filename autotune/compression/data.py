@@ -12,15 +12,16 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
-from autotune.compression.source import SourceModel
-from autotune.compression.torchvision_repair import import_torchvision
 from autotune.errors import InvalidData, InvalidModel, UntrustedCode
 from autotune.spec import DataSpec
+
+if TYPE_CHECKING:
+    from autotune.compression.source import SourceModel
 
 _IMAGE_SIZE = 224
 # torchvision's own evaluation preset (`ImageClassification`): mean and spread of ImageNet.
@@ -229,6 +230,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_image_folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """One folder per class; resized and normalized as torchvision's ImageNet presets do."""
+    from autotune.compression.torchvision_repair import import_torchvision  # brings torch
+
     import_torchvision()
     datasets = importlib.import_module("torchvision.datasets")
     try:

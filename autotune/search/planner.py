@@ -30,6 +30,22 @@ def baselines(space: SearchSpace) -> list[Proposal]:
     return [Proposal(candidate=c, proposed_by="baseline") for c in _distinct(candidates)]
 
 
+def bases(
+    space: SearchSpace, inventory: LayerInventory, *, rng: random.Random
+) -> list[dict[str, float]]:
+    """Different sets of prune ratios, the most telling first.
+
+    The largest ratio everywhere shows what pruning can give; the mixture of the two largest
+    is where accuracy usually comes back; then the smaller uniform ratios.
+    """
+    uniform = uniform_bases(space)
+    if len(uniform) < 2:
+        return uniform
+    mixed = mixed_base(space, inventory, uniform[-2], uniform[-1], rng=rng)
+    wanted = [uniform[-1], mixed, *reversed(uniform[:-1])]
+    return list({Candidate(prune_ratios=base).base_digest: base for base in wanted}.values())
+
+
 def uniform_bases(space: SearchSpace) -> list[dict[str, float]]:
     """One set of prune ratios per offered ratio above zero, applied everywhere, rising."""
     ratios = sorted({r for choices in space.prune_ratios.values() for r in choices if r > 0})

@@ -66,6 +66,7 @@ class Runner:
         self._thread: threading.Thread | None = None
         self._n_workers = workers or os.cpu_count() or 1
         self._ray_address = ray_address
+        self._owns_ray = make_pool is None
         self._repository = repository
         self._artifacts = artifacts
         self._data_dir = data_dir
@@ -121,6 +122,8 @@ class Runner:
         )
 
     def _loop(self) -> None:
+        if self._owns_ray:
+            self._start_ray_early()
         while not self._stopping.is_set():
             self._woken.clear()
             found = self._next_job()
@@ -128,6 +131,14 @@ class Runner:
                 self._woken.wait(_IDLE_S)
                 continue
             self._run(*found)
+
+    def _start_ray_early(self) -> None:
+        """Before the first job asks for it, because starting takes some seconds."""
+        try:
+            start_ray(n_workers=self._n_workers, address=self._ray_address)
+        except (OSError, RuntimeError, ConnectionError):
+            # A job that needs it will try again and fail with the reason.
+            _log.exception("Ray could not be started yet")
 
     def _next_job(self) -> tuple[JobRecord, DeviceRecord] | None:
         """The oldest open job whose device is there; the others are told why they wait."""

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _BATCH = 4
 """Proposals made at once: enough to keep two workers busy, few enough to learn from."""
 
-_CONFIRMED_FRONT_MEMBERS = 4
+_CONFIRMED_FRONT_MEMBERS = 3
 """Front members confirmed beside the winner and the baselines."""
 
 _CONFIRM_ROUNDS = 4
@@ -144,6 +144,7 @@ class Tuning:
         with self._host.window.computing():
             self._pool = self._host.make_pool(self._spec, splits)
             inspection: Inspection = self._call("inspect")
+            self._workers.share_source()
         if self._job.inventory is None:
             has_training = splits.training is not None
             for notice in limits(self._spec, inspection.inventory, has_training=has_training):
@@ -180,13 +181,10 @@ class Tuning:
         if not self._space.prune_ratios or self._spec.search.max_pruned_bases == 0:
             return []
         self._enter("pruning")
-        wanted = planner.uniform_bases(self._space)
-        if len(wanted) >= 2:
-            rng = random.Random(self._spec.seed)  # noqa: S311 - a search, not a secret
-            wanted.append(
-                planner.mixed_base(self._space, inventory, wanted[-2], wanted[-1], rng=rng)
-            )
-        wanted = _distinct_bases(wanted)[: self._spec.search.max_pruned_bases]
+        rng = random.Random(self._spec.seed)  # noqa: S311 - a search, not a secret
+        wanted = planner.bases(self._space, inventory, rng=rng)[
+            : self._spec.search.max_pruned_bases
+        ]
         made: dict[int, dict[str, float]] = {}
         calls = [Call(method="prepare_base", arguments=(base,)) for base in wanted]
         with self._host.window.computing():
@@ -477,7 +475,3 @@ class Tuning:
                 f"device {self._device.name} has no runtime {', '.join(sorted(missing))}; "
                 f"it has {', '.join(sorted(offered)) or 'none'}"
             )
-
-
-def _distinct_bases(bases: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    return list({Candidate(prune_ratios=base).base_digest: base for base in bases}.values())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_FOLDER = Path("demo")
-RECOVERY_EPOCHS = {"mobilenet_v2": 4, "resnet18": 3}
+RECOVERY_EPOCHS = {"mobilenet_v2": 3, "resnet18": 2}
 TRAINING_FILE, EVALUATION_FILE = "training.npz", "evaluation.npz"
 
 
@@ -86,13 +86,13 @@ def job_text(model: str) -> str:
         "data": {"evaluation": f"npz:{EVALUATION_FILE}", "training": f"npz:{TRAINING_FILE}"},
         "latency_budget": "0.5x",
         "max_accuracy_drop": 0.01,
-        "search": {"trials": 36, "prune_ratios": [0.0, 0.25, 0.5], "max_pruned_bases": 3},
+        "search": {"trials": 24, "prune_ratios": [0.0, 0.25, 0.5], "max_pruned_bases": 2},
         "recovery": {"epochs": RECOVERY_EPOCHS[model]},
         "measurement": {
             "target_half_width": 0.02,
             "time_cap_s": 2.0,
             "confirmation_half_width": 0.01,
-            "confirmation_time_cap_s": 6.0,
+            "confirmation_time_cap_s": 4.0,
         },
     }
     head = f"# The demo's job: {model} on noisy digits. Run it with: autotune tune THIS_FILE\n"

@@ -60,6 +60,9 @@ class FakePool:
             self.calls.append(call)
             yield index, getattr(self, f"_{call.method}")(*call.arguments)
 
+    def share_source(self) -> None:
+        assert self.calls[-1].method == "inspect"
+
     def close(self) -> None:
         self.is_closed = True
 

@@ -58,6 +58,15 @@ def test_a_mixed_base_prunes_the_heavy_group_more() -> None:
     assert mixed == {"stem": 0.25, "body": 0.5}
 
 
+def test_the_largest_ratio_and_the_mixture_come_first_among_the_bases() -> None:
+    found = planner.bases(space(), inventory(), rng=random.Random(0))
+    assert found == [
+        {"stem": 0.5, "body": 0.5},
+        {"stem": 0.25, "body": 0.5},
+        {"stem": 0.25, "body": 0.25},
+    ]
+
+
 def test_the_first_candidates_lie_in_the_space_and_differ() -> None:
     bases = planner.uniform_bases(space())
     found = planner.first_candidates(space(), inventory(), DAMAGE, bases)

@@ -96,9 +96,25 @@ def run(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Another model to compare with; by default MODEL itself, in a session of its own.",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--runtime", default="onnxruntime", show_default=True)
-@click.option("--provider", default="CPUExecutionProvider", show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many threads compute one inference.",
+)
+@click.option(
+    "--runtime",
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the models; `autotune-agent probe` lists what this device has.",
+)
+@click.option(
+    "--provider",
+    default="CPUExecutionProvider",
+    show_default=True,
+    help="The runtime's execution provider, by the runtime's name for it.",
+)
 @click.option(
     "--target",
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
@@ -113,7 +129,14 @@ def run(
     show_default=True,
     help="Seconds of timing after which to stop anyway.",
 )
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or one JSON document.",
+)
 def measure(
     model: Path,
     against: Path | None,
@@ -149,7 +172,14 @@ def measure(
 
 
 @main.command()
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or one JSON document.",
+)
 def probe(output: str) -> None:
     """Show what this device is and which runtimes load on it."""
     from device_agents.conditions import read_conditions

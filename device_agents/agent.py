@@ -317,7 +317,11 @@ class Agent:
         except ServiceUnreachable as error:
             return MeasurementOutcome(outcome=Outcome.LOST, reason=str(error))
         measurement = Measurement(
-            candidate=paths[0], reference=paths[1], runtime=request.runtime, plan=request.plan
+            candidate=paths[0],
+            reference=paths[1],
+            runtime=request.runtime,
+            reference_runtime=request.reference_runtime,
+            plan=request.plan,
         )
         held.attach(measurement)
         return measurement.run()

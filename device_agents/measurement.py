@@ -46,6 +46,7 @@ class MeasurementOutcome:
 class Measurement:
     """One measurement in one child process; made for one `run`.
 
+    `reference_runtime` is what the reference runs with; by default what the candidate does.
     `cancel` may come from any thread, before, during or after `run`.
     """
 
@@ -56,11 +57,13 @@ class Measurement:
         reference: Path,
         runtime: RuntimeRequest,
         plan: MeasurementPlan,
+        reference_runtime: RuntimeRequest | None = None,
         memory_limit_bytes: int | None = None,
     ) -> None:
         self._candidate = candidate
         self._reference = reference
         self._runtime = runtime
+        self._reference_runtime = reference_runtime or runtime
         self._plan = plan
         self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
         self._child: subprocess.Popen[bytes] | None = None
@@ -91,20 +94,24 @@ class Measurement:
         return interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
 
     def _job(self) -> dict[str, Any]:
-        plan, runtime = self._plan, self._runtime
+        plan, runtime, reference = self._plan, self._runtime, self._reference_runtime
+        threads = max(runtime.threads, reference.threads)
         return {
             "candidate_path": str(self._candidate),
             "reference_path": str(self._reference),
             "runtime": runtime.runtime,
             "provider": runtime.provider,
             "threads": runtime.threads,
+            "reference_runtime": reference.runtime,
+            "reference_provider": reference.provider,
+            "reference_threads": reference.threads,
             "target_half_width": plan.target_half_width,
             "time_cap_s": plan.time_cap_s,
             "min_blocks": plan.min_blocks,
             "seed": plan.seed,
             "reference_latency_ns": plan.reference_latency_ns,
             "memory_limit_bytes": self._memory_limit_bytes,
-            "cpu_limit_s": math.ceil(plan.timeout_s * (runtime.threads + 1)) + 10,
+            "cpu_limit_s": math.ceil(plan.timeout_s * (threads + 1)) + 10,
             "parent_pid": os.getpid(),
         }
 

@@ -4,7 +4,8 @@ Runs as `python -m device_agents.measurement_child JOB.json REPORT.json` in a pr
 crash, hang or run out of memory; `measurement.py` supervises it, `sampling.py` holds the timed
 loop. Nothing of the protocol is imported here: start-up is a third of a short measurement, and
 pydantic would double it. Sets nothing that a user's own deployment would not have: no pinning,
-no priority, no session option beside the thread count.
+no priority, no session option beside the thread count. Each model has its own options: the
+reference's are pinned for a job, whatever a candidate runs with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 
 from device_agents.conditions import cpu_ticks, read_conditions
 from device_agents.errors import RuntimeUnavailable
-from device_agents.latency import DRIFT_LIMIT, LatencySummary, as_unsteady, summarize
+from device_agents.latency import summarize
 from device_agents.runtimes import (
     InvalidArtifact,
     Runtime,
@@ -35,7 +36,7 @@ from device_agents.runtimes import (
     UnsupportedModel,
     load_runtime,
 )
-from device_agents.sampling import Call, Sampling, SamplingPlan, Subject, Timer, make_timers, sample
+from device_agents.sampling import Call, SamplingPlan, Subject, Timer, make_timers, sample
 
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "MemoryError")
 
@@ -53,6 +54,9 @@ class ChildJob:
     runtime: str
     provider: str
     threads: int
+    reference_runtime: str
+    reference_provider: str
+    reference_threads: int
     target_half_width: float
     time_cap_s: float
     min_blocks: int
@@ -136,16 +140,16 @@ def measure(job: ChildJob) -> dict[str, Any]:
     before, ticks = read_conditions(since=start_ticks), cpu_ticks()
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
-    sampling = sample(timers, plan, runtime.clock)
+    blocks = sample(timers, plan, runtime.clock)
     gc.enable()
     after = read_conditions(since=ticks)
-    summary, reason = judge(job, sampling)
+    summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
     return {
-        "outcome": "unstable" if sampling.is_drifting else "ok",
-        "reason": reason,
+        "outcome": "ok" if summary.is_steady else "unstable",
+        "reason": summary.unsteady_reason,
         "report": asdict(summary)
         | {
-            "blocks": [asdict(block) for block in sampling.blocks],
+            "blocks": [asdict(block) for block in blocks],
             "before": before,
             "after": after,
             "peak_memory_bytes": peak_memory_bytes,
@@ -160,21 +164,23 @@ def prepare(runtime: Runtime, job: ChildJob) -> tuple[dict[Subject, Timer], int]
 
     The candidate goes first, so that the peak is that of a process which serves it alone.
     """
-    candidate = _load(runtime, job.candidate_path, job)
+    options = RuntimeOptions(provider=job.provider, threads=job.threads)
+    candidate = _load(runtime, job.candidate_path, options, seed=job.seed)
     candidate()
     peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    calls: dict[Subject, Call] = {
-        "candidate": candidate,
-        "reference": _load(runtime, job.reference_path, job),
-    }
+    # One runtime where both have the same: a simulated one has its own clock.
+    is_shared = job.reference_runtime == job.runtime
+    beside = runtime if is_shared else load_runtime(job.reference_runtime)
+    options = RuntimeOptions(provider=job.reference_provider, threads=job.reference_threads)
+    reference = _load(beside, job.reference_path, options, seed=job.seed)
+    calls: dict[Subject, Call] = {"candidate": candidate, "reference": reference}
     return make_timers(calls, runtime.clock), peak_memory_bytes
 
 
-def _load(runtime: Runtime, path: str, job: ChildJob) -> Call:
-    options = RuntimeOptions(provider=job.provider, threads=job.threads)
+def _load(runtime: Runtime, path: str, options: RuntimeOptions, *, seed: int) -> Call:
     session = runtime.load(Path(path), options)
     # One seed for both: where the input shapes agree, the inputs are the same numbers.
-    return session.bind(make_feeds(session.inputs, seed=job.seed))
+    return session.bind(make_feeds(session.inputs, seed=seed))
 
 
 def make_feeds(inputs: Sequence[TensorSpec], *, seed: int) -> dict[str, Any]:
@@ -198,24 +204,6 @@ def make_feeds(inputs: Sequence[TensorSpec], *, seed: int) -> dict[str, Any]:
             values = generator.integers(0, 2, shape).astype(tensor.dtype)
         feeds[tensor.name] = values
     return feeds
-
-
-def judge(job: ChildJob, sampling: Sampling) -> tuple[LatencySummary, str | None]:
-    """The statistics, and why they do not rank where the reference kept drifting."""
-    summary = summarize(
-        sampling.blocks,
-        seed=job.seed,
-        target_half_width=job.target_half_width,
-        reference_latency_ns=job.reference_latency_ns,
-    )
-    if not sampling.is_drifting:
-        return summary, None
-    reason = (
-        f"the reference drifted by {sampling.drift:+.1%} within the measurement (limit "
-        f"{DRIFT_LIMIT:.0%}), also after {sampling.n_restarts} new starts: let the device cool "
-        "down, or fix its clock"
-    )
-    return as_unsteady(summary, reason), reason
 
 
 def _lower_limit(kind: int, value: int) -> None:

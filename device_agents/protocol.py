@@ -197,10 +197,12 @@ class LatencyReport(Message):
     """The latency of one artifact on one device at batch 1; smaller is better.
 
     All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
-    calibrated latency (`reference_latency_ns`); the interval is a block bootstrap's at
-    `confidence_level`, of the ratio, scaled likewise. `p90_ns` and `p99_ns` are the
-    candidate's sample quantiles scaled by the same calibration. `fp32_ratio` compares with
-    the reference model, which is the job's FP32 model: below 1 is faster.
+    calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
+    of a block bootstrap's and a batch-means one, of the ratio, scaled likewise. `p90_ns` and
+    `p99_ns` are the candidate's sample quantiles scaled by the same calibration. `ratio`
+    compares with the reference model, which is the job's FP32 model: below 1 is faster.
+    `is_steady` is false where the interval is too wide to order anything; what slows both
+    models alike cancels. `runtime` is the candidate's.
     """
 
     p50_ns: float

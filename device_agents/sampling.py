@@ -1,8 +1,8 @@
 """The timed loop: blocks of candidate and reference in random alternation, until enough.
 
-Owns warm-up, grouping of calls, alternation, the looks at the interval, and the restarts after
-a drift. Gets two calls and a clock and knows neither runtime nor process; the statistics are
-`latency.py`'s, loading the models is `measurement_child.py`'s.
+Owns warm-up, grouping of calls, alternation and the looks at the interval. Gets two calls and
+a clock and knows neither runtime nor process; the statistics are `latency.py`'s, loading the
+models is `measurement_child.py`'s.
 
 One thing is kept out of the samples because it belongs to the measuring and not to the model:
 the call after a switch of models, whose caches the other model has just emptied.
@@ -17,14 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from device_agents.latency import (
-    DRIFT_LIMIT,
-    StoppingRule,
-    TimedBlock,
-    ratio_interval,
-    reference_drift,
-    reference_medians,
-)
+from device_agents.latency import StoppingRule, TimedBlock, ratio_interval
 from device_agents.runtimes import Clock
 
 Subject = Literal["candidate", "reference"]
@@ -42,8 +35,6 @@ MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
 WARM_UP_NS = 30e6
 MIN_WARM_UP_CALLS = 3
-MAX_RESTARTS = 3
-COOL_DOWN_S = 1.0
 
 
 class InvalidDuration(Exception):
@@ -90,23 +81,6 @@ class Timer:
         return TimedBlock(subject=subject, samples_ns=samples, median_ns=median(durations) / group)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """The blocks of the last attempt, and what became of the attempts.
-
-    `drift` is the reference's at the end, as a fraction; within `DRIFT_LIMIT` it is harmless.
-    """
-
-    blocks: tuple[TimedBlock, ...]
-    drift: float
-    n_restarts: int
-
-    @property
-    def is_drifting(self) -> bool:
-        """The reference still moved by more than `DRIFT_LIMIT`."""
-        return abs(self.drift) > DRIFT_LIMIT
-
-
 def warm_up(call: Call, clock: Clock) -> float:
     """Run until caches, page faults and the allocator have settled; the fastest call, in ns.
 
@@ -146,70 +120,29 @@ def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Ti
     }
 
 
-def sample(timers: Mapping[Subject, Timer], plan: SamplingPlan, clock: Clock) -> Sampling:
-    """Sample until the interval is narrow enough or the time cap is reached.
+def sample(timers: Mapping[Subject, Timer], plan: SamplingPlan, clock: Clock) -> list[TimedBlock]:
+    """Blocks in order of time, until the interval is narrow enough or the time cap is reached.
 
-    A reference that drifts discards what was sampled: after a pause sampling starts again, up
-    to `MAX_RESTARTS` times. Each attempt but the last has its share of the time cap to show
-    that what looked like a drift was a passing disturbance.
+    Nothing is thrown away: what slows the device slows both blocks of a pair, and what does
+    not cancel belongs into the interval.
 
     Raises:
         InvalidDuration: the clock cannot be trusted.
     """
-    start_ns = clock.now_ns()
-    for n_restarts in range(MAX_RESTARTS + 1):
-        share = (n_restarts + 1) / (MAX_RESTARTS + 1)
-        attempt = _Attempt(
-            timers=timers,
-            plan=plan,
-            clock=clock,
-            seed=plan.seed + n_restarts,
-            patience_ends_ns=start_ns + share * plan.time_cap_s * 1e9,
-            cap_ns=start_ns + plan.time_cap_s * 1e9,
-        )
-        blocks, drift = attempt.run()
-        if abs(drift) <= DRIFT_LIMIT or clock.now_ns() >= attempt.cap_ns:
+    cap_ns = clock.now_ns() + plan.time_cap_s * 1e9
+    rule = StoppingRule(target_half_width=plan.target_half_width, min_blocks=plan.min_blocks)
+    look = rule.first_look()
+    blocks: list[TimedBlock] = []
+    for pair in alternation(random.Random(plan.seed)):  # noqa: S311 - an order, not a secret
+        blocks += [timers[subject].block(subject) for subject in pair]
+        n_pairs = len(blocks) // 2
+        if clock.now_ns() >= cap_ns and n_pairs >= MIN_PAIRS:
             break
-        clock.pause_s(min(COOL_DOWN_S, plan.time_cap_s / 10))
-    return Sampling(blocks=tuple(blocks), drift=drift, n_restarts=n_restarts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Attempt:
-    """One uninterrupted series of blocks, and when it has to end."""
-
-    timers: Mapping[Subject, Timer]
-    plan: SamplingPlan
-    clock: Clock
-    seed: int
-    patience_ends_ns: float
-    cap_ns: float
-
-    def run(self) -> tuple[list[TimedBlock], float]:
-        """The blocks in order of time, and the reference's drift over them."""
-        rule = StoppingRule(
-            target_half_width=self.plan.target_half_width, min_blocks=self.plan.min_blocks
-        )
-        look = rule.first_look()
-        blocks: list[TimedBlock] = []
-        order = random.Random(self.seed)  # noqa: S311 - an order, not a secret
-        for pair in alternation(order):
-            blocks += [self.timers[subject].block(subject) for subject in pair]
-            n_pairs = len(blocks) // 2
-            is_late = self.clock.now_ns() >= self.cap_ns
-            if n_pairs < look and not (is_late and n_pairs >= MIN_PAIRS):
-                continue
+        if n_pairs >= look:
+            if rule.is_satisfied(ratio_interval(blocks, seed=plan.seed)):
+                break
             look = rule.next_look(n_pairs)
-            drift = reference_drift(reference_medians(blocks))
-            is_narrow = rule.is_satisfied(ratio_interval(blocks, seed=self.seed))
-            if is_late or self._is_enough(is_narrow=is_narrow, drift=drift):
-                return blocks, drift
-        raise AssertionError("the alternation never ends")
-
-    def _is_enough(self, *, is_narrow: bool, drift: float) -> bool:
-        if abs(drift) > DRIFT_LIMIT:
-            return self.clock.now_ns() >= self.patience_ends_ns
-        return is_narrow
+    return blocks
 
 
 def alternation(generator: random.Random) -> Iterator[tuple[Subject, Subject]]:

@@ -56,7 +56,6 @@ class Clock:
     """What calls are timed with: monotonic, in ns; only a simulation brings its own."""
 
     now_ns: Callable[[], int] = time.perf_counter_ns
-    pause_s: Callable[[float], None] = time.sleep
 
 
 class Session(Protocol):

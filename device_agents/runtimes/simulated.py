@@ -85,7 +85,7 @@ class SimulatedRuntime:
     def __init__(self) -> None:
         self._now_ns = 0.0
         self._n_sessions = 0
-        self.clock = Clock(now_ns=self.now_ns, pause_s=lambda s: self.spend(s * 1e9))
+        self.clock = Clock(now_ns=self.now_ns)
 
     def providers(self) -> tuple[str, ...]:
         """The one provider, named like the real one so that plans fit both."""

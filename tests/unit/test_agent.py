@@ -78,12 +78,13 @@ class FakeService:
         self.artifacts[sha256] = data
         return ArtifactReference(sha256=sha256, size_bytes=len(data))
 
-    def offer(self, candidate, *, number=1, **plan):
+    def offer(self, candidate, *, number=1, threads=1, **plan):
         request = MeasurementRequest(
             measurement_id=f"m{number}",
             artifact=candidate if isinstance(candidate, ArtifactReference) else self.add(candidate),
             reference=self.add(SimulatedModel(latency_ns=8e5, noise=0.01)),
-            runtime=RuntimeRequest(runtime="simulated"),
+            runtime=RuntimeRequest(runtime="simulated", threads=threads),
+            reference_runtime=RuntimeRequest(runtime="simulated"),
             plan=MeasurementPlan(**plan),
         )
         lease = Lease(lease_id=f"l{number}", fencing_token=number, ttl_s=30, request=request)
@@ -225,6 +226,15 @@ def test_an_agent_enrols_measures_and_hands_in(service, tmp_path):
     assert running.lines[0] == "enrolled as pi (agent a1)"
     assert "0.4" in running.lines[1]
     assert "ms ±" in running.lines[1]
+
+
+def test_the_reference_stays_at_one_thread_beside_a_candidate_with_two(service, tmp_path):
+    service.offer(SimulatedModel(latency_ns=8e5, noise=0.01), threads=2)
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.results)
+    [result] = service.results
+    # A simulated device does nine tenths of the work in parallel.
+    assert result.report.ratio == pytest.approx(0.55, rel=0.02)
 
 
 def test_a_second_start_needs_no_token(service, tmp_path):

@@ -98,16 +98,41 @@ def test_a_measurement_cancelled_before_it_runs_starts_no_process(tmp_path):
     assert never.run().outcome is Outcome.CANCELLED
 
 
-def test_a_drifting_device_is_unstable_with_its_figures(tmp_path):
+def test_a_drifting_device_still_tells_the_ratio(tmp_path):
     ended = Measurement(
-        candidate=artifact(tmp_path, drift_per_s=0.3),
+        candidate=artifact(tmp_path, latency_ns=2e5, drift_per_s=0.3),
         reference=artifact(tmp_path, "reference", drift_per_s=0.3),
         runtime=SIMULATED,
         plan=MeasurementPlan(target_half_width=0.001),
     ).run()
+    assert ended.outcome is Outcome.OK
+    assert ended.report.ratio == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_ratio_that_changes_half_way_is_unstable_with_its_figures(tmp_path):
+    ended = Measurement(
+        candidate=artifact(tmp_path, noise=0.01, throttle_after_s=2.5, throttle_factor=1.8),
+        reference=artifact(tmp_path, "reference", noise=0.01),
+        runtime=SIMULATED,
+        plan=MeasurementPlan(target_half_width=0.0005, time_cap_s=5.0),
+    ).run()
     assert ended.outcome is Outcome.UNSTABLE
-    assert "drifted" in ended.reason
-    assert not ended.report.is_steady
+    assert "wide at the time cap" in ended.reason
+    assert ended.report.unsteady_reason == ended.reason
+    assert ended.report.ratio_high - ended.report.ratio_low > 0.4
+
+
+@pytest.mark.parametrize(("pinned", "ratio"), [(SIMULATED, 0.55), (None, 1.0)])
+def test_the_reference_runs_with_its_own_options_where_it_has_some(tmp_path, pinned, ratio):
+    ended = Measurement(
+        candidate=artifact(tmp_path, noise=0.01),
+        reference=artifact(tmp_path, "reference", noise=0.01),
+        runtime=RuntimeRequest(runtime="simulated", threads=2),
+        reference_runtime=pinned,  # the simulated device halves nine tenths with two threads
+        plan=MeasurementPlan(),
+    ).run()
+    assert ended.report.ratio == pytest.approx(ratio, rel=0.02)
+    assert ended.report.runtime.threads == 2
 
 
 def test_an_unknown_runtime_is_unsupported_and_the_known_ones_are_named(tmp_path):
@@ -244,6 +269,9 @@ def child_job(folder, **changes):
         "runtime": "simulated",
         "provider": "CPUExecutionProvider",
         "threads": 1,
+        "reference_runtime": "simulated",
+        "reference_provider": "CPUExecutionProvider",
+        "reference_threads": 1,
         "target_half_width": 0.02,
         "time_cap_s": 10.0,
         "min_blocks": 8,

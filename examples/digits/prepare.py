@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_FOLDER = Path("demo")
-RECOVERY_EPOCHS = {"mobilenet_v2": 3, "resnet18": 2}
+RECOVERY_EPOCHS = {"mobilenet_v2": 4, "resnet18": 3}
 TRAINING_FILE, EVALUATION_FILE = "training.npz", "evaluation.npz"
 
 
@@ -92,7 +92,7 @@ def job_text(model: str) -> str:
             "target_half_width": 0.02,
             "time_cap_s": 2.0,
             "confirmation_half_width": 0.01,
-            "confirmation_time_cap_s": 4.0,
+            "confirmation_time_cap_s": 3.0,
         },
     }
     head = f"# The demo's job: {model} on noisy digits. Run it with: autotune tune THIS_FILE\n"

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from autotune.errors import AutotuneError, DeviceUnavailable, JobNotReady
+from autotune.errors import AutotuneError, DeviceUnavailable, DiskFull, JobNotReady
 from autotune.search import planner
 from autotune.search.conclusion import (
     CANCELLED_BY_HAND,
@@ -27,13 +27,14 @@ from autotune.search.conclusion import (
     nothing_ranks,
 )
 from autotune.search.evaluation import Evaluation
+from autotune.search.failures import in_users_terms
 from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.front import Answer, answer, non_dominated
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
-from autotune.spec import JobSpec, LatencyBudget, parse_job, resolve_uploads
+from autotune.spec import JobSpec, LatencyBudget, name_uploads, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from search_spaces import Candidate, LayerInventory, SearchSpace
 from storage.artifacts import ArtifactStore
@@ -75,6 +76,8 @@ class Host:
     trust_job_code: bool
     make_pool: Callable[[JobSpec, DataSplits], WorkerPool]
     should_stop: Callable[[], bool]
+    make_room: Callable[[], None]
+    """The disk is full: give up what is kept back, so that the job's end can be written."""
 
 
 class Tuning:
@@ -88,6 +91,7 @@ class Tuning:
         self._spec = parse_job(job.spec)
         self._started = job.started_at or datetime.now(UTC)
         self._stopped_because = ""
+        self._unconfirmed: set[str] = set()
         self._pool: WorkerPool | None = None
 
     def run(self) -> JobRecord:
@@ -115,7 +119,11 @@ class Tuning:
         except DeviceAway as away:
             return self._wait_for_device(str(away))
         except (AutotuneError, StorageError) as error:
-            return self._end(JobState.FAILED, reason=str(error), error=type(error).__name__)
+            known = in_users_terms(error)
+            if isinstance(known, DiskFull):
+                self._host.make_room()
+            reason = name_uploads(str(error), parse_job(self._job.spec), self._spec)
+            return self._end(JobState.FAILED, reason=reason, error=type(known).__name__)
         finally:
             if self._pool is not None:
                 self._pool.close()
@@ -294,14 +302,12 @@ class Tuning:
         if current.outcome is not TrialOutcome.OK or current.confirmed_latency is not None:
             return
         confirmed = evaluation.confirm(current)
-        self._event("trial_confirmed", {"trial": confirmed.id, "number": confirmed.number})
         if confirmed.confirmed_latency is None:
-            # It could not be measured again: it does not get to be the answer.
-            self._repository.update_trial(
-                confirmed.id,
-                outcome=TrialOutcome.MEASUREMENT_FAILED,
-                reason="the latency could not be confirmed in a fresh process",
-            )
+            # It could not be measured again: it stays a trial but cannot be the answer.
+            self._unconfirmed.add(confirmed.id)
+            self._notice(f"trial {confirmed.number} could not be confirmed and cannot win")
+            return
+        self._event("trial_confirmed", {"trial": confirmed.id, "number": confirmed.number})
 
     def _store_reference(self, fp32: bytes) -> ArtifactReference:
         stored = self._host.artifacts.put(fp32)
@@ -399,9 +405,11 @@ class Tuning:
 
     # The answer.
 
-    def _answer(self) -> Answer | None:
+    def _answer(self, *, confirmed_only: bool = False) -> Answer | None:
+        trials = [t for t in self._trials() if t.id not in self._unconfirmed]
+        confirmed = [t for t in trials if t.confirmed_latency is not None]
         return answer(
-            self._trials(),
+            confirmed if confirmed_only and confirmed else trials,
             latency_budget_ns=self._job.latency_budget_ns,
             max_accuracy_drop=self._spec.max_accuracy_drop,
         )
@@ -411,7 +419,7 @@ class Tuning:
     ) -> JobRecord:
         """Close the job with the best answer there is, whatever ended it."""
         self._repository.cancel_measurements(self._job.id)
-        found = self._answer()
+        found = self._answer(confirmed_only=state is JobState.FINISHED)
         result = None
         if found is not None:
             result = conclude(

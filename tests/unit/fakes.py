@@ -151,6 +151,7 @@ class FakeAgent:
         self.device: DeviceRecord = device
         self.measured: list[str] = []
         self.plans: list[Any] = []
+        self.now: Any = None
         self.outcome_of: Callable[[Candidate], tuple[Outcome, str | None]] = lambda candidate: (
             Outcome.OK,
             None,
@@ -196,6 +197,7 @@ class FakeAgent:
 
         document = json.loads(self._artifact(record.request.artifact.sha256))
         candidate = Candidate.from_json(document)
+        self.now = record.request.plan
         outcome, reason = self.outcome_of(candidate)
         report = self.report_of(candidate) if outcome is Outcome.OK else None
         self.measured.append(record.trial_id)

@@ -18,6 +18,7 @@ from device_agents.protocol import Outcome
 from search_spaces import INT8
 from storage.artifacts import ArtifactStore
 from storage.database import open_database
+from storage.errors import DatabaseFull
 from storage.records import JobRecord, JobState, TrialOutcome, TrialState
 from storage.repository import Repository
 from tests.unit.fakes import FakeAgent, FakePool, fake_ms
@@ -32,6 +33,7 @@ class Bench:
         self.artifacts = ArtifactStore(folder / "artifacts")
         self.fleet = Fleet(repository, host_id="edge", window=QuietWindow())
         self.pools: list[FakePool] = []
+        self.made_room: list[bool] = []
         self.make_pool: Callable[[], FakePool] = FakePool
         self.should_stop: Callable[[], bool] = lambda: False
         x = np.random.default_rng(0).normal(size=(100, 1, 8, 8)).astype(np.float32)
@@ -68,6 +70,7 @@ class Bench:
             trust_job_code=False,
             make_pool=make_pool,
             should_stop=self.should_stop,
+            make_room=lambda: self.made_room.append(True),
         )
         return Tuning(host, record, device).run()
 
@@ -284,6 +287,30 @@ def test_wrong_data_fails_the_job_with_the_reason(bench: Bench, tmp_path: Path) 
     assert bench.repository.list_trials(job.id) == []
 
 
+def test_a_full_disk_fails_the_job_under_its_name_and_it_goes_on_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise DatabaseFull("no room for the database; free some space and resume")
+
+    with _agent(bench):
+        with monkeypatch.context() as patched:
+            patched.setattr(bench.repository, "record_artifact", full)
+            job = bench.run(bench.job())
+        assert (job.state, bench.made_room) == (JobState.FAILED, [True])
+        assert bench.repository.list_events(job.id)[-1].payload["error"] == "DiskFull"
+        bench.repository.resume_job(job.id)
+        assert bench.run(job).state is JobState.FINISHED
+
+
+def test_a_failure_names_the_key_of_the_job_and_not_the_services_copy(bench: Bench) -> None:
+    upload = bench.artifacts.put(b"no archive")
+    with _agent(bench):
+        job = bench.run(bench.job(data={"evaluation": f"npz:sha256:{upload.sha256}"}))
+    assert (job.reason or "").startswith("data.evaluation is not an .npz file")
+    assert str(bench.artifacts.root) not in (job.reason or "")
+
+
 def test_a_job_in_which_nothing_is_steady_fails_and_says_why(bench: Bench) -> None:
     with _agent(bench) as agent:
         agent.report_of = lambda c: latency(
@@ -292,3 +319,18 @@ def test_a_job_in_which_nothing_is_steady_fails_and_says_why(bench: Bench) -> No
         job = bench.run(bench.job())
     assert job.state is JobState.FAILED
     assert "the reference spread by 40 %" in (job.reason or "")
+
+
+def test_a_winner_that_does_not_confirm_gives_way_to_the_next(bench: Bench) -> None:
+    def outcome(candidate: Any) -> tuple[Outcome, str | None]:
+        is_lucky = dict(candidate.prune_ratios).get("stem") == 0.5
+        is_again = agent.now.kind == "confirmation"
+        return (Outcome.TIMEOUT, "hung") if is_lucky and is_again else (Outcome.OK, None)
+
+    with _agent(bench) as agent:
+        agent.outcome_of = outcome
+        job = bench.run(bench.job(max_accuracy_drop=0.1))
+    assert job.result is not None
+    winner = bench.repository.get_trial(job.result["winner"])
+    assert winner.confirmed_latency is not None
+    assert winner.candidate.prune_ratio("stem") != 0.5

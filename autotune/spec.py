@@ -297,6 +297,35 @@ def resolve_uploads(spec: JobSpec, path_of: Callable[[str], Path]) -> JobSpec:
     return map_files(spec, change)
 
 
+def name_uploads(message: str, submitted: JobSpec, resolved: JobSpec) -> str:
+    """`message` with the job's own keys in place of the paths that `resolve_uploads` put in.
+
+    The user knows the key; where the service keeps its copy says nothing to them.
+    """
+    keys: dict[str, list[str]] = {}
+    for key, before, after in zip(_FILE_KEYS, _files(submitted), _files(resolved), strict=True):
+        if before != after:
+            keys.setdefault(after, []).append(key)
+    for path, named in keys.items():
+        written = "|".join((*(f"{scheme}:" for scheme in FILE_SCHEMES), ""))
+        message = re.sub(f"({written}){re.escape(path)}", " and ".join(named), message)
+    return message
+
+
+_FILE_KEYS = ("model.source", "model.weights", "data.evaluation", "data.training")
+
+
+def _files(spec: JobSpec) -> list[str]:
+    """The path behind every key of `_FILE_KEYS`; empty where it names no file."""
+
+    def path(reference: str | None) -> str:
+        scheme, _, rest = (reference or "").partition(":")
+        return rest if scheme in FILE_SCHEMES else ""
+
+    evaluation, training = path(spec.data.evaluation), path(spec.data.training)
+    return [path(spec.model.source), spec.model.weights or "", evaluation, training]
+
+
 def runs_job_code(spec: JobSpec) -> bool:
     """The job names Python code, which runs only by consent."""
     references = (spec.model.source, spec.data.evaluation, spec.data.training or "")
@@ -314,12 +343,26 @@ def job_schema_text() -> str:
     return json.dumps(job_schema(), indent=2, sort_keys=True) + "\n"
 
 
+# What pydantic calls a class or a tuple is one of these in YAML.
+_SHAPES = {
+    "model_type": "a mapping of keys to values",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys to values",
+}
+
+
 def _explain(entry: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return _unknown_key(tuple(str(part) for part in entry["loc"]))
     if entry["type"] == "missing":
         return f"{where}: this key is required"
+    if entry["type"] in _SHAPES:
+        return f"{where}: must be {_SHAPES[entry['type']]} (got {entry['input']!r})"
+    if entry["type"] == "string_pattern_mismatch":
+        schemes = entry["ctx"]["pattern"].removeprefix("^(").removesuffix("):.+").split("|")
+        *first, last = (f"{scheme}:" for scheme in schemes)
+        return f"{where}: must begin with {', '.join(first)} or {last} (got {entry['input']!r})"
     message = str(entry["msg"]).removeprefix("Value error, ")
     return f"{where}: {message} (got {entry['input']!r})"
 

@@ -161,10 +161,9 @@ def _require_success(response: httpx.Response) -> None:
         return
     detail = _detail(response)
     if response.status_code in (401, 403):
-        raise EnrolmentRefused(
-            f"the service refused this agent: {detail}; "
-            "ask for a new token with `autotune device enroll`"
-        )
+        way_out = "make another token with `autotune device enroll`"
+        advice = "" if "autotune device enroll" in detail else f"; {way_out}"
+        raise EnrolmentRefused(f"the service refused this agent: {detail}{advice}")
     if response.status_code == 426:
         raise IncompatibleProtocol(
             f"the service does not speak protocol version {PROTOCOL_VERSION}: {detail}"

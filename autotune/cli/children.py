@@ -102,8 +102,10 @@ class Child:
             if line.startswith("error: ")
         ]
         known = _error_of(code)
-        if known is not None and said:
-            return known(said[-1])
+        if known is not None:
+            # A full disk takes no last words; the exit code still tells what it was.
+            meaning = " ".join((known.__doc__ or "").split())
+            return known(said[-1] if said else f"the {self.name} ended: {meaning}")
         ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         indented = "\n".join(f"  | {line}" for line in last_words.splitlines())
         return ServiceError(

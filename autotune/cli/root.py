@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -66,7 +67,8 @@ _HINTS: dict[type[AutotuneError], str] = {
     AuthenticationError: "pass --token or set AUTOTUNE_TOKEN; `autotune serve` shows where it lies",
     AddressInUse: "choose another port with --port, or 0 for a free one",
     DatabaseInUse: "stop the other service, or give this one its own --data-dir",
-    DiskFull: "free some space, then `autotune job resume JOB`",
+    DiskFull: "free some space, then run the same command; a job that failed goes on with "
+    "`autotune job resume JOB`",
 }
 
 
@@ -186,6 +188,8 @@ def run(arguments: Sequence[str] | None = None, session: Session | None = None) 
 def _explain(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = DiskFull(f"no room is left for {error.filename or 'what has to be written'}")
     if not isinstance(error, AutotuneError):
         click.echo(f"error: unexpected {type(error).__name__}: {error}", err=True)
         if not debug:

@@ -226,9 +226,10 @@ def _unreachable(
     winner = min(kept or ranking, key=_fastest_first)
     latency = latency_of(winner)
     missed = (latency.p50_high_ns if latency else math.inf) - budget_ns
-    within = (
-        f" that loses at most {_points(max_accuracy_drop)}" if kept and max_accuracy_drop else ""
-    )
+    within = ""
+    if max_accuracy_drop is not None:
+        bound = f"loses at most {_points(max_accuracy_drop)}"
+        within = f" that {bound}" if kept else f" (none {bound})"
     return Answer(
         winner=winner,
         verdict="impossible_budget",

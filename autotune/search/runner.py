@@ -25,6 +25,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.records import DeviceRecord, JobRecord, JobState
 from storage.repository import Repository
+from storage.reserve import DiskReserve
 
 if TYPE_CHECKING:
     from autotune.compression.data import DataSplits
@@ -70,6 +71,7 @@ class Runner:
         self._repository = repository
         self._artifacts = artifacts
         self._data_dir = data_dir
+        self._reserve = DiskReserve(data_dir / "reserve")
         self._host = Host(
             repository=repository,
             artifacts=artifacts,
@@ -78,6 +80,7 @@ class Runner:
             trust_job_code=trust_job_code,
             make_pool=make_pool or self._make_pool,
             should_stop=self._stopping.is_set,
+            make_room=self._reserve.release,
         )
 
     def start(self) -> None:
@@ -177,6 +180,7 @@ class Runner:
         self._repository.append_event(job.id, "state", {"state": state.value, "reason": reason})
 
     def _run(self, job: JobRecord, device: DeviceRecord) -> None:
+        self._reserve.hold()
         try:
             Tuning(self._host, job, device).run()
         except Stopped:
@@ -186,13 +190,9 @@ class Runner:
             self._fail(job, error)
 
     def _fail(self, job: JobRecord, error: Exception) -> None:
+        reason = f"an error inside the service: {error!r}; its log has the details"
         try:
-            self._repository.update_job(
-                job.id,
-                state=JobState.FAILED,
-                reason=f"an error inside the service: {error!r}; its log has the details",
-                finished_at=datetime.now(UTC),
-            )
+            self._move(job, JobState.FAILED, reason, finished_at=datetime.now(UTC))
         except StorageError:
             _log.exception("the failure of job %s could not be recorded", job.id)
             self._stopping.wait(_IDLE_S)

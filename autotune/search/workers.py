@@ -8,6 +8,7 @@ fresh one; what kills two workers in a row is reported as that call's failure.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sys
@@ -211,6 +212,8 @@ def start_ray(*, n_workers: int, address: str | None = None) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
+    # It says that SIGTERM is not handled in this thread, which is what we want.
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     if address:

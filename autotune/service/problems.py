@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from autotune import errors
 from autotune.api_types import Problem
+from autotune.search.failures import in_users_terms
 from search_spaces.errors import SearchSpaceError
 from storage import errors as storage_errors
 
@@ -53,16 +54,6 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.ServiceError, 500),
 )
 
-# What the lower packages raise, in the user's terms.
-_TRANSLATION: tuple[tuple[type[Exception], type[errors.AutotuneError]], ...] = (
-    (storage_errors.NotFound, errors.NotFoundError),
-    (storage_errors.InvalidToken, errors.AuthenticationError),
-    (storage_errors.DatabaseFull, errors.DiskFull),
-    (storage_errors.ArtifactStoreFull, errors.DiskFull),
-    (storage_errors.DatabaseLocked, errors.DatabaseInUse),
-    (SearchSpaceError, errors.InvalidJob),
-)
-
 _BY_HTTP_STATUS: dict[int, type[errors.AutotuneError]] = {
     400: errors.InvalidJob,
     401: errors.AuthenticationError,
@@ -75,10 +66,7 @@ def problem_of(error: Exception) -> Problem:
     """What a client is told about an error; what it cannot act on stays in the log."""
     if isinstance(error, Refusal):
         return _problem(error.status, error.error)
-    for lower, upper in _TRANSLATION:
-        if isinstance(error, lower):
-            error = upper(str(error))
-            break
+    error = in_users_terms(error)
     if isinstance(error, errors.AutotuneError):
         status = next((s for known, s in _STATUS if isinstance(error, known)), 500)
         return _problem(status, error)
@@ -160,7 +148,11 @@ def _response(problem: Problem, headers: Any = None) -> JSONResponse:
 def _lines(entries: Sequence[Any]) -> list[str]:
     lines = []
     for entry in entries:
+        if entry["type"] == "json_invalid":
+            place = entry["loc"][-1]
+            lines.append(f"the body is not JSON: {entry['ctx']['error']}, at character {place}")
+            continue
         where = ".".join(str(part) for part in entry["loc"])
-        got = "" if entry["type"] in ("missing", "json_invalid") else f" (got {entry['input']!r})"
+        got = "" if entry["type"] == "missing" else f" (got {entry['input']!r})"
         lines.append(f"{where}: {entry['msg']}{got}")
     return lines

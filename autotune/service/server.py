@@ -45,8 +45,9 @@ RunnerFactory = Callable[[Repository, ArtifactStore, Settings], JobRunner]
 
 def say(text: str) -> None:
     """A line for the person at the terminal; stdout stays free for data."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a log on a full disk must not keep the service up
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def default_runner(
@@ -102,6 +103,9 @@ def serve(
             asyncio.run(server.serve(sockets=[listener]))
         except SystemExit as error:  # uvicorn's way to say that the life span did not begin
             raise ServiceError("the service could not start; the lines above say why") from error
+        with _translated(settings):
+            if server.not_announced is not None:
+                raise server.not_announced
         say("stopped")
 
 
@@ -129,13 +133,18 @@ class _Server(uvicorn.Server):
         self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_stop: Callable[[], None]
     ) -> None:
         super().__init__(config)
+        self.not_announced: OSError | None = None
         self._on_ready = on_ready
         self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        if not self.should_exit:
+        if self.should_exit:
+            return
+        try:
             self._on_ready()
+        except OSError as error:
+            self.not_announced, self.should_exit = error, True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

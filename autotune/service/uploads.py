@@ -24,10 +24,12 @@ from autotune.errors import DiskFull, InvalidData, ServiceError
 from autotune.service.context import Context, ServiceContext
 from autotune.service.problems import problem_responses
 from autotune.settings import Settings
+from storage.errors import ArtifactStoreFull
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
 KIND = "upload"
+_FREE = "free some space on the service's disk and send the file again"
 WRITE_BYTES = 4 * 1024**2
 """Chunks are gathered to this size: a thread per chunk off the wire would cost more."""
 
@@ -71,11 +73,13 @@ async def upload(context: Context, sha256: Sha256, request: Request) -> Upload:
                 "the file changed while it was sent, or on its way. Send it again"
             )
         return await run_in_threadpool(_keep, context, part)
+    except ArtifactStoreFull as error:
+        raise DiskFull(f"no room to keep the upload: {_FREE}") from error
     except ClientDisconnect as error:
         raise ServiceError("the client went away in the middle of the upload") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no room for the upload below {folder}; free some space") from error
+            raise DiskFull(f"no room for the upload below {folder}: {_FREE}") from error
         raise ServiceError(f"cannot keep the upload below {folder}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)

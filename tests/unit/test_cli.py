@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,9 +18,10 @@ import pytest
 from click.shell_completion import ShellComplete
 
 import autotune.errors
+from autotune.cli import root
 from autotune.cli.root import COMMANDS, cli, exit_codes, run
 from autotune.cli.session import FORMATS, Session
-from autotune.errors import AutotuneError, InvalidModel, ServiceError
+from autotune.errors import AutotuneError, DiskFull, InvalidModel, ServiceError
 from autotune.spec import job_schema_text
 from tests.unit.cli_fakes import FakeClient, finished_job, make_event, make_job
 
@@ -107,6 +109,26 @@ def test_help_imports_nothing_heavy() -> None:
 def test_completion_prints_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["completion", shell]) == 0
     assert "_AUTOTUNE_COMPLETE" in capsys.readouterr().out
+
+
+def test_the_help_of_completion_shows_a_line_for_every_shell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["completion", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "\\b" not in shown
+    assert "  zsh:  autotune completion zsh >> ~/.zshrc\n" in shown
+
+
+def test_a_full_disk_anywhere_has_its_own_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/full/tune.json")
+
+    monkeypatch.setattr(root.cli, "main", full)
+    assert run(["job", "ls"]) == DiskFull.exit_code
+    assert "no room is left for /full/tune.json" in capsys.readouterr().err
 
 
 def test_completion_knows_the_lazy_commands() -> None:

@@ -134,6 +134,21 @@ def test_an_impossible_budget_is_answered_with_the_fastest_and_the_distance() ->
     assert found.missed_by_ns == pytest.approx(1.01e6 - 0.5e6)
 
 
+@pytest.mark.parametrize(
+    ("drop", "words"),
+    [
+        (0.01, "the fastest one that loses at most 1 points misses it"),
+        (0.0, "the fastest one (none loses at most 0 points) misses it"),
+        (None, "the fastest one misses it"),
+    ],
+)
+def test_an_impossible_budget_says_which_drop_was_kept(drop: float | None, words: str) -> None:
+    trials = [trial(0, 4.0, 0.945), trial(1, 1.0, 0.945)]
+    found = answer(trials, latency_budget_ns=0.5e6, max_accuracy_drop=drop)
+    assert found is not None
+    assert words in found.explanation
+
+
 def test_a_drop_that_nothing_keeps_is_said() -> None:
     found = answer([trial(0, 1.0, 0.80)], latency_budget_ns=2e6, max_accuracy_drop=0.01)
     assert found is not None

@@ -1,10 +1,12 @@
 """The files that a job names: paths and uploads."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from autotune.spec import parse_job, read_job, resolve_uploads, upload_of
+from autotune.errors import InvalidJob
+from autotune.spec import name_uploads, parse_job, read_job, resolve_uploads, upload_of
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -23,6 +25,46 @@ def test_every_upload_becomes_the_path_of_its_file() -> None:
     assert resolved.model.weights == f"/store/{DIGEST}"
     assert resolved.data.evaluation == f"npz:/store/{DIGEST}"
     assert resolved.data.training == "imagefolder:/images"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (f"onnx:/store/{DIGEST} is damaged", "model.source and data.training is damaged"),
+        (f"cannot read '/store/{DIGEST[::-1]}'", "cannot read 'data.evaluation'"),
+        ("/images is no folder", "/images is no folder"),
+    ],
+)
+def test_a_message_names_the_keys_of_the_job_and_not_the_stores_paths(
+    written: str, shown: str
+) -> None:
+    submitted = parse_job(
+        {
+            "model": {"source": f"onnx:sha256:{DIGEST}", "weights": "/images"},
+            "data": {
+                "evaluation": f"npz:sha256:{DIGEST[::-1]}",
+                "training": f"npz:sha256:{DIGEST}",
+            },
+        }
+    )
+    resolved = resolve_uploads(submitted, lambda sha256: Path("/store") / sha256)
+    assert name_uploads(written, submitted, resolved) == shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search": "fast"}, "search: must be a mapping of keys to values (got 'fast')"),
+        ({"search": {"threads": 2}}, "search.threads: must be a list (got 2)"),
+        ({"data": {"evaluation": "x.npz"}}, "must begin with npz:, imagefolder: or python:"),
+        ({"model": {"source": "resnet18"}}, "must begin with torchvision:, onnx: or python:"),
+    ],
+)
+def test_a_value_of_another_shape_is_told_the_right_one(
+    changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(InvalidJob, match=re.escape(words)):
+        parse_job({**document(), **changes})
 
 
 def test_an_upload_that_is_missing_is_the_stores_error() -> None:

@@ -44,6 +44,19 @@ def test_what_the_machine_refuses_is_said_in_the_users_words(
         server.serve(Settings(data_dir=tmp_path, port=0), make_runner=lambda *_: WaitingRunner())
 
 
+def test_a_disk_without_room_for_the_address_ends_the_start_in_the_users_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "write_private", failing(OSError(errno.ENOSPC, "no space left")))
+    with pytest.raises(DiskFull, match="free some space"):
+        server.serve(Settings(data_dir=tmp_path, port=0), make_runner=lambda *_: WaitingRunner())
+
+
+def test_a_log_on_a_full_disk_does_not_stop_who_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.sys.stderr, "write", failing(OSError(errno.ENOSPC, "full")))
+    server.say("stopping")
+
+
 def test_a_runner_that_cannot_start_ends_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from autotune.errors import (
     BundleError,
     DatabaseInUse,
     DeviceUnavailable,
+    DiskFull,
     InvalidData,
     InvalidModel,
     JobNotReady,
@@ -264,6 +265,15 @@ def test_a_child_that_ended_with_a_known_error_raises_that_error(tmp_path: Path)
     with child(tmp_path, program) as dead:
         assert wait_until(lambda: not dead.is_alive, timeout_s=20)
         with pytest.raises(DatabaseInUse, match=r"^another service owns it$"):
+            dead.require_alive()
+
+
+def test_a_child_that_could_not_write_its_last_words_is_known_by_its_exit_code(
+    tmp_path: Path,
+) -> None:
+    with child(tmp_path, f"import sys; sys.exit({DiskFull.exit_code})") as dead:
+        assert wait_until(lambda: not dead.is_alive, timeout_s=20)
+        with pytest.raises(DiskFull, match="free some space"):
             dead.require_alive()
 
 

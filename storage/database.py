@@ -32,6 +32,7 @@ POOL_SIZE: Final = 8
 POOL_OVERFLOW: Final = 32  # Starlette serves sync routes from 40 threads
 
 _FULL: Final = ("database or disk is full", "no space left", "disk quota exceeded")
+_FULL_SQLITE: Final = "SQLITE_IOERR_SHMSIZE"  # "disk I/O error": no room beside the file
 _LOCKED: Final = ("database is locked", "database table is locked")
 
 
@@ -223,7 +224,8 @@ def _translate(error: SQLAlchemyError, name: str) -> StorageError:
     # The driver's own words: SQLAlchemy's would add the statement and its parameters.
     cause = str(error.orig if isinstance(error, DBAPIError) else error).strip()
     lowered = cause.lower()
-    if any(words in lowered for words in _FULL):
+    code = getattr(getattr(error, "orig", None), "sqlite_errorname", None)
+    if code == _FULL_SQLITE or any(words in lowered for words in _FULL):
         return DatabaseFull(f"no room for {name}: {cause}; free some space and resume")
     if any(words in lowered for words in _LOCKED):
         return DatabaseLocked(f"{name} stayed locked for {BUSY_TIMEOUT_S:g} s: {cause}")

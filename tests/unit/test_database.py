@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
-from storage.database import Database, open_database
+from storage.database import Database, _translate, open_database
 from storage.errors import DatabaseFull, DatabaseLocked, DatabaseUnavailable, StorageError
 from storage.repository import Repository
 from storage.tables import JobRow
@@ -149,6 +150,13 @@ def test_a_full_disk_is_said_so_and_what_was_written_stays(database: Database) -
     with pytest.raises(DatabaseFull, match="free some space"):
         repository.create_job(spec={"long": "x" * 100_000}, name="lost")
     assert [job.name for job in repository.list_jobs()] == ["kept"]
+
+
+def test_a_disk_without_room_beside_the_file_is_a_full_one() -> None:
+    cause = sqlite3.OperationalError("disk I/O error")
+    cause.sqlite_errorname = "SQLITE_IOERR_SHMSIZE"  # as on a full tmpfs, when the file is opened
+    error = _translate(OperationalError("PRAGMA journal_mode=WAL", {}, cause), "the database")
+    assert isinstance(error, DatabaseFull)
 
 
 def test_a_file_locked_by_another_program_is_said_so(database: Database, path: Path) -> None:

@@ -69,6 +69,21 @@ def _uniform_int8(pool: WorkerPool) -> Candidate:
     return Candidate(precisions={g.name: INT8 for g in inspection.inventory.groups})
 
 
+# First, because the workers that the other tests share take both processors.
+def test_a_model_that_does_not_fit_the_data_is_an_error_of_ours(
+    spec: JobSpec, tmp_path: Path
+) -> None:
+    wrong = spec.model_copy(
+        update={"model": spec.model.model_copy(update={"source": "onnx:/nowhere.onnx"})}
+    )
+    splits = split_data(spec.data, seed=0, trust_job_code=True)
+    pool = WorkerPool(wrong, splits, cache_dir=tmp_path, n_workers=1, trust=True)
+    ((_, result),) = pool.run([Call(method="inspect")])
+    pool.close()
+    assert isinstance(result, CallFailed)
+    assert isinstance(result.exception, InvalidModel)
+
+
 def test_two_workers_build_the_same_bytes_and_find_the_same_accuracy(pool: WorkerPool) -> None:
     candidate = _uniform_int8(pool)
     calls = [Call(method="build", arguments=(candidate,))] * 4
@@ -115,17 +130,3 @@ def test_a_stop_ends_calls_in_the_middle_and_the_pool_still_works(pool: WorkerPo
         list(pool.run([Call(method="build", arguments=(candidate,))] * 8, should_stop=lambda: True))
     ((_, result),) = pool.run([Call(method="build", arguments=(candidate,))])
     assert isinstance(result, Built)
-
-
-def test_a_model_that_does_not_fit_the_data_is_an_error_of_ours(
-    spec: JobSpec, tmp_path: Path
-) -> None:
-    wrong = spec.model_copy(
-        update={"model": spec.model.model_copy(update={"source": "onnx:/nowhere.onnx"})}
-    )
-    splits = split_data(spec.data, seed=0, trust_job_code=True)
-    pool = WorkerPool(wrong, splits, cache_dir=tmp_path, n_workers=1, trust=True)
-    ((_, result),) = pool.run([Call(method="inspect")])
-    pool.close()
-    assert isinstance(result, CallFailed)
-    assert isinstance(result.exception, InvalidModel)

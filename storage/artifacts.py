@@ -106,6 +106,23 @@ class ArtifactStore:
             )
         return data
 
+    def verified_path(self, sha256: str) -> Path:
+        """Where the file lies, its bytes read once and verified; for readers of files.
+
+        Raises:
+            NotFound: the store does not have it.
+            ArtifactDamaged: the bytes have another sha256.
+        """
+        path = self.path(sha256)
+        with _translated(path), path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise ArtifactDamaged(
+                f"the service's copy of sha256:{sha256} was altered (it has {found} now); submit "
+                "the job again, which sends the file anew"
+            )
+        return path
+
     def has(self, sha256: str) -> bool:
         """Whether the store has a file of that name; not verified."""
         return _SHA256.fullmatch(sha256) is not None and self._place(sha256).is_file()

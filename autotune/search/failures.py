@@ -16,6 +16,7 @@ _MEANING: tuple[tuple[type[Exception], type[errors.AutotuneError]], ...] = (
     (storage_errors.DatabaseFull, errors.DiskFull),
     (storage_errors.ArtifactStoreFull, errors.DiskFull),
     (storage_errors.DatabaseLocked, errors.DatabaseInUse),
+    (storage_errors.ArtifactDamaged, errors.ServiceError),
     (SearchSpaceError, errors.InvalidJob),
 )
 

@@ -108,7 +108,7 @@ class Tuning:
         )
         self._event("state", {"state": JobState.RUNNING.value, "reason": None})
         try:
-            self._spec = resolve_uploads(self._spec, self._host.artifacts.path)
+            self._spec = resolve_uploads(self._spec, self._host.artifacts.verified_path)
             self._run_phases()
             return self._end(JobState.FINISHED)
         except Stopped:

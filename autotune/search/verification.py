@@ -64,7 +64,7 @@ def verify(
         raise DeviceUnavailable(
             f"device {device.name} is offline; start its agent again and repeat the call"
         )
-    spec = resolve_uploads(parse_job(job.spec), artifacts.path)
+    spec = resolve_uploads(parse_job(job.spec), artifacts.verified_path)
     with window.computing():
         splits = split_data(spec.data, seed=spec.seed, trust_job_code=trust_job_code)
         evaluator = AccuracyEvaluator(

@@ -24,7 +24,7 @@ from autotune.errors import DiskFull, InvalidData, ServiceError
 from autotune.service.context import Context, ServiceContext
 from autotune.service.problems import problem_responses
 from autotune.settings import Settings
-from storage.errors import ArtifactStoreFull
+from storage.errors import ArtifactDamaged, ArtifactStoreFull, NotFound
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -43,9 +43,12 @@ Sha256 = Annotated[str, UrlPath(pattern="^[0-9a-f]{64}$")]
     responses={404: {"description": "Not here"}},
 )
 async def find_upload(context: Context, sha256: Sha256) -> Response:
-    """Whether the service has a file of this content already."""
-    has = await run_in_threadpool(context.artifacts.has, sha256)
-    return Response(status_code=200 if has else 404)
+    """Whether the service has a file of this content already, unaltered."""
+    try:
+        await run_in_threadpool(context.artifacts.verified_path, sha256)
+    except (NotFound, ArtifactDamaged):
+        return Response(status_code=404)
+    return Response(status_code=200)
 
 
 @router.put(

@@ -180,6 +180,17 @@ def test_a_file_that_is_there_is_not_sent_again(service: RunningService, tmp_pat
     assert stored.stat().st_mtime_ns == before
 
 
+def test_a_file_that_was_altered_there_is_sent_again(
+    service: RunningService, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    digest = service.client.upload(path).sha256
+    service.context.artifacts.path(digest).write_bytes(b"Weights")
+    service.client.upload(path)
+    assert service.context.artifacts.read(digest) == b"weights"
+
+
 def test_bytes_that_are_not_what_was_announced_are_refused(service: RunningService) -> None:
     response = service.http(service.token).put("/v1/uploads/" + "a" * 64, content=b"other")
     assert (response.status_code, response.json()["error"]) == (422, "InvalidData")

@@ -311,6 +311,16 @@ def test_a_failure_names_the_key_of_the_job_and_not_the_services_copy(bench: Ben
     assert str(bench.artifacts.root) not in (job.reason or "")
 
 
+def test_an_upload_altered_in_the_store_is_never_tuned(bench: Bench) -> None:
+    upload = bench.artifacts.put(b"weights")
+    bench.artifacts.path(upload.sha256).write_bytes(b"Weights")
+    with _agent(bench):
+        job = bench.run(bench.job(model={"source": f"onnx:sha256:{upload.sha256}"}))
+    assert (job.state, bench.pools) == (JobState.FAILED, [])
+    assert f"sha256:{upload.sha256} was altered" in (job.reason or "")
+    assert bench.repository.list_events(job.id)[-1].payload["error"] == "ServiceError"
+
+
 def test_a_job_in_which_nothing_is_steady_fails_and_says_why(bench: Bench) -> None:
     with _agent(bench) as agent:
         agent.report_of = lambda c: latency(

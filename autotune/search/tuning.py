@@ -176,6 +176,7 @@ class Tuning:
     def _baselines(self, inspection: Inspection) -> Evaluation:
         self._enter("baselines")
         evaluation = self._evaluation(self._store_reference(inspection.fp32))
+        self._reopen_fp32()
         first, *others = planner.baselines(self._space)
         fp32 = self._evaluate(evaluation, [first])
         evaluation = self._calibrate(evaluation, fp32[0])
@@ -183,6 +184,14 @@ class Tuning:
         # What a restart left open comes before anything new.
         evaluation.run([t for t in self._trials() if t.state is not TrialState.FINISHED])
         return evaluation
+
+    def _reopen_fp32(self) -> None:
+        """A job that failed for want of its FP32 latency tries again when it is resumed."""
+        fp32, _ = baseline_trials(self._space, self._trials())
+        if fp32 is not None and fp32.outcome not in (None, TrialOutcome.OK):
+            self._repository.update_trial(
+                fp32.id, state=TrialState.PROPOSED, outcome=None, reason=None
+            )
 
     def _prune(self, inventory: LayerInventory) -> list[dict[str, float]]:
         """The pruned bases of this job that could be made, those of earlier trials first."""
@@ -292,10 +301,12 @@ class Tuning:
     # What the phases share.
 
     def _evaluate(self, evaluation: Evaluation, proposals: Sequence[Proposal]) -> list[TrialRecord]:
-        opened = evaluation.open_trials(proposals)
-        evaluation.run(opened)
+        """Evaluate what is new and what a restart left open; every trial of the proposals."""
+        evaluation.open_trials(proposals)
         digests = {p.candidate.digest for p in proposals}
-        return [t for t in self._trials() if t.candidate.digest in digests]
+        asked = [t for t in self._trials() if t.candidate.digest in digests]
+        evaluation.run([t for t in asked if t.state is not TrialState.FINISHED])
+        return [self._repository.get_trial(t.id) for t in asked]
 
     def _confirm_trial(self, evaluation: Evaluation, trial: TrialRecord) -> None:
         current = self._repository.get_trial(trial.id)

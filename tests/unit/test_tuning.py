@@ -199,18 +199,19 @@ def test_a_model_that_does_not_run_on_the_device_fails_the_job_and_says_why(benc
     assert "opset 99" in (job.reason or "")
 
 
+@pytest.mark.parametrize("after", [0, 4])  # 0: while the FP32 baseline is measured
 def test_a_device_that_goes_away_leaves_the_job_waiting_and_it_goes_on_later(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     job = bench.job()
     online = True
     monkeypatch.setattr("autotune.search.fleet.is_online", lambda device: online)
     with _agent(bench) as agent:
-        agent.limit = 4
+        agent.limit = after
 
         def gone() -> bool:
             nonlocal online
-            online = len(agent.measured) < 4
+            online = len(agent.measured) < after
             return False
 
         bench.should_stop = gone
@@ -319,6 +320,17 @@ def test_an_upload_altered_in_the_store_is_never_tuned(bench: Bench) -> None:
     assert (job.state, bench.pools) == (JobState.FAILED, [])
     assert f"sha256:{upload.sha256} was altered" in (job.reason or "")
     assert bench.repository.list_events(job.id)[-1].payload["error"] == "ServiceError"
+
+
+def test_a_job_that_failed_for_want_of_its_fp32_latency_can_be_resumed(bench: Bench) -> None:
+    with _agent(bench) as agent:
+        agent.outcome_of = lambda candidate: (Outcome.ARTIFACT_CORRUPT, "altered on its way")
+        job = bench.run(bench.job())
+        assert job.state is JobState.FAILED
+        agent.outcome_of = lambda candidate: (Outcome.OK, None)
+        bench.repository.resume_job(job.id)
+        assert bench.run(job).state is JobState.FINISHED
+    assert len(bench.repository.list_trials(job.id)) == 14
 
 
 def test_a_job_in_which_nothing_is_steady_fails_and_says_why(bench: Bench) -> None:

@@ -57,9 +57,13 @@ def limits(spec: JobSpec, inventory: LayerInventory, *, has_training: bool) -> l
 def baseline_trials(
     space: SearchSpace, trials: Sequence[TrialRecord]
 ) -> tuple[TrialRecord | None, TrialRecord | None]:
-    """The FP32 and the uniform INT8 trial on the first runtime; None where not tried yet."""
+    """The FP32 and the uniform INT8 trial on the first runtime; None where not tried yet.
+
+    A space without INT8 has no uniform INT8: its candidate would be FP32 under another name.
+    """
     by_digest = {trial.candidate.digest: trial for trial in trials}
-    return by_digest.get(space.fp32().digest), by_digest.get(space.uniform_int8().digest)
+    fp32, int8 = space.fp32().digest, space.uniform_int8().digest
+    return by_digest.get(fp32), None if int8 == fp32 else by_digest.get(int8)
 
 
 def conclude(
@@ -71,10 +75,12 @@ def conclude(
     is_baseline = winner.proposed_by == "baseline"
     found_out = "is the nearest" if found.verdict == "impossible_budget" else "wins"
     sentences = [f"trial {winner.number} {found_out}: {found.explanation}"]
+    is_fp32 = fp32 is not None and winner.id == fp32.id
     if is_baseline:
-        sentences.append("it is a baseline: nothing that was searched beats it")
+        what = "the FP32 model itself" if is_fp32 else "a baseline"
+        sentences.append(f"it is {what}: nothing that was searched beats it")
     held_out = winner.held_out_accuracy
-    if held_out is not None:
+    if held_out is not None and not is_fp32:
         sentences.append(
             f"on {held_out.n_samples} held-out samples it loses {held_out.drop * 100:.2f} points "
             f"({held_out.drop_low * 100:.2f} to {held_out.drop_high * 100:.2f})"

@@ -322,6 +322,16 @@ def test_an_upload_altered_in_the_store_is_never_tuned(bench: Bench) -> None:
     assert bench.repository.list_events(job.id)[-1].payload["error"] == "ServiceError"
 
 
+def test_an_answer_of_fp32_alone_says_so_and_names_no_int8(bench: Bench) -> None:
+    search = {"trials": 1, "precisions": ["fp32"], "prune_ratios": [0]}
+    with _agent(bench):
+        job = bench.run(bench.job(search=search, latency_budget=None))
+    assert job.result is not None
+    assert job.result["int8_trial"] is None
+    assert "it is the FP32 model itself" in job.result["explanation"]
+    assert "held-out" not in job.result["explanation"]
+
+
 def test_a_job_that_failed_for_want_of_its_fp32_latency_can_be_resumed(bench: Bench) -> None:
     with _agent(bench) as agent:
         agent.outcome_of = lambda candidate: (Outcome.ARTIFACT_CORRUPT, "altered on its way")

@@ -70,14 +70,17 @@ class Processor:
 
 
 def host_id(root: Path = ROOT) -> str:
-    """Equal for processes that share one machine since it last started; 32 hex digits.
+    """Equal for processes that share one machine; 32 hex digits.
 
-    A digest of the machine id and the boot id; where the machine has no id (a container), of
-    the host name and the boot id.
+    A digest of the machine id; where the machine has none (a container), of the host name and
+    the boot id. It outlives a restart of the machine, because an agent says it only when it
+    enrols. Machines cloned from one image may share it, which costs a quiet window too many.
     """
     machine = _first_line(root / "etc/machine-id") or _first_line(root / "var/lib/dbus/machine-id")
+    if machine:
+        return hashlib.sha256(machine.encode()).hexdigest()[:32]
     boot = _first_line(root / "proc/sys/kernel/random/boot_id")
-    text = f"{machine or socket.gethostname()}\n{boot or ''}"
+    text = f"{socket.gethostname()}\n{boot or ''}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

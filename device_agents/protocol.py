@@ -54,9 +54,9 @@ class RuntimeBuild(Message):
 class DeviceDescription(Message):
     """What the device is. `host_id` is equal for processes that share one machine.
 
-    `host_id` is a digest of the machine id and the boot id, so that a service can tell that
-    an agent measures on the very machine its own workers compute on. `cpu_flags` holds only
-    the flags that decide about kernels (avx2, avx512_vnni, avx_vnni, asimddp, ...).
+    `host_id` is a digest of the machine id, so that a service can tell that an agent measures
+    on the very machine its own workers compute on. `cpu_flags` holds only the flags that decide
+    about kernels (avx2, avx512_vnni, avx_vnni, asimddp, ...).
     """
 
     hostname: str

@@ -77,5 +77,6 @@ def resume(session: Session, job_id: str, *, spec: Mapping[str, Any] | None) -> 
         row.state = JobState.QUEUED
         row.phase = JobState.QUEUED.value
         row.reason = None
+        row.started_at = None  # a time budget counts from the resumption
         row.finished_at = None
     return to_record(JobRecord, row)

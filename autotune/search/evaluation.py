@@ -118,6 +118,8 @@ class Evaluation:
 
     def _keep(self, trial: TrialRecord, result: Built | CallFailed) -> TrialRecord:
         if isinstance(result, CallFailed):
+            if isinstance(result.exception, DiskFull):
+                raise result.exception
             return self._finish(trial, TrialOutcome.COMPRESSION_FAILED, result.error)
         if result.artifact is None:
             return self._finish(trial, _FAILED_AT[result.failed_at or ""], result.failure)

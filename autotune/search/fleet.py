@@ -33,6 +33,8 @@ _OF_THE_MOMENT = (
     Outcome.UNSTABLE,
     Outcome.LOST,
     Outcome.ARTIFACT_CORRUPT,
+    Outcome.ARTIFACT_MISSING,
+    Outcome.DEVICE_DISK,
     Outcome.CANCELLED,
 )
 """Outcomes that say more about the moment than about the artifact."""
@@ -146,7 +148,7 @@ class Fleet:
 
         Raises:
             Stopped: `should_stop` became true.
-            DeviceAway: the device is offline; the request stays queued for its return.
+            DeviceAway: the device is offline; the request is withdrawn and made again later.
         """
         with self._window.quiet(shares_host=self.shares_host(device)):
             attempt, enqueued = 0, 0
@@ -158,7 +160,12 @@ class Fleet:
                 if record is None:
                     record = self._enqueue(job, device, order, attempt - 1)
                     enqueued += 1
-                record = self._wait(record, device, should_stop)
+                try:
+                    record = self._wait(record, device, should_stop)
+                except (Stopped, DeviceAway):
+                    # Withdrawn, or an agent would measure it when nobody keeps quiet.
+                    self._repository.cancel_measurements(job.id)
+                    raise
                 if not _speaks_of_the_moment(record) or enqueued == _TRIES:
                     return record
 

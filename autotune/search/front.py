@@ -141,7 +141,7 @@ def answer(
         return _unreachable(ranking, latency_budget_ns or 0.0, max_accuracy_drop)
     verdict: Verdict = "no_budget" if latency_budget_ns is None else "within_budget"
     if max_accuracy_drop is None:
-        winner = min(feasible, key=_most_accurate_first)
+        winner = min(feasible, key=_least_drop_first)
         return Answer(
             winner=winner,
             verdict=verdict,
@@ -278,11 +278,8 @@ def _fastest_first(trial: TrialRecord) -> tuple[float, float, int]:
     return (_p50(trial), -_accuracy(trial), trial.number)
 
 
-def _most_accurate_first(trial: TrialRecord) -> tuple[float, float, int]:
-    return (-_accuracy(trial), _p50(trial), trial.number)
-
-
 def _least_drop_first(trial: TrialRecord) -> tuple[float, float, int]:
+    """Most accurate first, by the worse of search and held-out data: luck does not win."""
     return (_drop(trial), _p50(trial), trial.number)
 
 

@@ -129,7 +129,13 @@ class Runner:
             self._start_ray_early()
         while not self._stopping.is_set():
             self._woken.clear()
-            found = self._next_job()
+            try:
+                found = self._next_job()
+            except StorageError:
+                # The database may be back in a moment; this thread must be there then.
+                _log.exception("the next job could not be read")
+                self._stopping.wait(_IDLE_S)
+                continue
             if found is None:
                 self._woken.wait(_IDLE_S)
                 continue

@@ -107,6 +107,8 @@ class Tuning:
             reason=None,
         )
         self._event("state", {"state": JobState.RUNNING.value, "reason": None})
+        # What an interrupted run left with the device would be measured while workers compute.
+        self._repository.cancel_measurements(self._job.id)
         try:
             self._spec = resolve_uploads(self._spec, self._host.artifacts.verified_path)
             self._run_phases()
@@ -207,6 +209,8 @@ class Tuning:
         with self._host.window.computing():
             for index, result in self._workers.run(calls, should_stop=self._must_stop):
                 if isinstance(result, CallFailed):
+                    if isinstance(result.exception, DiskFull):
+                        raise result.exception
                     self._notice(f"a pruned base could not be made: {result.error}")
                 else:
                     made[index] = wanted[index]
@@ -430,7 +434,7 @@ class Tuning:
     ) -> JobRecord:
         """Close the job with the best answer there is, whatever ended it."""
         self._repository.cancel_measurements(self._job.id)
-        found = self._answer(confirmed_only=state is JobState.FINISHED)
+        found = self._answer(confirmed_only=True)
         result = None
         if found is not None:
             result = conclude(

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from autotune.errors import BundleError, DeviceUnavailable, JobNotReady
 from autotune.search.evaluation import measurement_plan
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow, is_online
+from autotune.search.interruption import DeviceAway
 from autotune.spec import parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from storage.artifacts import ArtifactStore
-from storage.records import AccuracyReport, DeviceRecord, JobRecord, MeasurementRecord
+from storage.records import (
+    AccuracyReport,
+    DeviceRecord,
+    JobRecord,
+    MeasurementRecord,
+    TrialRecord,
+)
 from storage.repository import Repository
 
 
@@ -48,7 +56,7 @@ def verify(
     from autotune.compression.data import split_data
 
     digest = hashlib.sha256(model).hexdigest()
-    trial = next((t for t in repository.list_trials(job.id) if t.artifact_sha256 == digest), None)
+    trial = _trial_of(job, digest, repository)
     if trial is None:
         raise BundleError(
             f"the model ({digest[:12]}) is not one that job {job.id} made; it was changed, or it "
@@ -71,27 +79,36 @@ def verify(
             artifacts.read(reference.sha256), splits.held_out, split="held_out", threads=1
         )
         held_out = evaluator.evaluate(model)
-    verifications = sum(m.trial_id == trial.id for m in repository.list_measurements(job.id))
     plan = measurement_plan(
         spec.measurement,
         confirmation=True,
         reference_latency_ns=job.reference_latency_ns,
         # A new seed each time makes it a new request: looking again really measures again.
-        seed=spec.seed + 1_000_003 * (verifications + 1),
+        seed=secrets.randbelow(2**31),
     )
-    measurement = fleet.measure(
-        job,
-        device,
-        MeasurementOrder(
-            trial_id=trial.id,
-            artifact=ArtifactReference(sha256=digest, size_bytes=len(model)),
-            reference=reference,
-            runtime=trial.candidate.runtime,
-            reference_runtime=job.space.runtimes[0],
-            plan=plan,
-        ),
-        should_stop=should_stop,
-    )
+    try:
+        measurement = fleet.measure(
+            job,
+            device,
+            MeasurementOrder(
+                trial_id=trial.id,
+                artifact=ArtifactReference(sha256=digest, size_bytes=len(model)),
+                reference=reference,
+                runtime=trial.candidate.runtime,
+                reference_runtime=job.space.runtimes[0],
+                plan=plan,
+            ),
+            should_stop=should_stop,
+        )
+    except DeviceAway as away:
+        raise DeviceUnavailable(str(away)) from away
     return VerificationOutcome(
         artifact_sha256=digest, device=device, measurement=measurement, held_out=held_out
     )
+
+
+def _trial_of(job: JobRecord, digest: str, repository: Repository) -> TrialRecord | None:
+    """The trial that made these bytes; the winner where several did (on other runtimes)."""
+    made = [t for t in repository.list_trials(job.id) if t.artifact_sha256 == digest]
+    winner = (job.result or {}).get("winner")
+    return next((t for t in made if t.id == winner), made[0] if made else None)

@@ -302,7 +302,7 @@ class WorkerPool:
 
     def _collect(self, future: Any, worker: Any) -> Any:
         """The call's result; puts the worker back, or a fresh one in its place."""
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         try:
             result = self._ray.get(future)
@@ -312,7 +312,7 @@ class WorkerPool:
             known = cause if isinstance(cause, AutotuneError) else None
             # An error of ours is an answer; anything else may be the worker's bad luck.
             return CallFailed(error=str(cause), exception=known)
-        except RayActorError as error:
+        except RayError as error:  # it died, was ended for memory, or cannot be reached
             self._idle.append(self._new_worker())
             return CallFailed(error=f"a worker process died: {str(error).splitlines()[0]}")
         self._idle.append(worker)

@@ -41,6 +41,6 @@ class TrainingRecipe:
 
 
 RECIPES = {
-    "mobilenet_v2": TrainingRecipe(model="mobilenet_v2", epochs=8, learning_rate=0.05),
-    "resnet18": TrainingRecipe(model="resnet18", epochs=4, learning_rate=0.03),
+    "mobilenet_v2": TrainingRecipe(model="mobilenet_v2", epochs=6, learning_rate=0.05),
+    "resnet18": TrainingRecipe(model="resnet18", epochs=3, learning_rate=0.03),
 }

@@ -124,11 +124,19 @@ def test_a_few_kilobytes_of_memory_make_no_other_device(tmp_path):
     assert describe(tmp_path).fingerprint == before
 
 
-def test_the_host_id_changes_with_machine_and_boot_alone(tmp_path):
+def test_the_host_id_outlives_a_restart_and_differs_between_machines(tmp_path):
     root = lay_out(tmp_path, RASPBERRY_PI)
     first = host_id(root)
-    assert host_id(root) == first
     assert len(first) == 32
+    lay_out(root, {"proc/sys/kernel/random/boot_id": "other\n"})
+    assert host_id(root) == first
+    lay_out(root, {"etc/machine-id": "0123456789abcdef0123456789abcdef\n"})
+    assert host_id(root) != first
+
+
+def test_without_a_machine_id_the_boot_tells_hosts_apart(tmp_path):
+    root = lay_out(tmp_path, {**RASPBERRY_PI, "etc/machine-id": ""})
+    first = host_id(root)
     lay_out(root, {"proc/sys/kernel/random/boot_id": "other\n"})
     assert host_id(root) != first
 

@@ -163,6 +163,14 @@ def test_luck_on_the_search_data_does_not_survive_the_held_out_data() -> None:
     assert found.winner is solid
 
 
+def test_without_a_drop_luck_on_the_search_data_does_not_win_either() -> None:
+    lucky = trial(0, 2.9, 0.96, held_out_accuracy=accuracy(0.94, split="held_out"))
+    solid = trial(1, 1.6, 0.955, held_out_accuracy=accuracy(0.955, split="held_out"))
+    found = answer([lucky, solid], latency_budget_ns=3e6, max_accuracy_drop=None)
+    assert found is not None
+    assert found.winner is solid
+
+
 def test_the_knee_is_the_bend_of_the_front() -> None:
     front = [trial(0, 1.0, 0.80), trial(1, 1.2, 0.94), trial(2, 4.0, 0.95)]
     knee = select(front, "knee")

@@ -14,6 +14,7 @@ import pytest
 from autotune.search.runner import Runner
 from storage.artifacts import ArtifactStore
 from storage.database import open_database
+from storage.errors import DatabaseUnavailable
 from storage.records import JobRecord, JobState
 from storage.repository import Repository
 from tests.unit.fakes import FakeAgent, FakePool
@@ -106,3 +107,19 @@ def test_an_error_nobody_foresaw_ends_that_job_only(
         assert "ZeroDivisionError" in (failed.reason or "")
         monkeypatch.undo()
         loop.wait_for(loop.job(), JobState.FINISHED)
+
+
+def test_a_database_that_fails_once_does_not_end_the_loop(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = loop.repository.list_jobs, [DatabaseUnavailable("gone for a moment")]
+
+    def list_jobs() -> list[JobRecord]:
+        if failures:
+            raise failures.pop()
+        return real()
+
+    monkeypatch.setattr(loop.repository, "list_jobs", list_jobs)
+    with FakeAgent(loop.repository, loop.artifacts.read):
+        loop.wait_for(loop.job(), JobState.FINISHED)
+    assert failures == []

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autotune.errors import DiskFull
 from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Host, Tuning
+from autotune.search.workers import CallFailed
 from device_agents.protocol import Outcome
 from search_spaces import INT8
 from storage.artifacts import ArtifactStore
@@ -366,3 +368,31 @@ def test_a_winner_that_does_not_confirm_gives_way_to_the_next(bench: Bench) -> N
     winner = bench.repository.get_trial(job.result["winner"])
     assert winner.confirmed_latency is not None
     assert winner.candidate.prune_ratio("stem") != 0.5
+
+
+def test_what_an_interrupted_run_left_with_the_device_is_withdrawn(bench: Bench) -> None:
+    job = bench.job()
+    with _agent(bench) as agent:
+        agent.limit = 3
+        bench.should_stop = lambda: len(agent.measured) >= 3
+        with pytest.raises(Stopped):
+            bench.run(job)
+        left = [m for m in bench.repository.list_measurements(job.id) if m.outcome is None]
+        assert left == []
+
+
+def test_a_full_disk_in_a_worker_ends_the_job_and_no_trial(bench: Bench) -> None:
+    class Full(FakePool):
+        def _build(self, candidate: Any) -> Any:
+            if candidate.prune_ratios:
+                return CallFailed(error="no room", exception=DiskFull("no room in /bases"))
+            return super()._build(candidate)
+
+    bench.make_pool = Full
+    with _agent(bench):
+        job = bench.run(bench.job())
+    assert job.state is JobState.FAILED
+    assert "no room in /bases" in (job.reason or "")
+    open_trials = [t for t in bench.repository.list_trials(job.id) if t.candidate.prune_ratios]
+    assert open_trials
+    assert all(t.state is not TrialState.FINISHED for t in open_trials)

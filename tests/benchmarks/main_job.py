@@ -38,9 +38,9 @@ QUICK_CHANGES: dict[str, dict[str, Any]] = {
     "measurement": {
         # Wide, so that a quick run ends with figures on a busy machine too; on an idle one the
         # least number of blocks alone gives some 3 %.
-        "target_half_width": 0.15,
+        "target_half_width": 0.05,
         "time_cap_s": 0.5,
-        "confirmation_half_width": 0.15,
+        "confirmation_half_width": 0.05,
         "confirmation_time_cap_s": 1.0,
     },
 }

@@ -102,6 +102,7 @@ class Tuning:
         """
         self._job = self._update(
             state=JobState.RUNNING,
+            phase="loading",
             started_at=self._started,
             device_id=self._device.id,
             reason=None,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from autotune.compression.source import SourceModel
 
 _POLL_S = 0.2
+_ADOPTION_S = 120.0
 _SENSITIVITY_SAMPLES = 200
 """Mean KL needs far fewer samples than top-1: it ranks groups the same on 200 as on 400."""
 _OBJECT_STORE_BYTES = 512 * 1024**2
@@ -288,11 +289,15 @@ class WorkerPool:
                 yield index, result
 
     def share_source(self) -> None:
-        """Give every worker the model that the one which worked last has loaded."""
+        """Give every worker the model that the one which worked last has loaded.
+
+        Returns when all have it: a worker that is still loading would disturb a measurement.
+        """
         *others, owner = self._idle
         self._source = owner.share.remote()
-        for worker in others:
-            worker.adopt.remote(self._source)
+        adopted = [worker.adopt.remote(self._source) for worker in others]
+        if adopted:
+            self._ray.wait(adopted, num_returns=len(adopted), timeout=_ADOPTION_S)
 
     def close(self) -> None:
         """End the workers."""

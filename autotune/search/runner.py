@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from autotune.search.conclusion import conclude_cancelled
 from autotune.search.fleet import Fleet, QuietWindow, absence, is_online
+from autotune.search.host import Host
 from autotune.search.interruption import Stopped
-from autotune.search.tuning import Host, Tuning
+from autotune.search.tuning import Tuning
 from autotune.search.verification import VerificationOutcome, verify
 from autotune.search.workers import WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec

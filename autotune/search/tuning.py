@@ -10,8 +10,8 @@ repeating a finished trial. What happens to one candidate is `evaluation.py`'s.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -28,16 +28,15 @@ from autotune.search.conclusion import (
 )
 from autotune.search.evaluation import Evaluation
 from autotune.search.failures import in_users_terms
-from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.front import Answer, answer, non_dominated
+from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
-from autotune.spec import JobSpec, LatencyBudget, name_uploads, parse_job, resolve_uploads
+from autotune.spec import LatencyBudget, name_uploads, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from search_spaces import Candidate, LayerInventory, SearchSpace
-from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.records import (
     DeviceRecord,
@@ -47,7 +46,6 @@ from storage.records import (
     TrialRecord,
     TrialState,
 )
-from storage.repository import Repository
 
 if TYPE_CHECKING:
     from autotune.compression.data import DataSplits
@@ -63,21 +61,6 @@ _CONFIRM_ROUNDS = 4
 
 _SENSITIVITY_CHUNK = 4
 """Layer groups per call, so that workers share the load and a stop is quick."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-    """What a tuning needs from the service around it."""
-
-    repository: Repository
-    artifacts: ArtifactStore
-    fleet: Fleet
-    window: QuietWindow
-    trust_job_code: bool
-    make_pool: Callable[[JobSpec, DataSplits], WorkerPool]
-    should_stop: Callable[[], bool]
-    make_room: Callable[[], None]
-    """The disk is full: give up what is kept back, so that the job's end can be written."""
 
 
 class Tuning:

@@ -31,10 +31,10 @@ from tests.benchmarks.harness import CACHE, ROOT, Figure, start
 
 MODELS = ("mobilenet_v2", "resnet18")
 QUICK_MODEL = "mobilenet_v2"
-QUICK_IMAGES = 400
+QUICK_IMAGES = 200
 QUICK_CHANGES: dict[str, dict[str, Any]] = {
     "data": {"calibration_samples": 32},
-    "search": {"trials": 6, "prune_ratios": [0.0], "precisions": ["fp32", "w8a8"]},
+    "search": {"trials": 4, "prune_ratios": [0.0], "precisions": ["fp32", "w8a8"]},
     "measurement": {
         # Wide, so that a quick run ends with figures on a busy machine too; on an idle one the
         # least number of blocks alone gives some 3 %.

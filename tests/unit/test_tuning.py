@@ -13,8 +13,9 @@ import pytest
 
 from autotune.errors import DiskFull
 from autotune.search.fleet import Fleet, QuietWindow
+from autotune.search.host import Host
 from autotune.search.interruption import Stopped
-from autotune.search.tuning import Host, Tuning
+from autotune.search.tuning import Tuning
 from autotune.search.workers import CallFailed
 from device_agents.protocol import Outcome
 from search_spaces import INT8

@@ -192,7 +192,7 @@ def _train_briefly(folder: Path) -> None:
     few = slice(QUICK_IMAGES)
     np.savez(folder / "evaluation.npz", x=evaluation.x[few], y=evaluation.y[few])
     model = train(
-        replace(RECIPES[QUICK_MODEL], epochs=4),
+        replace(RECIPES[QUICK_MODEL], epochs=3),
         training,
         threads=os.cpu_count() or 1,
         on_epoch=lambda _epoch, _loss: None,

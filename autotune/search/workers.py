@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 _ADOPTION_S = 120.0
 _SENSITIVITY_SAMPLES = 200
-"""Mean KL needs far fewer samples than top-1: it ranks groups the same on 200 as on 400."""
+"""Mean KL changes with every sample where top-1 moves with a few, so it needs fewer of them."""
 _OBJECT_STORE_BYTES = 512 * 1024**2
 
 

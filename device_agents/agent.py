@@ -49,6 +49,7 @@ ENROLMENT_TRIES = 4
 DOWNLOAD_TRIES = 3
 PROMPT_ANSWER_S = 0.2
 STOP_PATIENCE_S = 3.0
+STOP_POLL_S = 0.02
 MIN_HEARTBEAT_S = 0.05
 
 
@@ -133,6 +134,9 @@ class Agent:
         self._stop = threading.Event()
         self._fatal: DeviceAgentError | None = None
         self._held: HeldLease | None = None
+        self._is_asking = False
+        self._users = 0
+        self._users_guard = threading.Lock()
         self._heartbeat_s = 5.0
         self._connection = ServiceConnection(settings.service_url)
         self._state = StateFolder(settings.state_dir)
@@ -156,6 +160,7 @@ class Agent:
             DeviceAgentError: there is neither a token nor an identity.
             DeviceDiskFull: a result cannot be stored.
         """
+        self._enter()
         try:
             self._identify()
             threads = [
@@ -163,16 +168,19 @@ class Agent:
                 for name, loop in (("heartbeat", self._beat), ("work", self._work))
             ]
             for thread in threads:
+                self._enter()
                 thread.start()
             self._stop.wait()
             held = self._held
             if held is not None:
                 held.drop()
-            for thread in threads:
-                # A thread in a long poll is left behind: it is a daemon and holds nothing.
-                thread.join(STOP_PATIENCE_S / len(threads))
+            deadline = time.monotonic() + STOP_PATIENCE_S
+            while any(t.is_alive() for t in threads) and time.monotonic() < deadline:
+                if self._is_asking:
+                    break  # a thread in a long poll is a daemon and holds nothing
+                time.sleep(STOP_POLL_S)
         finally:
-            self._connection.close()
+            self._leave()
             self._state.close()
         if self._fatal is not None:
             raise self._fatal
@@ -185,6 +193,19 @@ class Agent:
                 self._fatal = error
         finally:
             self._stop.set()
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._users_guard:
+            self._users += 1
+
+    def _leave(self) -> None:
+        """The last user closes the connection: one that is in use cannot be closed cleanly."""
+        with self._users_guard:
+            self._users -= 1
+            is_last = self._users == 0
+        if is_last:
+            self._connection.close()
 
     # -- identity
 
@@ -270,15 +291,24 @@ class Agent:
             try:
                 self._hand_in()
                 asked_s = time.monotonic()
-                lease = self._connection.lease(wait_s=self._settings.long_poll_s)
+                lease = self._ask()
             except ServiceUnreachable:
                 self._stop.wait(backoff.next_s())
                 continue
             backoff.reset()
+            if self._stop.is_set():
+                return  # what came with the stop runs out at the service and goes elsewhere
             if lease is not None:
                 self._serve(lease)
             elif time.monotonic() - asked_s < PROMPT_ANSWER_S:
                 self._stop.wait(PROMPT_ANSWER_S)  # a service that does not hold the request
+
+    def _ask(self) -> Lease | None:
+        self._is_asking = True
+        try:
+            return self._connection.lease(wait_s=self._settings.long_poll_s)
+        finally:
+            self._is_asking = False
 
     def _serve(self, lease: Lease) -> None:
         self._held = held = HeldLease(lease=lease)

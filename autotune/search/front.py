@@ -145,7 +145,7 @@ def answer(
         return Answer(
             winner=winner,
             verdict=verdict,
-            explanation=f"the most accurate of {len(feasible)} trials{_inside(latency_budget_ns)}",
+            explanation=f"the {_of('most accurate', len(feasible))}{_inside(latency_budget_ns)}",
         )
     kept = [t for t in feasible if _drop(t) <= max_accuracy_drop]
     if kept:
@@ -154,8 +154,9 @@ def answer(
             winner=winner,
             verdict=verdict,
             explanation=(
-                f"the fastest of {len(kept)} trials{_inside(latency_budget_ns)} that lose at "
-                f"most {_points(max_accuracy_drop)} against FP32"
+                f"the {_of('fastest', len(kept))}{_inside(latency_budget_ns)} that "
+                f"{'loses' if len(kept) == 1 else 'lose'} at most "
+                f"{_points(max_accuracy_drop)} against FP32"
             ),
         )
     winner = min(feasible, key=_least_drop_first)
@@ -283,9 +284,14 @@ def _least_drop_first(trial: TrialRecord) -> tuple[float, float, int]:
     return (_drop(trial), _p50(trial), trial.number)
 
 
+def _of(best: str, n: int) -> str:
+    return "only trial" if n == 1 else f"{best} of {n} trials"
+
+
 def _inside(budget_ns: float | None) -> str:
     return "" if budget_ns is None else f" inside {budget_ns / 1e6:.3g} ms"
 
 
 def _points(fraction: float) -> str:
-    return f"{fraction * 100:.2g} points"
+    number = f"{fraction * 100:.2g}"
+    return f"{number} point" if number == "1" else f"{number} points"

@@ -20,7 +20,7 @@ from autotune.search.host import Host
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Tuning
 from autotune.search.verification import VerificationOutcome, verify
-from autotune.search.workers import WorkerPool, start_ray, stop_ray
+from autotune.search.workers import WorkerPool, WorkerStarter, start_ray, stop_ray
 from autotune.spec import JobSpec
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
@@ -69,6 +69,7 @@ class Runner:
         self._n_workers = workers or os.cpu_count() or 1
         self._ray_address = ray_address
         self._owns_ray = make_pool is None
+        self._starter = WorkerStarter()
         self._repository = repository
         self._artifacts = artifacts
         self._data_dir = data_dir
@@ -95,7 +96,6 @@ class Runner:
         self.wake("stop")
         if self._thread is not None:
             self._thread.join(timeout=30)
-        stop_ray()
 
     def wake(self, topic: str) -> None:  # noqa: ARG002 - every topic wakes
         """Something changed in the database."""
@@ -123,9 +123,19 @@ class Runner:
             cache_dir=self._data_dir / "bases",
             n_workers=self._n_workers,
             trust=self._host.trust_job_code,
+            starter=self._starter,
         )
 
     def _loop(self) -> None:
+        try:
+            self._take_jobs()
+        finally:
+            # Ray's processes die with the thread that started them (PR_SET_PDEATHSIG counts
+            # threads): stopped later, by another one, Ray would wait 5 s for what is gone.
+            if self._owns_ray:
+                stop_ray()
+
+    def _take_jobs(self) -> None:
         if self._owns_ray:
             self._start_ray_early()
         while not self._stopping.is_set():
@@ -145,7 +155,9 @@ class Runner:
     def _start_ray_early(self) -> None:
         """Before the first job asks for it, because starting takes some seconds."""
         try:
-            start_ray(n_workers=self._n_workers, address=self._ray_address)
+            with self._window.computing():
+                start_ray(n_workers=self._n_workers, address=self._ray_address)
+                self._starter.start_early(self._n_workers)
         except (OSError, RuntimeError, ConnectionError):
             # A job that needs it will try again and fail with the reason.
             _log.exception("Ray could not be started yet")

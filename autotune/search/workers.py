@@ -8,6 +8,7 @@ fresh one; what kills two workers in a row is reported as that call's failure.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.2
 _ADOPTION_S = 120.0
+_READY_S = 60.0
 _SENSITIVITY_SAMPLES = 200
 """Mean KL changes with every sample where top-1 moves with a few, so it needs fewer of them."""
 _OBJECT_STORE_BYTES = 512 * 1024**2
@@ -194,6 +196,49 @@ class CompressionWorker:
         return self._evaluators[split]
 
 
+class WorkerProcess:
+    """What Ray starts: a process that has spent its imports' seconds before a job comes."""
+
+    def __init__(self) -> None:
+        from autotune.compression import compressor, torchvision_repair  # noqa: F401
+
+        with contextlib.suppress(AutotuneError):  # who needs torchvision is told on loading
+            torchvision_repair.import_torchvision()
+        self._worker: CompressionWorker | None = None
+
+    def begin(self, spec: JobSpec, splits: DataSplits, cache_dir: str, trust: bool) -> None:
+        """Become a worker of this job."""
+        self._worker = CompressionWorker(spec, splits, cache_dir, trust)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """One method of the worker."""
+        return getattr(self._worker, method)(*arguments)
+
+
+class WorkerStarter:
+    """Starts worker processes, some of them before they are asked for."""
+
+    def __init__(self) -> None:
+        self._ready: list[Any] = []
+
+    def start_early(self, n: int) -> None:
+        """Start `n` processes and return when they have imported what they need."""
+        import ray
+
+        self._ready = [self._start() for _ in range(n)]
+        ray.wait([w.__ray_ready__.remote() for w in self._ready], num_returns=n, timeout=_READY_S)
+
+    def take(self) -> Any:
+        """A process that serves no job yet."""
+        return self._ready.pop() if self._ready else self._start()
+
+    @staticmethod
+    def _start() -> Any:
+        import ray
+
+        return ray.remote(WorkerProcess).options(num_cpus=1, max_restarts=0).remote()
+
+
 def start_ray(*, n_workers: int, address: str | None = None) -> None:
     """Start Ray in this process tree (or join the cluster at `address`); once is enough.
 
@@ -245,14 +290,23 @@ class WorkerPool:
         cache_dir: where pruned bases are kept, shared by the workers.
         n_workers: how many processes; one per core to be used.
         trust: job code may run.
+        starter: where the processes come from.
     """
 
     def __init__(
-        self, spec: JobSpec, splits: DataSplits, *, cache_dir: Path, n_workers: int, trust: bool
+        self,
+        spec: JobSpec,
+        splits: DataSplits,
+        *,
+        cache_dir: Path,
+        n_workers: int,
+        trust: bool,
+        starter: WorkerStarter | None = None,
     ) -> None:
         import ray
 
         self._ray = ray
+        self._starter = starter or WorkerStarter()
         self._splits = ray.put(splits)
         self._arguments = (spec, str(cache_dir), trust)
         self._source: Any = None
@@ -274,7 +328,7 @@ class WorkerPool:
             while waiting and self._idle:
                 index, call, attempt = waiting.pop()
                 worker = self._idle.pop()
-                future = getattr(worker, call.method).remote(*call.arguments)
+                future = worker.call.remote(call.method, *call.arguments)
                 running[future] = (index, call, attempt, worker)
             done, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_S)
             if should_stop():
@@ -294,8 +348,8 @@ class WorkerPool:
         Returns when all have it: a worker that is still loading would disturb a measurement.
         """
         *others, owner = self._idle
-        self._source = owner.share.remote()
-        adopted = [worker.adopt.remote(self._source) for worker in others]
+        self._source = owner.call.remote("share")
+        adopted = [worker.call.remote("adopt", self._source) for worker in others]
         if adopted:
             self._ray.wait(adopted, num_returns=len(adopted), timeout=_ADOPTION_S)
 
@@ -330,8 +384,8 @@ class WorkerPool:
 
     def _new_worker(self) -> Any:
         spec, cache_dir, trust = self._arguments
-        actor = self._ray.remote(CompressionWorker).options(num_cpus=1, max_restarts=0)
-        worker = actor.remote(spec, self._splits, cache_dir, trust)
+        worker = self._starter.take()
+        worker.begin.remote(spec, self._splits, cache_dir, trust)
         if self._source is not None:
-            worker.adopt.remote(self._source)
+            worker.call.remote("adopt", self._source)
         return worker

@@ -137,7 +137,7 @@ def test_an_impossible_budget_is_answered_with_the_fastest_and_the_distance() ->
 @pytest.mark.parametrize(
     ("drop", "words"),
     [
-        (0.01, "the fastest one that loses at most 1 points misses it"),
+        (0.01, "the fastest one that loses at most 1 point misses it"),
         (0.0, "the fastest one (none loses at most 0 points) misses it"),
         (None, "the fastest one misses it"),
     ],

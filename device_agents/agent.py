@@ -363,9 +363,14 @@ class Agent:
         backoff = self._backoff()
         for attempt in range(1, DOWNLOAD_TRIES + 1):
             try:
-                with self._connection.download(artifact.sha256) as chunks:
+                received = self._cache.received_bytes(artifact.sha256)
+                with self._connection.download(artifact.sha256, offset=received) as found:
                     return self._cache.put(
-                        artifact.sha256, chunks, size_bytes=artifact.size_bytes, keep=keep
+                        artifact.sha256,
+                        found.chunks,
+                        size_bytes=artifact.size_bytes,
+                        offset=found.offset,
+                        keep=keep,
                     )
             except (ServiceUnreachable, ArtifactCorrupt):
                 if attempt == DOWNLOAD_TRIES or held.is_dropped.wait(backoff.next_s()):

@@ -1,7 +1,7 @@
 """Artifacts on the device, by sha256: verified, bounded, safe against a kill at any moment.
 
-Owns the files and which of them go when there is no room. Where the bytes come from is the
-caller's business (`connection.py`).
+Owns the files, the parts of those that are still arriving, and which of them go when there is
+no room. Where the bytes come from is the caller's business (`connection.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from device_agents.errors import ArtifactCorrupt, DeviceDiskFull
-from device_agents.files import durable_file, remove_parts
+from device_agents.files import PART_SUFFIX, disk_errors, finish
 
 DEFAULT_MAX_BYTES = 2 * 2**30
 
@@ -24,7 +24,6 @@ class ArtifactCache:
         self._folder = folder
         self._max_bytes = max_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        remove_parts(folder)
 
     def get(self, sha256: str) -> Path | None:
         """The artifact, verified and marked as just used; None if it is not here.
@@ -42,40 +41,68 @@ class ArtifactCache:
         os.utime(path)
         return path
 
+    def received_bytes(self, sha256: str) -> int:
+        """How much of the artifact has arrived already; 0 where nothing has."""
+        part = self._part(sha256)
+        return part.stat().st_size if part.is_file() else 0
+
     def put(
         self,
         sha256: str,
         chunks: Iterable[bytes],
         *,
         size_bytes: int,
+        offset: int = 0,
         keep: Iterable[str] = (),
     ) -> Path:
-        """Store an artifact that arrives in chunks.
+        """Store an artifact that arrives in chunks, from byte `offset` on.
 
-        `keep` names artifacts that must not be evicted to make room.
+        What has arrived before `chunks` fails is kept for the next try, also over a restart.
+        `offset` is 0 or at most `received_bytes`. `keep` names artifacts that must not be
+        evicted to make room.
 
         Raises:
-            ArtifactCorrupt: the bytes do not have that digest or size; nothing is stored.
+            ArtifactCorrupt: the bytes do not have that digest or size; nothing is kept.
             DeviceDiskFull: it does not fit, on the disk or within the bound.
         """
         self._make_room(size_bytes, keep={sha256, *keep})
-        digest, n_bytes = hashlib.sha256(), 0
-        path = self._folder / sha256
-        with durable_file(path) as file:
+        part = self._part(sha256)
+        try:
+            with disk_errors(part):
+                self._receive(part, chunks, offset=offset, size_bytes=size_bytes)
+                self._require_digest(part, sha256, size_bytes)
+                finish(part, self._folder / sha256)
+        except DeviceDiskFull:
+            part.unlink(missing_ok=True)
+            raise
+        return self._folder / sha256
+
+    @staticmethod
+    def _receive(part: Path, chunks: Iterable[bytes], *, offset: int, size_bytes: int) -> None:
+        with part.open("r+b" if offset else "wb") as file:
+            file.truncate(offset)
+            file.seek(offset)
             for chunk in chunks:
-                n_bytes += len(chunk)
-                if n_bytes > size_bytes:
-                    raise ArtifactCorrupt(
-                        f"{sha256[:8]} is longer than the {size_bytes} bytes promised"
-                    )
-                digest.update(chunk)
                 file.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise ArtifactCorrupt(
-                    f"{n_bytes} bytes arrived with sha256 {digest.hexdigest()[:8]}..., promised "
-                    f"were {size_bytes} bytes with {sha256[:8]}..."
-                )
-        return path
+                if file.tell() > size_bytes:
+                    return  # too long already: the digest will not fit
+
+    def _require_digest(self, part: Path, sha256: str, size_bytes: int) -> None:
+        n_bytes = part.stat().st_size
+        with part.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found == sha256:
+            return
+        part.unlink()
+        if n_bytes > size_bytes:
+            raise ArtifactCorrupt(f"{sha256[:8]} is longer than the {size_bytes} bytes promised")
+        raise ArtifactCorrupt(
+            f"{n_bytes} bytes arrived with sha256 {found[:8]}..., promised were {size_bytes} "
+            f"bytes with {sha256[:8]}..."
+        )
+
+    def _part(self, sha256: str) -> Path:
+        return self._folder / f"{sha256}{PART_SUFFIX}"
 
     def clear(self) -> None:
         """Delete every artifact."""
@@ -95,5 +122,5 @@ class ArtifactCache:
         for path in oldest_first:
             if self.size_bytes() + size_bytes <= self._max_bytes:
                 return
-            if path.name not in keep:
+            if path.name.removesuffix(PART_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from device_agents.protocol import (
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
 LONG_POLL_MARGIN_S = 15.0
-CHUNK_BYTES = 1 << 20
+PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416  # RFC 9110, sections 15.3.7 and 15.5.17
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 REFUSED = frozenset({400, 404, 409, 410, 413, 422})
@@ -51,6 +52,14 @@ class Acknowledgement(Enum):
 
     ACCEPTED = "accepted"
     REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """The bytes of an artifact from `offset` on."""
+
+    offset: int
+    chunks: Iterator[bytes]
 
 
 class ServiceConnection:
@@ -113,20 +122,29 @@ class ServiceConnection:
         return None if response.status_code == 204 else _parse(Lease, response)
 
     @contextmanager
-    def download(self, sha256: str) -> Iterator[Iterator[bytes]]:
-        """The chunks of an artifact, not yet verified.
+    def download(self, sha256: str, *, offset: int = 0) -> Iterator[Download]:
+        """An artifact's bytes, not yet verified, from `offset` on if the service can.
 
         Raises:
             ArtifactMissing: the service does not have it.
         """
+        headers = {"Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        path = f"/v1/agent/artifacts/{sha256}"
         try:
-            with self._client.stream("GET", f"/v1/agent/artifacts/{sha256}") as response:
+            with self._client.stream("GET", path, headers=headers) as response:
                 if response.status_code == 404:
                     raise ArtifactMissing(f"the service does not have artifact {sha256[:8]}")
-                if response.status_code != 200:
+                if response.status_code == RANGE_NOT_SATISFIABLE:
+                    yield Download(offset=offset, chunks=iter(()))  # all of it is here already
+                    return
+                if not response.is_success:
                     response.read()
                 _require_success(response)
-                yield response.iter_bytes(CHUNK_BYTES)
+                is_partial = response.status_code == PARTIAL_CONTENT
+                # As they arrive: chunks of a fixed size would lose the last one with the line.
+                yield Download(offset=offset if is_partial else 0, chunks=response.iter_raw())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 

@@ -26,21 +26,40 @@ def durable_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         DeviceDiskFull: no room, or the quota is used up; nothing is left behind.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
+    with disk_errors(path):
+        try:
+            with os.fdopen(
+                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb"
+            ) as file:
+                yield file
+            finish(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def finish(part: Path, path: Path) -> None:
+    """Make a complete part file durable and give it its name."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk, in the words of this package.
+
+    Raises:
+        DeviceDiskFull: no room, or the quota is used up.
+    """
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DeviceDiskFull(
                 f"no room left in {path.parent}: free some space or lower the cache bound"
             ) from error
         raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

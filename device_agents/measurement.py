@@ -125,6 +125,8 @@ class Measurement:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                # numpy's idle threads would keep the child from a network of its own.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
             )
 

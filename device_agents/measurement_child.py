@@ -10,6 +10,7 @@ reference's are pinned for a job, whatever a candidate runs with.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -38,6 +39,9 @@ from device_agents.runtimes import (
 )
 from device_agents.sampling import Call, SamplingPlan, Subject, Timer, make_timers, sample
 
+LARGEST_FILE_BYTES = 2**30
+"""What a runtime may write to one file: compiled kernels and profiles are far smaller."""
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "MemoryError")
 
 
@@ -81,20 +85,32 @@ def main(arguments: Sequence[str]) -> int:
 
 def confine(job: ChildJob) -> None:
     """Die with the parent; stay within the limits; be the first whom the kernel kills."""
+    with contextlib.suppress(OSError):  # not Linux, or not permitted: the kernel chooses
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    leave_network()  # before the next line: a new user namespace takes that signal back
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != job.parent_pid:
         raise SystemExit("the agent that started this measurement is gone")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower_limit(resource.RLIMIT_FSIZE, LARGEST_FILE_BYTES)
     _lower_limit(resource.RLIMIT_CPU, job.cpu_limit_s)
     if job.memory_limit_bytes is not None:
         # What a model really needs; the address space would count every mapped file too.
         _lower_limit(resource.RLIMIT_DATA, job.memory_limit_bytes)
-    try:
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    except OSError:
-        return  # not Linux, or not permitted: the kernel chooses by itself
+
+
+def leave_network() -> bool:
+    """Move into a network of its own, which has no way out; whether the kernel allows it.
+
+    Root may do so at once, others inside a user namespace of their own (unshare(2)), where the
+    distribution has not switched those off; the process may have one thread only then.
+    """
+    if sys.platform != "linux":
+        return False
+    unshare = ctypes.CDLL(None).unshare
+    return any(unshare(flags) == 0 for flags in (CLONE_NEWNET, CLONE_NEWUSER | CLONE_NEWNET))
 
 
 def attempt(job: ChildJob) -> dict[str, Any]:

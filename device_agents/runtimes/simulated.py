@@ -11,6 +11,7 @@ can be tried without timing anything.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +59,7 @@ class SimulatedModel:
         after_calls: the call at which a failing verb strikes; 0 strikes at loading.
         sleep_s: how long the verb `sleep` really sleeps in each call.
         input_shape: of the one input, with its batch axis.
+        port: where on this host the verb `call_home` connects to.
     """
 
     verb: str = "ok"
@@ -69,6 +72,7 @@ class SimulatedModel:
     sleep_s: float = 0.01
     input_shape: tuple[int, ...] = (1, 3, 8, 8)
     seed: int = 0
+    port: int = 0
 
     def to_bytes(self) -> bytes:
         """The artifact's canonical bytes."""
@@ -203,6 +207,11 @@ def _unsupported(_: SimulatedSession) -> None:
     raise UnsupportedModel("the simulated device has no kernel for this operator")
 
 
+def _call_home(session: SimulatedSession) -> None:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", session.model.port), timeout=1).close()
+
+
 def _garbage(_: SimulatedSession) -> None:
     sys.stdout.buffer.write(bytes(range(256)) * 16)
     sys.stdout.flush()
@@ -224,6 +233,7 @@ VERBS: Mapping[str, Callable[[SimulatedSession], None]] = {
     "raise": _fail,
     "unsupported": _unsupported,
     "garbage": _garbage,
+    "call_home": _call_home,
     "backwards_clock": _not_a_number,
 }
 """What an artifact can do to the process that measures it."""

@@ -9,7 +9,8 @@ Every measurement goes through the service like any other. Keys:
 - `matched_ratio`: during over idle among turns in which the machine was equally fast, which
   is what the claim is about on a host that its neighbours slow down: least squares of
   log(candidate / reference) on "during" and on log(reference time), as a factor;
-- `clock_ratio`: the same as `quiet_ratio` for the plain clock time, in which the reference cancels nothing;
+- `clock_ratio`: the same as `quiet_ratio` for the plain clock time, in which the reference
+  cancels nothing;
 - `idle_ratio`: the same for idle against idle, which is the noise of the method;
 - `n`: rounds.
 """

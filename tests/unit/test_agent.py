@@ -70,6 +70,8 @@ class FakeService:
         self.answers = {}
         self.calls = Counter()
         self.drop_lease = False
+        self.cut_after = None
+        self.ranges = []
         self.changed = threading.Condition()
 
     def add(self, model):
@@ -141,7 +143,22 @@ def handler_for(service):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self.reply(b"")
+            if service.cut_after is None:
+                self.reply(b"")
+            else:
+                self.send_part()
+
+        def send_part(self):
+            """As much of an artifact as the line lets through, from where it is asked for."""
+            asked = self.headers.get("Range")
+            service.ranges.append(asked)
+            data = service.artifacts[self.path.rpartition("/")[2]]
+            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start : start + service.cut_after])
+            self.close_connection = True
 
         def do_POST(self):
             self.reply(self.rfile.read(int(self.headers["Content-Length"])))
@@ -363,6 +380,16 @@ def test_an_artifact_altered_on_its_way_is_never_measured(service, tmp_path):
         service.wait_for(lambda s: s.results)
     assert service.results[0].outcome is Outcome.ARTIFACT_CORRUPT
     assert service.calls["artifacts"] == 3
+
+
+def test_a_download_over_a_line_that_breaks_goes_on_where_it_stopped(service, tmp_path):
+    service.offer(SimulatedModel())
+    size = max(len(data) for data in service.artifacts.values())
+    service.cut_after = size // 2 + 1
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.results)
+    assert service.results[0].outcome is Outcome.OK
+    assert service.ranges == [None, f"bytes={service.cut_after}-"] * 2
 
 
 def test_an_artifact_without_room_is_its_own_outcome(service, tmp_path):

@@ -95,9 +95,37 @@ def test_another_error_of_the_disk_passes_through(tmp_path, monkeypatch):
         store(ArtifactCache(tmp_path), b"artifact")
 
 
-def test_half_written_files_of_a_killed_process_are_swept_away(tmp_path):
-    (tmp_path / f"{digest(b'x')}.123.part").write_bytes(b"half")
-    assert ArtifactCache(tmp_path).size_bytes() == 0
+def breaks_after(*chunks):
+    yield from chunks
+    raise ConnectionResetError
+
+
+def test_a_broken_download_goes_on_where_it_stopped_in_the_next_process(tmp_path):
+    with pytest.raises(ConnectionResetError):
+        ArtifactCache(tmp_path).put(digest(b"onetwo"), breaks_after(b"one"), size_bytes=6)
+    cache = ArtifactCache(tmp_path)
+    assert cache.received_bytes(digest(b"onetwo")) == 3
+    assert cache.get(digest(b"onetwo")) is None
+    path = cache.put(digest(b"onetwo"), [b"two"], size_bytes=6, offset=3)
+    assert path.read_bytes() == b"onetwo"
+    assert cache.received_bytes(digest(b"onetwo")) == 0
+
+
+def test_a_part_that_turns_out_wrong_is_not_built_upon_again(tmp_path):
+    cache = ArtifactCache(tmp_path)
+    with pytest.raises(ConnectionResetError):
+        cache.put(digest(b"onetwo"), breaks_after(b"0ne"), size_bytes=6)
+    with pytest.raises(ArtifactCorrupt):
+        cache.put(digest(b"onetwo"), [b"two"], size_bytes=6, offset=3)
+    assert cache.received_bytes(digest(b"onetwo")) == 0
+
+
+def test_a_part_that_is_being_continued_is_not_evicted_to_make_room(tmp_path):
+    cache = ArtifactCache(tmp_path, max_bytes=7)
+    with pytest.raises(ConnectionResetError):
+        cache.put(digest(b"onetwo"), breaks_after(b"one"), size_bytes=6)
+    store(cache, b"wide")
+    assert cache.put(digest(b"onetwo"), [b"two"], size_bytes=6, offset=3).exists()
 
 
 def a_result(number=1):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,24 @@ def test_a_measurement_reports_the_ratio_of_two_simulated_models(tmp_path):
     assert report.n_samples == sum(len(block.samples_ns) for block in report.blocks)
     assert report.peak_memory_bytes > 2**20
     assert report.after.available_memory_bytes is not None
+
+
+def has_networks_of_its_own():
+    code = "import sys; from device_agents.measurement_child import leave_network as leave; "
+    command = [sys.executable, "-c", code + "sys.exit(not leave())"]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_model_cannot_reach_the_network(tmp_path):
+    if not has_networks_of_its_own():
+        pytest.skip("this kernel gives an unprivileged process no network of its own")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        ended = measurement(tmp_path, verb="call_home", port=port).run()
+        with pytest.raises(BlockingIOError):  # nobody waits to be let in
+            listener.accept()
+    assert ended.outcome is Outcome.OK
 
 
 @pytest.mark.parametrize(

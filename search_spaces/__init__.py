@@ -6,7 +6,14 @@ storage share, so it must import anywhere. Nothing here touches a model file or 
 
 from search_spaces.candidate import Candidate
 from search_spaces.choices import FP32, INT8, W4, W8, Precision, RuntimeOptions
-from search_spaces.layers import Layer, LayerGroup, LayerInventory, LayerKind, PrunableGroup
+from search_spaces.layers import (
+    FloatOperator,
+    Layer,
+    LayerGroup,
+    LayerInventory,
+    LayerKind,
+    PrunableGroup,
+)
 from search_spaces.space import SearchSpace
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "W4",
     "W8",
     "Candidate",
+    "FloatOperator",
     "Layer",
     "LayerGroup",
     "LayerInventory",

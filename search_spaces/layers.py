@@ -6,13 +6,14 @@ Owns the description only. `autotune/compression/inventory.py` makes it from an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-INVENTORY_VERSION = 1
+INVENTORY_VERSION = 2
 # Version 1 (2026-11-21): groups with their layers, prunable groups, float operators.
+# Version 2 (2026-11-21): a float operator has a reason. Version 1 is still read.
 
 
 class LayerKind(StrEnum):
@@ -80,17 +81,33 @@ class PrunableGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FloatOperator:
+    """An operator that stays FP32 in every candidate: how many nodes, and why.
+
+    >>> str(FloatOperator(operator="Erf", count=2, reason="it has no 8-bit kernel"))
+    '2 Erf (it has no 8-bit kernel)'
+    """
+
+    operator: str
+    count: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.operator} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerInventory:
     """Everything the search may touch in one source model, in graph order.
 
-    `float_operators` counts the operators that stay FP32 because nothing is known about
-    quantizing them; `pruning_unavailable` says why no group can be pruned, if none can.
+    `float_operators` lists the operators that stay FP32, once per operator and reason;
+    `pruning_unavailable` says why no group can be pruned, if none can.
     """
 
     model_digest: str
     groups: tuple[LayerGroup, ...]
     prunable_groups: tuple[PrunableGroup, ...] = ()
-    float_operators: tuple[tuple[str, int], ...] = ()
+    float_operators: tuple[FloatOperator, ...] = ()
     pruning_unavailable: str | None = None
 
     def group(self, name: str) -> LayerGroup:
@@ -120,9 +137,17 @@ class LayerInventory:
                 )
                 for entry in document["prunable_groups"]
             ),
-            float_operators=tuple((str(op), int(n)) for op, n in document["float_operators"]),
+            float_operators=tuple(_float_operator(e) for e in document["float_operators"]),
             pruning_unavailable=document["pruning_unavailable"],
         )
+
+
+def _float_operator(entry: Mapping[str, Any] | Sequence[Any]) -> FloatOperator:
+    if isinstance(entry, Mapping):
+        return FloatOperator(**entry)
+    operator, count = entry  # version 1
+    reason = "nothing is known about quantizing it"
+    return FloatOperator(operator=str(operator), count=int(count), reason=reason)
 
 
 def _group(entry: Mapping[str, Any]) -> LayerGroup:

@@ -102,6 +102,6 @@ def _summary(inventory: LayerInventory) -> list[str]:
     elif inventory.pruning_unavailable:
         lines.append(f"nothing can be pruned: {inventory.pruning_unavailable}")
     if inventory.float_operators:
-        counted = ", ".join(f"{n} {op}" for op, n in inventory.float_operators)
+        counted = ", ".join(map(str, inventory.float_operators))
         lines.append(f"operators that stay in FP32: {counted}")
     return lines

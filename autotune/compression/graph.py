@@ -37,6 +37,7 @@ class GraphView:
         self.input_name = model.graph.input[0].name
         self.output_name = model.graph.output[0].name
         self._shapes = {value.name: shape_of(value) for value in self._values()}
+        self._types = {v.name: int(v.type.tensor_type.elem_type) for v in self._values()}
         self._arrays: dict[str, np.ndarray] = {}
 
     def array(self, name: str) -> np.ndarray:
@@ -67,6 +68,12 @@ class GraphView:
     def rank(self, tensor: str) -> int:
         """Number of axes with the batch axis; 0 where unknown."""
         return len(self._shapes.get(tensor, ()))
+
+    def element_type(self, tensor: str) -> int:
+        """The `TensorProto.DataType` of a tensor or constant; UNDEFINED where unknown."""
+        if tensor in self.initializers:
+            return int(self.initializers[tensor].data_type)
+        return self._types.get(tensor, onnx.TensorProto.UNDEFINED)
 
     def _values(self) -> Iterator[onnx.ValueInfoProto]:
         graph = self.model.graph

@@ -8,11 +8,11 @@ Which nodes belong together is `units.py`'s knowledge; what may be chosen in a j
 from __future__ import annotations
 
 import math
-from collections import Counter
 
+from autotune.compression.float_operators import find_float_operators
 from autotune.compression.graph import GraphView
 from autotune.compression.source import SourceModel
-from autotune.compression.units import INT8_OPERATORS, Unit, WeightedNode, find_units
+from autotune.compression.units import Unit, WeightedNode, find_units
 from autotune.errors import CompressionError
 from search_spaces import (
     FP32,
@@ -46,7 +46,7 @@ def build_inventory(source: SourceModel) -> LayerInventory:
         model_digest=source.digest,
         groups=tuple(_group(view, unit) for unit in units),
         prunable_groups=prunable,
-        float_operators=_float_operators(view, units),
+        float_operators=find_float_operators(view, units),
         pruning_unavailable=reason,
     )
 
@@ -91,16 +91,6 @@ def _layer(view: GraphView, layer: WeightedNode) -> Layer:
         input_shape=view.shape(layer.input),
         output_shape=output,
     )
-
-
-def _float_operators(view: GraphView, units: list[Unit]) -> tuple[tuple[str, int], ...]:
-    known = {layer.name for unit in units for layer in unit.layers}
-    counts = Counter(
-        node.op_type
-        for node in view.nodes
-        if node.name not in known and node.op_type not in INT8_OPERATORS
-    )
-    return tuple(sorted(counts.items()))
 
 
 def _prunable(source: SourceModel) -> tuple[tuple[PrunableGroup, ...], str | None]:

@@ -49,7 +49,7 @@ def limits(spec: JobSpec, inventory: LayerInventory, *, has_training: bool) -> l
             "training; name data.training to change that"
         )
     if inventory.float_operators:
-        listed = ", ".join(f"{op} x{n}" for op, n in inventory.float_operators)
+        listed = ", ".join(map(str, inventory.float_operators))
         notices.append(f"operators that stay in FP32: {listed}")
     return notices
 

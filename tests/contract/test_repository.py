@@ -7,7 +7,15 @@ from datetime import timedelta, timezone
 
 import pytest
 
-from search_spaces import INT8, Layer, LayerGroup, LayerInventory, LayerKind, SearchSpace
+from search_spaces import (
+    INT8,
+    FloatOperator,
+    Layer,
+    LayerGroup,
+    LayerInventory,
+    LayerKind,
+    SearchSpace,
+)
 from storage.errors import DuplicateTrial, InvalidToken, NotFound, StorageError
 from storage.records import AccuracyReport, JobState, TrialOutcome, TrialState
 
@@ -28,7 +36,8 @@ def inventory() -> LayerInventory:
     group = LayerGroup(
         name="conv1", layers=(layer,), nodes=("conv1", "relu"), precisions=("fp32", "w8a8")
     )
-    return LayerInventory(model_digest="d" * 64, groups=(group,), float_operators=(("Softmax", 1),))
+    softmax = FloatOperator(operator="Softmax", count=1, reason="it has no 8-bit kernel")
+    return LayerInventory(model_digest="d" * 64, groups=(group,), float_operators=(softmax,))
 
 
 def accuracy(value: float = 0.9) -> AccuracyReport:

@@ -1,4 +1,4 @@
-"""The device's momentary state: load, frequency, temperature, governor, memory, steal.
+"""The device's momentary state: load, frequency, temperature, throttling, memory, steal.
 
 Owns one small class per source, each with a file-system root that tests replace, and
 `read_conditions`, which asks them all. What a device does not have is None with a reason,
@@ -7,10 +7,13 @@ never 0. Only the standard library: the measuring child reads its conditions her
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from device_agents.throttling import FirmwareFlags, NoThrottlingSource, ThrottleCounts
 
 ROOT = Path("/")
 
@@ -153,13 +156,17 @@ def read_conditions(root: Path = ROOT, *, since: CpuTicks | None = None) -> dict
         "governor": Governor(root=root).read,
         "available_memory_bytes": Memory(root=root).read,
         "steal_fraction": lambda: StolenTime(root=root).fraction(since),
+        "throttled_now": FirmwareFlags(root=root).live,
+        "throttled_since_boot": FirmwareFlags(root=root).sticky,
+        "throttle_events": ThrottleCounts(root=root).read,
+        "involuntary_switches": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
     }
     values: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for field, read in sources.items():
         try:
             values[field] = read()
-        except NotAvailable as error:
+        except (NotAvailable, NoThrottlingSource) as error:
             missing[field] = str(error)
         except (OSError, ValueError, IndexError) as error:
             missing[field] = f"cannot be read: {error}"

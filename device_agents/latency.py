@@ -42,12 +42,15 @@ class TimedBlock:
 
     `samples_ns` are nanoseconds per inference, positive and finite; where calls were grouped a
     sample is the mean of its group. `median_ns` is their median, kept because it is what every
-    statistic below starts from.
+    statistic below starts from. `energy_joules` was spent over the block's `n_calls` inferences;
+    None without a meter.
     """
 
     subject: Literal["candidate", "reference"]
     samples_ns: tuple[int, ...]
     median_ns: float
+    n_calls: int = 0
+    energy_joules: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +279,15 @@ def summarize(
         is_steady=reason is None,
         unsteady_reason=reason,
     )
+
+
+def energy_per_inference(blocks: Sequence[TimedBlock]) -> float | None:
+    """Joules per inference of the candidate, over all its blocks; None without a meter."""
+    metered = [b for b in blocks if b.subject == "candidate" and b.energy_joules is not None]
+    n_calls = sum(block.n_calls for block in metered)
+    if n_calls == 0:
+        return None
+    return sum(block.energy_joules or 0.0 for block in metered) / n_calls
 
 
 def unsteady_reason(interval: Interval) -> str | None:

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from device_agents.conditions import cpu_ticks, read_conditions
+from device_agents.energy import EnergyMeter, NoEnergySensor, open_meter
 from device_agents.errors import RuntimeUnavailable
-from device_agents.latency import summarize
+from device_agents.latency import energy_per_inference, summarize
 from device_agents.runtimes import (
     InvalidArtifact,
     Runtime,
@@ -156,7 +157,8 @@ def measure(job: ChildJob) -> dict[str, Any]:
     before, ticks = read_conditions(since=start_ticks), cpu_ticks()
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
-    blocks = sample(timers, plan, runtime.clock)
+    meter, source = find_meter(job.provider)
+    blocks = sample(timers, plan, runtime.clock, meter=meter)
     gc.enable()
     after = read_conditions(since=ticks)
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
@@ -169,10 +171,21 @@ def measure(job: ChildJob) -> dict[str, Any]:
             "before": before,
             "after": after,
             "peak_memory_bytes": peak_memory_bytes,
+            "energy_joules": energy_per_inference(blocks),
+            "energy_source": source,
             "runtime_version": runtime.version,
             "wall_s": time.monotonic() - started_s,
         },
     }
+
+
+def find_meter(provider: str) -> tuple[EnergyMeter | None, str]:
+    """The energy meter and what it covers; without one, why there is none."""
+    try:
+        meter = open_meter(on_gpu=provider.startswith(("CUDA", "Tensorrt")))
+    except NoEnergySensor as error:
+        return None, str(error)
+    return meter, meter.covers
 
 
 def prepare(runtime: Runtime, job: ChildJob) -> tuple[dict[Subject, Timer], int]:

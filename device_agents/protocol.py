@@ -75,7 +75,12 @@ class DeviceDescription(Message):
 
 
 class Conditions(Message):
-    """The device's state at one moment; what the device does not have is None."""
+    """The device's state at one moment; what the device does not have is None.
+
+    `throttled_now` and `throttled_since_boot` name the firmware's flags, live and sticky (empty:
+    not throttled). `throttle_events` and `involuntary_switches` only grow: the difference of two
+    readings says what happened in between; the latter are the reporting process's own.
+    """
 
     load_1m: float | None = None
     cpu_frequency_mhz: float | None = None
@@ -83,6 +88,10 @@ class Conditions(Message):
     governor: str | None = None
     available_memory_bytes: int | None = None
     steal_fraction: float | None = None
+    throttled_now: tuple[str, ...] | None = None
+    throttled_since_boot: tuple[str, ...] | None = None
+    throttle_events: int | None = None
+    involuntary_switches: int | None = None
     missing: dict[str, str] = Field(default_factory=dict, description="field -> why it is None")
 
 
@@ -202,7 +211,9 @@ class LatencyReport(Message):
     `p99_ns` are the candidate's sample quantiles scaled by the same calibration. `ratio`
     compares with the reference model, which is the job's FP32 model: below 1 is faster.
     `is_steady` is false where the interval is too wide to order anything; what slows both
-    models alike cancels. `runtime` is the candidate's.
+    models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
+    the candidate cost what `energy_source` names, idle share included; where it is None,
+    `energy_source` says why.
     """
 
     p50_ns: float
@@ -222,6 +233,8 @@ class LatencyReport(Message):
     unsteady_reason: str | None = None
     wall_s: float
     peak_memory_bytes: int | None = None
+    energy_joules: float | None = None
+    energy_source: str | None = None
     runtime: RuntimeRequest
     runtime_version: str
     before: Conditions

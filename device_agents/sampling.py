@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
+from device_agents.energy import EnergyMeter
 from device_agents.latency import StoppingRule, TimedBlock, ratio_interval
 from device_agents.runtimes import Clock
 
@@ -78,7 +79,12 @@ class Timer:
         if min(durations) <= 0:
             raise InvalidDuration(f"{group} calls took {min(durations)} ns by the clock")
         samples = tuple(round(duration / group) for duration in durations)
-        return TimedBlock(subject=subject, samples_ns=samples, median_ns=median(durations) / group)
+        return TimedBlock(
+            subject=subject,
+            samples_ns=samples,
+            median_ns=median(durations) / group,
+            n_calls=self.n_settling + self.n_samples * group,
+        )
 
 
 def warm_up(call: Call, clock: Clock) -> float:
@@ -120,7 +126,13 @@ def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Ti
     }
 
 
-def sample(timers: Mapping[Subject, Timer], plan: SamplingPlan, clock: Clock) -> list[TimedBlock]:
+def sample(
+    timers: Mapping[Subject, Timer],
+    plan: SamplingPlan,
+    clock: Clock,
+    *,
+    meter: EnergyMeter | None = None,
+) -> list[TimedBlock]:
     """Blocks in order of time, until the interval is narrow enough or the time cap is reached.
 
     Nothing is thrown away: what slows the device slows both blocks of a pair, and what does
@@ -134,7 +146,7 @@ def sample(timers: Mapping[Subject, Timer], plan: SamplingPlan, clock: Clock) ->
     look = rule.first_look()
     blocks: list[TimedBlock] = []
     for pair in alternation(random.Random(plan.seed)):  # noqa: S311 - an order, not a secret
-        blocks += [timers[subject].block(subject) for subject in pair]
+        blocks += [_metered(timers[subject], subject, meter) for subject in pair]
         n_pairs = len(blocks) // 2
         if clock.now_ns() >= cap_ns and n_pairs >= MIN_PAIRS:
             break
@@ -143,6 +155,14 @@ def sample(timers: Mapping[Subject, Timer], plan: SamplingPlan, clock: Clock) ->
                 break
             look = rule.next_look(n_pairs)
     return blocks
+
+
+def _metered(timer: Timer, subject: Subject, meter: EnergyMeter | None) -> TimedBlock:
+    if meter is None:
+        return timer.block(subject)
+    before = meter.joules()
+    block = timer.block(subject)
+    return replace(block, energy_joules=meter.joules() - before)
 
 
 def alternation(generator: random.Random) -> Iterator[tuple[Subject, Subject]]:

@@ -30,6 +30,10 @@ CONDITION_LABELS = {
     "governor": ("governor", "{}"),
     "available_memory_bytes": ("available memory", "{}"),
     "steal_fraction": ("stolen CPU time", "{:.1%}"),
+    "throttled_now": ("throttled now", "{}"),
+    "throttled_since_boot": ("throttled since start", "{}"),
+    "throttle_events": ("throttling events so far", "{}"),
+    "involuntary_switches": ("involuntary context switches", "{}"),
 }
 
 
@@ -152,4 +156,6 @@ def _condition(side: dict[str, Any], name: str, form: str) -> str:
     value = side[name]
     if value is None:
         return f"{figures.NONE} ({side['missing'].get(name, 'not reported')})"
+    if isinstance(value, tuple | list):
+        return ", ".join(value) or "no"
     return figures.size_text(value) if name.endswith("_bytes") else form.format(value)

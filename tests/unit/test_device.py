@@ -25,6 +25,7 @@ RASPBERRY_PI = {
     "etc/machine-id": "cafe\n",
     "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
     "sys/class/thermal/thermal_zone0/temp": "48312\n",
+    "sys/devices/platform/soc/soc:firmware/get_throttled": "50004\n",
     "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
     "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "2400000\n",
     "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
@@ -52,19 +53,25 @@ def describe(root, *, builds=(BUILD,)):
 def test_a_raspberry_pi_tells_all_its_conditions(tmp_path):
     root = lay_out(tmp_path, RASPBERRY_PI)
     conditions = Conditions.model_validate(read_conditions(root))
-    assert conditions == Conditions(
+    assert conditions.model_copy(
+        update={"missing": {}, "involuntary_switches": None}
+    ) == Conditions(
         load_1m=0.42,
         cpu_frequency_mhz=2400.0,
         temperature_celsius=48.312,
         governor="ondemand",
         available_memory_bytes=7_000_000 * 1024,
         steal_fraction=0.1,
+        throttled_now=("throttled",),
+        throttled_since_boot=("under-voltage", "throttled"),
     )
+    assert set(conditions.missing) == {"throttle_events"}
 
 
 def test_what_a_device_does_not_have_is_none_with_a_reason(tmp_path):
     conditions = Conditions.model_validate(read_conditions(tmp_path))
-    fields = set(Conditions.model_fields) - {"missing"}
+    # The process's own counter needs no file.
+    fields = set(Conditions.model_fields) - {"missing", "involuntary_switches"}
     assert {name for name in fields if getattr(conditions, name) is None} == fields
     assert set(conditions.missing) == fields
     assert all(conditions.missing.values())
@@ -82,6 +89,15 @@ def test_a_broken_sensor_is_no_temperature(tmp_path):
         "sys/class/thermal/thermal_zone1/temp": "hot\n",
     }
     assert "temperature_celsius" in read_conditions(lay_out(tmp_path, zones))["missing"]
+
+
+def test_throttle_counters_of_x86_and_jetson_are_summed(tmp_path):
+    counters = {
+        "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "2\n",
+        "sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count": "3\n",
+        "sys/class/hwmon/hwmon3/oc1_event_cnt": "5\n",
+    }
+    assert read_conditions(lay_out(tmp_path, counters))["throttle_events"] == 10
 
 
 def test_stolen_time_counts_from_the_last_reading(tmp_path):

@@ -5,7 +5,21 @@ storage share, so it must import anywhere. Nothing here touches a model file or 
 """
 
 from search_spaces.candidate import Candidate
-from search_spaces.choices import FP32, INT8, W4, W8, Precision, RuntimeOptions
+from search_spaces.choices import (
+    FP16,
+    FP32,
+    INT8,
+    W1,
+    W2,
+    W4,
+    W8,
+    W8A16,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Precision,
+    RuntimeOptions,
+)
 from search_spaces.layers import (
     FloatOperator,
     Layer,
@@ -17,16 +31,23 @@ from search_spaces.layers import (
 from search_spaces.space import SearchSpace
 
 __all__ = [
+    "FP16",
     "FP32",
     "INT8",
+    "W1",
+    "W2",
     "W4",
     "W8",
+    "W8A16",
     "Candidate",
     "FloatOperator",
     "Layer",
     "LayerGroup",
     "LayerInventory",
     "LayerKind",
+    "PerBlock",
+    "PerChannel",
+    "PerTensor",
     "Precision",
     "PrunableGroup",
     "RuntimeOptions",

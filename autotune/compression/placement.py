@@ -20,7 +20,7 @@ from autotune.compression.units import (
     WeightedNode,
     clip_bounds,
 )
-from search_spaces import INT8, LayerKind, Precision
+from search_spaces import LayerKind, Precision
 
 _GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 # Behind a quantized matrix product these take its sums as float, without a Q/DQ in between.
@@ -51,7 +51,7 @@ def place(
 ) -> Placement:
     """Decide for every node; layers that `chosen` does not name are FP32."""
     placement = Placement()
-    quantized = {name for name, precision in chosen.items() if precision == INT8}
+    quantized = {name for name, precision in chosen.items() if precision.is_int8}
     rules = _Rules(view, layers, quantized, placement)
     for node in view.nodes:
         rules.visit(node)

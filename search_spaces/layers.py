@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-INVENTORY_VERSION = 2
+INVENTORY_VERSION = 3
 # Version 1 (2026-11-21): groups with their layers, prunable groups, float operators.
 # Version 2 (2026-11-21): a float operator has a reason. Version 1 is still read.
+# Version 3 (2026-11-21): a prunable group's block and BatchNorms; the layers left unpruned.
+# Versions 1 and 2 are still read.
 
 
 class LayerKind(StrEnum):
@@ -73,11 +75,15 @@ class PrunableGroup:
     """Output channels that must be removed together, across the layers named.
 
     `layers` are torch module names; the first one is the root whose output channels count.
+    The channels go in neighbouring blocks of `block` (the groups of a grouped convolution).
+    `batch_norms` names the BatchNorm layers that scale them.
     """
 
     name: str
     channels: int
     layers: tuple[str, ...]
+    block: int = 1
+    batch_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +107,8 @@ class LayerInventory:
     """Everything the search may touch in one source model, in graph order.
 
     `float_operators` lists the operators that stay FP32, once per operator and reason;
-    `pruning_unavailable` says why no group can be pruned, if none can.
+    `pruning_unavailable` says why no group can be pruned, if none can; `left_unpruned` says
+    of each layer outside the prunable groups why (layer, reason).
     """
 
     model_digest: str
@@ -109,6 +116,7 @@ class LayerInventory:
     prunable_groups: tuple[PrunableGroup, ...] = ()
     float_operators: tuple[FloatOperator, ...] = ()
     pruning_unavailable: str | None = None
+    left_unpruned: tuple[tuple[str, str], ...] = ()
 
     def group(self, name: str) -> LayerGroup:
         """The group of that name.
@@ -133,12 +141,17 @@ class LayerInventory:
             groups=tuple(_group(entry) for entry in document["groups"]),
             prunable_groups=tuple(
                 PrunableGroup(
-                    name=entry["name"], channels=entry["channels"], layers=tuple(entry["layers"])
+                    name=entry["name"],
+                    channels=entry["channels"],
+                    layers=tuple(entry["layers"]),
+                    block=entry.get("block", 1),
+                    batch_norms=tuple(entry.get("batch_norms", ())),
                 )
                 for entry in document["prunable_groups"]
             ),
             float_operators=tuple(_float_operator(e) for e in document["float_operators"]),
             pruning_unavailable=document["pruning_unavailable"],
+            left_unpruned=tuple((str(n), str(r)) for n, r in document.get("left_unpruned", ())),
         )
 
 

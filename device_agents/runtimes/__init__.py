@@ -20,6 +20,7 @@ ENTRY_POINT_GROUP = "edge_autotune.runtimes"
 
 BUILT_IN: Mapping[str, str] = {
     "onnxruntime": "device_agents.runtimes.onnxruntime:OnnxRuntime",
+    "openvino": "device_agents.runtimes.openvino:OpenVino",
     "simulated": "device_agents.runtimes.simulated:SimulatedRuntime",
 }
 """Found even where the distribution's metadata is missing (a copied source tree); no package

@@ -179,13 +179,13 @@ def test_a_runtime_that_never_answers_is_left_out(monkeypatch):
 
 
 def test_an_unknown_runtime_names_the_known_ones():
-    with pytest.raises(RuntimeUnavailable, match="onnxruntime, simulated"):
+    with pytest.raises(RuntimeUnavailable, match="onnxruntime, openvino, simulated"):
         load_runtime("abacus")
 
 
 def test_the_built_in_runtimes_need_no_metadata(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
-    assert runtime_names() == ("onnxruntime", "simulated")
+    assert runtime_names() == ("onnxruntime", "openvino", "simulated")
     assert load_runtime("simulated").name == "simulated"
 
 

@@ -109,7 +109,8 @@ def quantizable_tensors(view: GraphView) -> list[str]:
     for node in view.nodes:
         if node.op_type in INT8_OPERATORS:
             names.update(dict.fromkeys((*view.data_inputs(node), node.output[0])))
-    return [name for name in names if view.rank(name) > 0]
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED)
+    return [n for n in names if view.rank(n) > 0 and view.element_type(n) in floats]
 
 
 def _session(

@@ -41,13 +41,14 @@ def build_inventory(source: SourceModel) -> LayerInventory:
     """
     view = GraphView(source.graph)
     units = find_units(view)
-    prunable, reason = _prunable(source)
+    prunable, left_unpruned, reason = _prunable(source)
     return LayerInventory(
         model_digest=source.digest,
         groups=tuple(_group(view, unit) for unit in units),
         prunable_groups=prunable,
         float_operators=find_float_operators(view, units),
         pruning_unavailable=reason,
+        left_unpruned=left_unpruned,
     )
 
 
@@ -93,13 +94,17 @@ def _layer(view: GraphView, layer: WeightedNode) -> Layer:
     )
 
 
-def _prunable(source: SourceModel) -> tuple[tuple[PrunableGroup, ...], str | None]:
+def _prunable(
+    source: SourceModel,
+) -> tuple[tuple[PrunableGroup, ...], tuple[tuple[str, str], ...], str | None]:
+    """The groups, the layers left out with their reasons, and why there is no group at all."""
     if source.module is None:
-        return (), _ONNX_ONLY
-    from autotune.compression.pruning import find_prunable_groups
+        return (), (), _ONNX_ONLY
+    from autotune.compression.pruning import describe_pruning
 
     try:
-        groups = find_prunable_groups(source.module, source.input_shape)
+        found = describe_pruning(source.module, source.input_shape)
     except CompressionError as error:
-        return (), str(error)
-    return groups, None if groups else "no channel of this model can be removed"
+        return (), (), str(error)
+    reason = None if found.groups else "no channel of this model can be removed"
+    return found.groups, found.left_out, reason

@@ -10,6 +10,7 @@ from torch import nn
 
 from autotune.compression.pruning import (
     MIN_PRUNABLE_CHANNELS,
+    describe_pruning,
     find_prunable_groups,
     kept_channels,
     prune_module,
@@ -118,15 +119,44 @@ def test_squeeze_layers_are_not_offered() -> None:
     assert not any(layer.endswith("fc1") for group in groups for layer in group.layers)
 
 
-def test_channels_tied_to_a_grouped_convolution_are_not_offered() -> None:
-    net = nn.Sequential(
-        nn.Conv2d(3, 32, 1),
-        nn.Conv2d(32, 32, 3, padding=1, groups=4),
+def grouped_net(*, inputs: int = 32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, inputs, 1),
+        nn.Conv2d(inputs, 32, 3, padding=1, groups=4),
         nn.ReLU(),
         nn.Conv2d(32, 64, 1),
         nn.Conv2d(64, 10, 1),
-    )
-    assert [g.name for g in find_prunable_groups(net, (3, 8, 8))] == ["3"]
+    ).eval()
+
+
+def test_a_grouped_convolution_loses_whole_groups() -> None:
+    net = grouped_net()
+    weak = [*range(8, 16), *range(24, 32)]
+    with torch.no_grad():
+        net[0].weight[weak] = 0.0
+    groups = find_prunable_groups(net, (3, 8, 8))
+    assert [(g.name, g.block) for g in groups] == [("0", 8), ("3", 1)]
+    pruned = prune_module(net, (3, 8, 8), {"0": 0.5})
+    assert (pruned[1].groups, pruned[1].in_channels, pruned[1].out_channels) == (2, 16, 16)
+    strong = [channel for channel in range(32) if channel not in weak]
+    assert torch.equal(pruned[1].weight, net[1].weight[strong])
+    assert torch.equal(pruned[3].weight, net[3].weight[:, strong])
+
+
+def test_removing_whole_groups_is_the_same_as_zeroing_what_reads_them() -> None:
+    net = grouped_net()
+    with torch.no_grad():
+        net[3].weight[:, :16] = 0.0
+    sample = torch.randn(2, 3, 8, 8)
+    pruned = prune_module(net, (3, 8, 8), {"0": 0.5})
+    torch.testing.assert_close(pruned(sample), net(sample), rtol=1e-4, atol=1e-5)
+
+
+def test_a_grouped_convolution_of_uneven_groups_is_named_as_the_obstacle() -> None:
+    found = describe_pruning(grouped_net(inputs=64), (3, 8, 8))
+    assert [g.name for g in found.groups] == ["3"]
+    assert "tied to '1'" in dict(found.left_out)["0"]
 
 
 def test_the_weakest_channels_go_and_the_others_keep_their_weights() -> None:
@@ -228,9 +258,15 @@ def test_a_ratio_outside_its_range_is_refused(ratio: float) -> None:
         prune_module(small_net(), SHAPE, {"0": ratio})
 
 
-def test_a_model_that_cannot_be_traced_is_named() -> None:
-    with pytest.raises(CompressionError, match="ShuffleNetV2 cannot be pruned"):
-        find_prunable_groups(make_model("shufflenet_v2_x0_5"), SHAPE)
+class Refusing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+
+def test_a_model_that_cannot_be_traced_names_the_layer_reached() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 32, 1), Refusing())
+    with pytest.raises(CompressionError, match=r"Sequential cannot be pruned.*at layer '1'.*no"):
+        find_prunable_groups(net, (3, 8, 8))
 
 
 def test_an_input_that_does_not_fit_is_told_with_its_shape() -> None:

@@ -57,6 +57,9 @@ class Trial(Shape):
     accuracy_drop: Interval | None = None
     mean_kl: float | None = None
     accuracy_samples: int | None = None
+    accuracy_stopped_early: str | None = Field(
+        default=None, description="why `accuracy` is about fewer samples than the search data has"
+    )
     latency_ns: Interval | None = None
     latency_p90_ns: float | None = None
     fp32_ratio: Interval | None = Field(

@@ -72,6 +72,11 @@ class AccuracyReport:
     `fp32_value - value` on the same samples (positive: worse than FP32), with a paired
     interval. `mean_kl` is the mean KL divergence of the artifact's class probabilities from
     FP32's, in nats; smaller is better; it resolves what top-1 on few samples cannot.
+    `stopped_early` says why fewer samples than the split has were evaluated, None where all
+    were. Such a report's `drop` is on the samples seen, `fp32_value` on all of them and
+    `value` their difference; its bounds hold wherever the evaluation stopped.
+
+    Stored as JSON. 2026-11-21: `stopped_early` added; reports without it saw all samples.
     """
 
     metric: str = "top1"
@@ -87,6 +92,7 @@ class AccuracyReport:
     mean_kl: float
     confidence_level: float = 0.95
     wall_s: float
+    stopped_early: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""

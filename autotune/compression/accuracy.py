@@ -2,23 +2,26 @@
 
 Owns the metric and its intervals. The artifact runs in onnxruntime's CPU provider with
 default options, as a user would run it; simulated quantization is never trusted. Latency is
-`device_agents`' to measure.
+`device_agents`' to measure; when an evaluation may end early, `racing.py`'s to decide.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 
 from autotune.compression.data import LabelledData
+from autotune.compression.racing import Race, Racing, Verdict, interval_at_any_time
 from autotune.errors import CompressionError, InvalidModel
 from storage.records import AccuracyReport
 
 CONFIDENCE_LEVEL = 0.95
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+_Z_HALF_ALPHA = 2.241402727604947  # its 98.75 % quantile: an interval at half the error rate
 _BATCH = 16
 # Probabilities under 1e-12 count as 1e-12, so that one missing class cannot make the mean
 # divergence infinite: no sample contributes more than 28 nats.
@@ -37,10 +40,10 @@ class AccuracyEvaluator:
         self._threads = threads
         started = time.monotonic()
         try:
-            outputs = _outputs(fp32, data.x, threads)
+            outputs = _outputs(_session(fp32, threads), data.x, np.arange(len(data)))
         except CompressionError as error:
             raise InvalidModel(f"the FP32 model cannot be evaluated: {error}") from error
-        self._log_p = _log_probabilities(outputs)
+        self._log_p = log_probabilities(outputs)
         self._fp32_correct = outputs.argmax(axis=1) == data.y
         self._fp32_wall_s = time.monotonic() - started
 
@@ -54,27 +57,88 @@ class AccuracyEvaluator:
         """The source model's own report: its drop and its divergence are 0."""
         return self._report(self._fp32_correct, 0.0, self._fp32_wall_s)
 
-    def evaluate(self, artifact: bytes) -> AccuracyReport:
+    def evaluate(self, artifact: bytes, *, race: Race | None = None) -> AccuracyReport:
         """The artifact's top-1 on the samples, its interval, and its drop against FP32.
+
+        With a `race` the samples come in random order and the evaluation ends as soon as they
+        leave no doubt on which side of the race's limit the drop is; the report says so.
 
         Raises:
             CompressionError: the artifact does not load or run, or its output is NaN.
         """
         started = time.monotonic()
-        outputs = _outputs(artifact, self._data.x, self._threads)
-        if outputs.shape != self._log_p.shape:
-            raise CompressionError(
-                f"the artifact answers with shape {outputs.shape}, FP32 with {self._log_p.shape}"
-            )
-        divergence = mean_kl_divergence(self._log_p, _log_probabilities(outputs))
-        correct = outputs.argmax(axis=1) == self._data.y
-        return self._report(correct, divergence, time.monotonic() - started)
+        session = _session(artifact, self._threads)
+        n = self.n_samples
+        order = np.arange(n) if race is None else race.order(n)
+        racing = None if race is None else Racing(race, n)
+        outputs = np.empty(self._log_p.shape, dtype=np.float32)
+        seen, verdict = 0, None
+        while seen < n and verdict is None:
+            part = order[seen : n if race is None else seen + race.block]
+            outputs[part] = self._fitting(_outputs(session, self._data.x, part))
+            seen += len(part)
+            # After the last sample nothing is left to save, and the drop itself is known.
+            if racing is not None and seen < n:
+                verdict = racing.verdict(self._lost(part, outputs[part]))
+        rows = np.sort(order[:seen])
+        log_q = log_probabilities(outputs[rows])
+        report = self._report(
+            outputs[rows].argmax(axis=1) == self._data.y[rows],
+            mean_kl_divergence(self._log_p[rows], log_q),
+            time.monotonic() - started,
+            rows=rows,
+        )
+        if race is None or verdict is None:
+            return report
+        lost = self._lost(rows, outputs[rows])
+        return self._stopped(report, lost, _reason(race, verdict, seen, n))
 
-    def _report(self, correct: np.ndarray, mean_kl: float, wall_s: float) -> AccuracyReport:
+    def _lost(self, rows: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """1 for each sample that FP32 alone gets right, -1 where only the artifact does."""
+        correct = outputs.argmax(axis=1) == self._data.y[rows]
+        return self._fp32_correct[rows].astype(np.int8) - correct.astype(np.int8)
+
+    def _fitting(self, outputs: np.ndarray) -> np.ndarray:
+        if outputs.shape[1:] != self._log_p.shape[1:]:
+            raise CompressionError(
+                f"the artifact answers with shape {('n', *outputs.shape[1:])}, "
+                f"FP32 with {('n', *self._log_p.shape[1:])}"
+            )
+        return outputs
+
+    def _stopped(self, report: AccuracyReport, lost: np.ndarray, reason: str) -> AccuracyReport:
+        """The report with figures that hold although the data said when to stop.
+
+        The accuracy is FP32's on all samples less the drop on those seen, so that it compares
+        with reports on all of them: whether the samples seen were easy ones cancels out. Its
+        bounds join those of both parts, each at half the error rate (Bonferroni).
+        """
+        alpha = 1 - CONFIDENCE_LEVEL
+        drop_low, drop_high = interval_at_any_time(lost, alpha=alpha)
+        least, most = interval_at_any_time(lost, alpha=alpha / 2)
+        fp32_value = float(self._fp32_correct.mean())
+        fp32_low, fp32_high = wilson_interval(
+            int(self._fp32_correct.sum()), self.n_samples, z=_Z_HALF_ALPHA
+        )
+        return replace(
+            report,
+            fp32_value=fp32_value,
+            value=fp32_value - report.drop,
+            value_low=max(fp32_low - most, 0.0),
+            value_high=min(fp32_high - least, 1.0),
+            drop_low=drop_low,
+            drop_high=drop_high,
+            stopped_early=reason,
+        )
+
+    def _report(
+        self, correct: np.ndarray, mean_kl: float, wall_s: float, *, rows: np.ndarray | None = None
+    ) -> AccuracyReport:
+        fp32_correct = self._fp32_correct if rows is None else self._fp32_correct[rows]
         n = len(correct)
         low, high = wilson_interval(int(correct.sum()), n)
-        drop_low, drop_high = paired_difference_interval(self._fp32_correct, correct)
-        value, fp32_value = float(correct.mean()), float(self._fp32_correct.mean())
+        drop_low, drop_high = paired_difference_interval(fp32_correct, correct)
+        value, fp32_value = float(correct.mean()), float(fp32_correct.mean())
         return AccuracyReport(
             split=self._split,
             n_samples=n,
@@ -91,17 +155,27 @@ class AccuracyEvaluator:
         )
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927; Newcombe 1998, method 3).
+def _reason(race: Race, verdict: Verdict, seen: int, total: int) -> str:
+    says = "exceeds" if verdict is Verdict.WORSE else "stays within"
+    return (
+        f"{seen} of {total} samples were enough: the accuracy drop {says} "
+        f"{100 * race.limit:g} points (error rate at most {100 * race.alpha:g} %)"
+    )
+
+
+def wilson_interval(successes: int, n: int, *, z: float = _Z) -> tuple[float, float]:
+    """The score interval of a proportion, 95 % for the default `z` (Wilson 1927).
+
+    Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3.
 
     >>> low, high = wilson_interval(81, 263)
     >>> round(low, 4), round(high, 4)
     (0.2553, 0.3662)
     """
     p = successes / n
-    centre = p + _Z**2 / (2 * n)
-    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    scale = 1 + _Z**2 / n
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
     # With all or none right one bound is exact; rounding would leave it beside the proportion.
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
@@ -154,7 +228,7 @@ def _correlation(both: int, only_first: int, only_second: int, neither: int) -> 
     return product / math.sqrt(margins)
 
 
-def _log_probabilities(outputs: np.ndarray) -> np.ndarray:
+def log_probabilities(outputs: np.ndarray) -> np.ndarray:
     """Log-softmax; outputs that are probabilities already are only taken the logarithm of."""
     values = outputs.astype(np.float64)
     sums = values.sum(axis=1)
@@ -166,15 +240,23 @@ def _log_probabilities(outputs: np.ndarray) -> np.ndarray:
     return np.maximum(logs, _LEAST_LOG)
 
 
-def _outputs(model: bytes, x: np.ndarray, threads: int) -> np.ndarray:
+def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime's exceptions share no public base class
+        raise CompressionError(f"onnxruntime cannot run the artifact: {error}") from error
+
+
+def _outputs(session: onnxruntime.InferenceSession, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The answers on those samples, batch by batch."""
+    name = session.get_inputs()[0].name
+    try:
         parts = [
-            session.run(None, {name: np.ascontiguousarray(x[i : i + _BATCH])})[0]
-            for i in range(0, len(x), _BATCH)
+            session.run(None, {name: _samples(x, rows[i : i + _BATCH])})[0]
+            for i in range(0, len(rows), _BATCH)
         ]
     except Exception as error:
         # onnxruntime's exceptions share no public base class
@@ -184,3 +266,10 @@ def _outputs(model: bytes, x: np.ndarray, threads: int) -> np.ndarray:
         bad = int((~np.isfinite(outputs)).any(axis=1).sum())
         raise CompressionError(f"the artifact's output is NaN or infinite on {bad} samples")
     return outputs
+
+
+def _samples(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Those samples, without a copy where they lie one behind the other."""
+    if (np.diff(rows) == 1).all():
+        return np.ascontiguousarray(x[rows[0] : rows[-1] + 1])
+    return np.ascontiguousarray(x[rows])

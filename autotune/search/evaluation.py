@@ -4,6 +4,8 @@
 
 Every arrow is a row before the next one starts, so that a restart takes a trial up where it
 was left. A candidate that fails is a trial with an outcome and a reason, never an exception.
+Accuracy is raced against a limit, so that a hopeless candidate costs few samples; baselines
+and whatever is on the front get all of them, and a confirmation all of the held-out ones.
 Candidates are proposed by `planner.py` and `sampler.py`; `tuning.py` decides how many.
 """
 
@@ -12,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
+from autotune.search.front import REFERENCE_DROP, non_dominated
 from autotune.search.planner import Proposal
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
@@ -42,7 +46,8 @@ class Evaluation:
     """Everything that evaluating a candidate of one job needs.
 
     `job` carries the calibrated reference latency once the FP32 baseline is measured;
-    `reference` is the FP32 model, pinned with its runtime options for the whole job.
+    `reference` is the FP32 model, pinned with its runtime options for the whole job. `race`
+    is what candidates other than baselines race against; None evaluates all on all samples.
     """
 
     job: JobRecord
@@ -58,6 +63,7 @@ class Evaluation:
     window: QuietWindow
     should_stop: Callable[[], bool]
     on_finished: Callable[[TrialRecord], None]
+    race: Race | None = None
 
     def open_trials(self, proposals: Sequence[Proposal]) -> list[TrialRecord]:
         """A trial for each proposal that is new to the job; known candidates are dropped."""
@@ -81,10 +87,11 @@ class Evaluation:
             DeviceAway: the device went offline; unfinished trials stay open.
             DiskFull: the artifact store has no room; unfinished trials stay open.
         """
-        return [
-            trial if trial.state is TrialState.FINISHED else self._measure(trial)
-            for trial in self._compress(trials)
-        ]
+        for trial in self._compress(trials):
+            if trial.state is not TrialState.FINISHED:
+                self._measure(trial)
+        self._complete_front()
+        return [self.repository.get_trial(trial.id) for trial in trials]
 
     def confirm(self, trial: TrialRecord) -> TrialRecord:
         """Measure an `OK` trial again: a fresh process, a narrower interval, held-out data.
@@ -93,6 +100,10 @@ class Evaluation:
         was not steady leaves `confirmed_latency` None.
         """
         artifact = self._artifact_of(trial)
+        if _has_raced(trial):
+            (trial,) = self._complete([trial])
+            if trial.outcome is not TrialOutcome.OK:
+                return trial
         if trial.held_out_accuracy is None:
             with self.window.computing():
                 calls = [Call(method="held_out", arguments=(self.artifacts.read(artifact.sha256),))]
@@ -109,12 +120,46 @@ class Evaluation:
         """Build artifacts and their accuracy on the workers, all cores at once."""
         built = list(trials)
         todo = [i for i, trial in enumerate(trials) if trial.accuracy is None]
-        calls = [Call(method="build", arguments=(trials[i].candidate,)) for i in todo]
+        calls = [
+            Call(method="build", arguments=(trials[i].candidate, self._race_of(trials[i])))
+            for i in todo
+        ]
         with self.window.computing():
             for position, result in self.pool.run(calls, should_stop=self.should_stop):
                 index = todo[position]
                 built[index] = self._keep(trials[index], result)
         return built
+
+    def _race_of(self, trial: TrialRecord) -> Race | None:
+        """Everything is compared with the baselines, so they see every sample."""
+        return None if trial.proposed_by == "baseline" else self.race
+
+    def _complete_front(self) -> None:
+        """Show front members that raced every sample, until nothing on the front has raced."""
+        while raced := [
+            trial
+            for trial in non_dominated(self.repository.list_trials(self.job.id))
+            if _has_raced(trial)
+        ]:
+            self._complete(raced)
+
+    def _complete(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Evaluate finished trials on all of the search data."""
+        completed = list(trials)
+        calls = [
+            Call(
+                method="search_accuracy",
+                arguments=(self.artifacts.read(self._artifact_of(trial).sha256),),
+            )
+            for trial in trials
+        ]
+        with self.window.computing():
+            for index, report in self.pool.run(calls, should_stop=self.should_stop):
+                changes: dict[str, object] = {"accuracy": report}
+                if isinstance(report, CallFailed):
+                    changes = {"outcome": TrialOutcome.ACCURACY_FAILED, "reason": report.error}
+                completed[index] = self.repository.update_trial(trials[index].id, **changes)
+        return completed
 
     def _keep(self, trial: TrialRecord, result: Built | CallFailed) -> TrialRecord:
         if isinstance(result, CallFailed):
@@ -185,6 +230,25 @@ class Evaluation:
         if trial.artifact_sha256 is None or trial.artifact_size_bytes is None:
             raise ValueError(f"trial {trial.number} has no artifact yet")
         return ArtifactReference(sha256=trial.artifact_sha256, size_bytes=trial.artifact_size_bytes)
+
+
+def race_of(*, max_accuracy_drop: float | None, seed: int) -> Race:
+    """What the candidates of a job race against.
+
+    With a drop that the job allows, a candidate is done once it certainly keeps or exceeds it:
+    the fastest of those that keep it wins. Without one the most accurate wins, so that only
+    the hopeless end early: those whose drop lies outside the front's reference box.
+    """
+    return Race(
+        limit=REFERENCE_DROP if max_accuracy_drop is None else max_accuracy_drop,
+        ends_within=max_accuracy_drop is not None,
+        seed=seed,
+    )
+
+
+def _has_raced(trial: TrialRecord) -> bool:
+    """Its accuracy was not evaluated on all samples."""
+    return trial.accuracy is not None and trial.accuracy.stopped_early is not None
 
 
 def measurement_plan(

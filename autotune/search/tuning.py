@@ -26,7 +26,7 @@ from autotune.search.conclusion import (
     limits,
     nothing_ranks,
 )
-from autotune.search.evaluation import Evaluation
+from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.failures import in_users_terms
 from autotune.search.front import Answer, answer, non_dominated
 from autotune.search.host import Host
@@ -345,6 +345,7 @@ class Tuning:
             window=self._host.window,
             should_stop=self._must_stop,
             on_finished=self._report_trial,
+            race=race_of(max_accuracy_drop=self._spec.max_accuracy_drop, seed=self._spec.seed),
         )
 
     def _call(self, method: str, *arguments: Any) -> Any:

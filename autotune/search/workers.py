@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from autotune.compression.accuracy import AccuracyEvaluator
     from autotune.compression.compressor import Compressor
     from autotune.compression.data import DataSplits
+    from autotune.compression.racing import Race
     from autotune.compression.source import SourceModel
 
 _POLL_S = 0.2
@@ -144,14 +145,14 @@ class CompressionWorker:
         """Prune, recover, export and calibrate one base; kept on disk for all workers."""
         return self.compressor.prepare_base(prune_ratios).to_json()
 
-    def build(self, candidate: Candidate) -> Built:
-        """The candidate's artifact and its accuracy on the search data."""
+    def build(self, candidate: Candidate, race: Race | None = None) -> Built:
+        """The candidate's artifact and its accuracy on the search data, as far as it races."""
         try:
             artifact = self.compressor.build(candidate)
         except CompressionError as error:
             return Built(failed_at="compression", failure=str(error))
         try:
-            accuracy = self._evaluator("search").evaluate(artifact.data)
+            accuracy = self._evaluator("search").evaluate(artifact.data, race=race)
         except AutotuneError as error:
             return Built(failed_at="accuracy", failure=str(error))
         return Built(
@@ -178,6 +179,10 @@ class CompressionWorker:
 
         entries = measure_sensitivity(self.compressor, self._evaluator("sensitivity"), choices)
         return [entry.to_json() for entry in entries]
+
+    def search_accuracy(self, artifact: bytes) -> AccuracyReport:
+        """The artifact's accuracy on all of the search data."""
+        return self._evaluator("search").evaluate(artifact)
 
     def held_out(self, artifact: bytes) -> AccuracyReport:
         """The artifact's accuracy on data that the search never saw."""

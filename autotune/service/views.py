@@ -55,6 +55,7 @@ def trial_view(
         accuracy_drop=_drop(trial.accuracy),
         mean_kl=trial.accuracy.mean_kl if trial.accuracy else None,
         accuracy_samples=trial.accuracy.n_samples if trial.accuracy else None,
+        accuracy_stopped_early=trial.accuracy.stopped_early if trial.accuracy else None,
         latency_ns=_latency(latency),
         latency_p90_ns=latency.p90_ns if latency else None,
         fp32_ratio=_ratio(latency),

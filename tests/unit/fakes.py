@@ -7,10 +7,12 @@ that trade-offs exist and every expected answer can be worked out by hand.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from autotune.compression.racing import Race
 from autotune.search.interruption import Stopped
 from autotune.search.workers import Built, Call, CallFailed, Inspection
 from device_agents.protocol import (
@@ -22,7 +24,7 @@ from device_agents.protocol import (
 )
 from search_spaces import Candidate
 from storage.errors import StaleLease
-from storage.records import DeviceRecord
+from storage.records import AccuracyReport, DeviceRecord
 from storage.repository import Repository
 from tests.unit.records import accuracy, latency
 from tests.unit.spaces import inventory
@@ -49,6 +51,9 @@ class FakePool:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.fail_build_of: Callable[[Candidate], str | None] = lambda candidate: None
+        self.report_of: Callable[[Candidate, Race | None], AccuracyReport] = (
+            lambda candidate, race: accuracy(fake_accuracy(candidate))
+        )
         self.is_closed = False
 
     def run(
@@ -86,7 +91,7 @@ class FakePool:
             for g, p in choices
         ]
 
-    def _build(self, candidate: Candidate) -> Built | CallFailed:
+    def _build(self, candidate: Candidate, race: Race | None = None) -> Built | CallFailed:
         failure = self.fail_build_of(candidate)
         if failure is not None:
             return Built(failed_at="compression", failure=failure)
@@ -95,12 +100,13 @@ class FakePool:
             artifact=data,
             sha256=hashlib.sha256(data).hexdigest(),
             compression={"base": {"recovery_s": 0.0}, "groups": []},
-            accuracy=accuracy(fake_accuracy(candidate)),
+            accuracy=self.report_of(candidate, race),
         )
 
-    def _held_out(self, artifact: bytes) -> Any:
-        import json
+    def _search_accuracy(self, artifact: bytes) -> Any:
+        return accuracy(fake_accuracy(Candidate.from_json(json.loads(artifact))))
 
+    def _held_out(self, artifact: bytes) -> Any:
         candidate = Candidate.from_json(json.loads(artifact))
         return accuracy(fake_accuracy(candidate), split="held_out", n_samples=600)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from autotune.compression.accuracy import (
     AccuracyEvaluator,
@@ -12,9 +15,12 @@ from autotune.compression.accuracy import (
     paired_difference_interval,
     wilson_interval,
 )
+from autotune.compression.data import LabelledData
+from autotune.compression.racing import Race
 from autotune.errors import CompressionError, InvalidModel
 from search_spaces import INT8, W4
-from tests.unit.compression_models import labelled, quantizable, run, tiny_source
+from storage.records import AccuracyReport
+from tests.unit.compression_models import labelled, quantizable, run, samples, tiny_source
 
 
 def pairs(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +111,67 @@ def test_an_artifact_that_answers_nan_is_refused() -> None:
     evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(4), split="search")
     with pytest.raises(CompressionError, match="NaN or infinite on 4 samples"):
         evaluator.evaluate(model.SerializeToString())
+
+
+def test_a_race_over_all_samples_gives_the_full_report() -> None:
+    artifact = quantizable("tiny").emit({"head": W4})
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(70), split="search")
+    full, raced = (
+        replace(evaluator.evaluate(artifact, race=race), wall_s=0.0, mean_kl=0.0)
+        for race in (None, Race(limit=0.02, alpha=1e-12))
+    )
+    assert raced == full
+    assert full.stopped_early is None
+
+
+def test_a_race_that_is_lost_says_so_and_compares_with_full_reports() -> None:
+    evaluator, worse = against_half_of_the_answers()
+    full = evaluator.evaluate(worse)
+    report = evaluator.evaluate(worse, race=Race(limit=0.01))
+    assert report.n_samples < full.n_samples == 320
+    assert report.stopped_early == (
+        f"{report.n_samples} of 320 samples were enough: the accuracy drop exceeds 1 points "
+        "(error rate at most 5 %)"
+    )
+    assert report.fp32_value == full.fp32_value == 1.0
+    assert report.value == pytest.approx(1 - report.drop)
+    assert report.drop_low < full.drop < report.drop_high
+    assert report.value_low < full.value < report.value_high
+
+
+def test_a_race_is_won_by_fp32_itself() -> None:
+    evaluator, _ = against_half_of_the_answers()
+    report = evaluator.evaluate(tiny_source().fp32_bytes, race=Race(limit=0.05))
+    assert report.n_samples < 320
+    assert "stays within 5 points" in (report.stopped_early or "")
+    only_worse = Race(limit=0.05, ends_within=False)
+    assert evaluator.evaluate(tiny_source().fp32_bytes, race=only_worse).n_samples == 320
+
+
+def test_a_stopped_report_survives_storage_and_old_ones_saw_all_samples() -> None:
+    evaluator, worse = against_half_of_the_answers()
+    report = evaluator.evaluate(worse, race=Race(limit=0.01))
+    assert AccuracyReport.from_json(report.to_json()) == report
+    old = {k: v for k, v in report.to_json().items() if k != "stopped_early"}
+    assert AccuracyReport.from_json(old).stopped_early is None
+
+
+def against_half_of_the_answers() -> tuple[AccuracyEvaluator, bytes]:
+    """An evaluator whose labels are FP32's own answers, and a model that gives half of them."""
+    x = samples(320, seed=5)
+    logits = run(tiny_source().fp32_bytes, x)
+    answers = logits.argmax(axis=1)
+    favourite = int(np.bincount(answers).argmax())
+    margin = logits[:, favourite] - np.delete(logits, favourite, axis=1).max(axis=1)
+    model = onnx.load_from_string(tiny_source().fp32_bytes)
+    for tensor in model.graph.initializer:
+        if tensor.name == "head.bias":
+            bias = numpy_helper.to_array(tensor).copy()
+            bias[favourite] -= np.median(margin)
+            tensor.raw_data = bias.tobytes()
+    data = LabelledData(x=x, y=answers)
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, data, split="search")
+    return evaluator, model.SerializeToString()
 
 
 def test_the_divergence_is_the_textbook_sum() -> None:

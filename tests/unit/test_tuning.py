@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from autotune.compression.racing import Race
 from autotune.errors import DiskFull
+from autotune.search.evaluation import race_of
 from autotune.search.fleet import Fleet, QuietWindow
+from autotune.search.front import non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Tuning
 from autotune.search.workers import CallFailed
 from device_agents.protocol import Outcome
-from search_spaces import INT8
+from search_spaces import INT8, Candidate
 from storage.artifacts import ArtifactStore
 from storage.database import open_database
 from storage.errors import DatabaseFull
-from storage.records import JobRecord, JobState, TrialOutcome, TrialState
+from storage.records import AccuracyReport, JobRecord, JobState, TrialOutcome, TrialState
 from storage.repository import Repository
-from tests.unit.fakes import FakeAgent, FakePool, fake_ms
-from tests.unit.records import latency
+from tests.unit.fakes import FakeAgent, FakePool, fake_accuracy, fake_ms
+from tests.unit.records import accuracy, latency
 
 
 class Bench:
@@ -384,10 +388,10 @@ def test_what_an_interrupted_run_left_with_the_device_is_withdrawn(bench: Bench)
 
 def test_a_full_disk_in_a_worker_ends_the_job_and_no_trial(bench: Bench) -> None:
     class Full(FakePool):
-        def _build(self, candidate: Any) -> Any:
+        def _build(self, candidate: Any, race: Any = None) -> Any:
             if candidate.prune_ratios:
                 return CallFailed(error="no room", exception=DiskFull("no room in /bases"))
-            return super()._build(candidate)
+            return super()._build(candidate, race)
 
     bench.make_pool = Full
     with _agent(bench):
@@ -397,3 +401,31 @@ def test_a_full_disk_in_a_worker_ends_the_job_and_no_trial(bench: Bench) -> None
     open_trials = [t for t in bench.repository.list_trials(job.id) if t.candidate.prune_ratios]
     assert open_trials
     assert all(t.state is not TrialState.FINISHED for t in open_trials)
+
+
+def raced(candidate: Candidate, race: Race | None) -> AccuracyReport:
+    """What workers answer: everything that may stop early does, looking a little worse."""
+    report = accuracy(fake_accuracy(candidate) - (0.0 if race is None else 0.004))
+    return report if race is None else replace(report, stopped_early="32 of 100 were enough")
+
+
+def test_baselines_and_the_front_are_evaluated_on_all_samples(bench: Bench) -> None:
+    pool = FakePool()
+    pool.report_of = raced
+    bench.make_pool = lambda: pool
+    with bench.agent():
+        job = bench.run(bench.job())
+    trials = bench.repository.list_trials(job.id)
+    full = {t.number for t in trials if t.accuracy and t.accuracy.stopped_early is None}
+    assert full >= {t.number for t in trials if t.proposed_by == "baseline"}
+    assert full >= {t.number for t in non_dominated(trials)}
+    assert full >= {t.number for t in trials if t.id == (job.result or {}).get("winner")}
+    assert len(full) < len(trials), "what is dominated keeps its short report"
+
+
+@pytest.mark.parametrize(("drop", "limit", "within"), [(0.01, 0.01, True), (None, 0.03, False)])
+def test_candidates_race_against_the_drop_that_the_job_allows(
+    drop: float | None, limit: float, within: bool
+) -> None:
+    race = race_of(max_accuracy_drop=drop, seed=4)
+    assert (race.limit, race.ends_within, race.seed) == (limit, within, 4)

@@ -84,6 +84,7 @@ TRIAL_FIELDS: list[Field[Trial]] = [
     *_bounds("accuracy", lambda t: t.accuracy),
     *_bounds("accuracy_drop", lambda t: t.accuracy_drop),
     Field(name="accuracy_samples", value=lambda t: t.accuracy_samples),
+    Field(name="accuracy_stopped_early", value=lambda t: t.accuracy_stopped_early),
     Field(name="mean_kl_nats", value=lambda t: t.mean_kl),
     *_bounds("latency_ns", lambda t: t.latency_ns),
     Field(name="latency_p90_ns", value=lambda t: t.latency_p90_ns),
@@ -142,6 +143,7 @@ TRIAL: View[Trial] = View(
             text=lambda t: figures.with_unit(figures.percent(t.accuracy), "%", t.accuracy_samples),
         ),
         Column(title="drop from FP32, points", text=lambda t: figures.percent(t.accuracy_drop)),
+        Column(title="stopped early", text=lambda t: t.accuracy_stopped_early or "no"),
         Column(
             title="accuracy, held-out data",
             text=lambda t: figures.with_unit(

@@ -19,11 +19,9 @@ import torch_pruning
 from torch import nn
 from torch_pruning.pruner.function import ConvPruner
 
+from autotune.compression.channels import MIN_PRUNABLE_CHANNELS
 from autotune.errors import CompressionError
 from search_spaces.layers import PrunableGroup
-
-MIN_PRUNABLE_CHANNELS = 16
-"""Narrower groups are not offered: half of 15 channels rounds to the floor of 8 or to nothing."""
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)

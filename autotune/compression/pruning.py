@@ -1,13 +1,12 @@
 """Structured pruning: which channel groups a module offers, and their physical removal.
 
-Owns how many channels stay and the surgery. What is coupled is `coupling`'s knowledge, which
-channels matter `importance`'s. Refuses to train: `recovery` brings the accuracy back. A
-source without a torch module is `onnx_pruning`'s.
+Owns the surgery. What is coupled is `coupling`'s knowledge, how many channels stay
+`channels`', which ones matter `importance`'s. Refuses to train: `recovery` brings the accuracy
+back. A source without a torch module is `onnx_pruning`'s.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from autotune.compression.channels import MIN_CHANNELS, MIN_PRUNABLE_CHANNELS, kept_channels
 from autotune.compression.coupling import (
-    MIN_PRUNABLE_CHANNELS,
     ChannelGraph,
     Coupling,
     find_couplings,
@@ -35,9 +34,6 @@ __all__ = [
     "kept_channels",
     "prune_module",
 ]
-
-MIN_CHANNELS = 8
-"""No group is pruned below this: one vector of 8 floats, the narrowest AVX2 kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,30 +105,6 @@ def prune_module(
     _require_running(pruned, module, input_shape, removals)
     _restore_flags(pruned, module)
     return pruned
-
-
-def kept_channels(channels: int, ratio: float, *, round_to: int = 8, block: int = 1) -> int:
-    """How many of `channels` stay at a prune ratio: the nearest multiple of `round_to`.
-
-    Halves round up (the larger model). A group narrower than twice `round_to` is rounded to
-    half of it, and so on. Never below `MIN_CHANNELS` or `round_to`, never above `channels`;
-    always whole blocks of `block` channels. Multiples of 8 (of 16 with AVX-512) keep
-    onnxruntime's blocked convolution kernels in use.
-
-    >>> kept_channels(96, 0.25), kept_channels(64, 0.3), kept_channels(24, 0.9)
-    (72, 48, 8)
-    >>> kept_channels(104, 0.5, round_to=16, block=8), kept_channels(72, 0.5, block=24)
-    (48, 48)
-    """
-    if ratio <= 0.0:
-        return channels
-    multiple = round_to
-    while multiple > 1 and channels < 2 * math.lcm(multiple, block):
-        multiple //= 2
-    unit = math.lcm(multiple, block)
-    rounded = math.floor(channels * (1.0 - ratio) / unit + 0.5) * unit
-    floor = math.ceil(max(MIN_CHANNELS, round_to) / block) * block
-    return min(channels, max(floor, rounded))
 
 
 def _require_known(ratios: Mapping[str, float], couplings: Mapping[str, Coupling]) -> None:

@@ -1,6 +1,7 @@
 """Quantized weights: the arithmetic from float arrays to codes and scales.
 
-Owns rounding and packing alone; where they go in a graph is `quantization.py`'s business.
+Owns rounding and packing alone; which precision a layer takes, and where the codes go in a
+graph, is the business of `weight_only.py` and `graph_writer.py`.
 """
 
 from __future__ import annotations
@@ -9,41 +10,84 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from search_spaces.choices import DEFAULT_BLOCK, Granularity, PerChannel, PerTensor
+
 INT8_MAX = 127
 # A bias is stored as int32 in steps of (input scale x weight scale); half the range is kept
 # free for the accumulator that it is added to.
 _BIAS_MAX = 2**30
-BLOCK = 32
-# Weights per scale of a block-wise matrix: the smallest that onnxruntime's MatMulNBits has in
-# all its kernels; smaller blocks are more accurate.
+# Least and largest step of a weight's codes: times an input scale, both stay float32 numbers.
+# Weights under 1e-15 count as zero.
+_LEAST_SCALE, _LARGEST_SCALE = 2.0**-58, 2.0**64
+BLOCK = DEFAULT_BLOCK
+# With four codes the largest weight is a bad guide: of these fractions of it, each group of
+# weights takes the one with the least square error (a grid search as in Banner et al. 2019,
+# "Post training 4-bit quantization", section 2, with the error measured, not modelled).
+_SHRINKS_OF_2_BITS = (0.8, 0.65, 0.5, 0.4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
-    """Signed 8-bit codes, and a float32 scale per output channel (`axis` of the weight)."""
+    """Signed 8-bit codes, and float32 scales.
+
+    `scale` has one entry per output channel (`axis` of the weight), or the shape () where all
+    weights share it.
+    """
 
     codes: np.ndarray
     scale: np.ndarray
     axis: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedWeight:
+    """Unsigned codes of few bits: weight = (code - zero) * scale.
+
+    `codes` is uint8 in the weight's own shape, one code per entry; `zero` and `scale` are
+    float32 and broadcast against it.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockedMatrix:
+    """A matrix as MatMulNBits wants it.
+
+    `codes` are uint8 of shape `(n, k_blocks, bytes)`, `scale` float32 `(n * k_blocks,)`, `zero`
+    the packed codes of zero, or None where that is `2 ** (bits - 1)` everywhere.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None
+
+
 def quantize_weight(
-    weight: np.ndarray, *, axis: int, input_scale: float, bias: np.ndarray | None
+    weight: np.ndarray,
+    *,
+    axis: int,
+    input_scale: float,
+    bias: np.ndarray | None,
+    granularity: Granularity | None = None,
+    largest_code: int = INT8_MAX,
 ) -> QuantizedWeight:
-    """Symmetric per-channel codes in [-127, 127]; a channel of zeros gets scale 1.
+    """Symmetric codes in [-largest_code, largest_code]; a channel of zeros gets scale 1.
 
     A channel whose bias would not fit into int32 gets a larger scale than its weights need.
     """
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    largest = np.abs(weight.astype(np.float64)).max(axis=others)
-    scale = largest / INT8_MAX
+    scale = np.abs(weight.astype(np.float64)).max(axis=others) / largest_code
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * _BIAS_MAX))
-    scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    steps = weight / scale.reshape(shape).astype(np.float64)
-    codes = np.clip(np.rint(steps), -INT8_MAX, INT8_MAX).astype(np.int8)
+    if isinstance(granularity, PerTensor):
+        scale = scale.max()
+    scale = np.where(scale > 0, np.clip(scale, _LEAST_SCALE, _LARGEST_SCALE), 1.0)
+    scale = scale.astype(np.float32)
+    steps = weight / _along(scale, axis, weight.ndim).astype(np.float64)
+    codes = np.clip(np.rint(steps), -largest_code, largest_code).astype(np.int8)
     return QuantizedWeight(codes=codes, scale=scale, axis=axis)
 
 
@@ -51,28 +95,137 @@ def quantize_bias(
     bias: np.ndarray, *, input_scale: float, weight_scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Int32 codes and their float32 scales, input scale x weight scale."""
-    scale = (np.float32(input_scale) * weight_scale).astype(np.float32)
+    scale = np.asarray(np.float32(input_scale) * weight_scale, dtype=np.float32)
     codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
     return np.clip(codes, -_BIAS_MAX, _BIAS_MAX).astype(np.int32), scale
 
 
-def pack_blocks(matrix: np.ndarray, *, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """A `(n, k)` matrix as MatMulNBits wants it: codes `(n, k_blocks, bytes)`, scales.
+def code_weight(
+    weight: np.ndarray, *, axis: int, bits: int, granularity: Granularity, symmetric: bool
+) -> CodedWeight:
+    """Codes of 1, 2, 4 or 8 bits with a scale per tensor or per output channel (`axis`).
 
-    Every `BLOCK` weights along k share a scale; the code of zero is `2 ** (bits - 1)`. The
-    scale maps a block's largest weight onto the most negative code, which uses all codes
-    (as llama.cpp's Q4_0 does). Scales are float32, `(n * k_blocks,)`.
+    One bit is the binary weight network of Rastegari et al. 2016 (XNOR-Net, eq. 6): the sign
+    times the channel's mean absolute weight.
     """
+    by_channel = np.moveaxis(weight, axis, 0)
+    if isinstance(granularity, PerChannel):
+        groups = by_channel.reshape(len(by_channel), -1)
+    else:
+        groups = by_channel.reshape(1, -1)
+    coded, scale, zero = _code(groups.astype(np.float32), bits=bits, symmetric=symmetric)
+    codes = np.ascontiguousarray(np.moveaxis(coded.reshape(by_channel.shape), 0, axis))
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return CodedWeight(codes=codes, scale=scale.reshape(shape), zero=zero.reshape(shape))
+
+
+def block_matrix(
+    matrix: np.ndarray, *, bits: int, block: int = BLOCK, symmetric: bool = True
+) -> BlockedMatrix:
+    """A `(n, k)` matrix in blocks of `block` weights along k that share a scale."""
     n, k = matrix.shape
-    k_blocks = -(-k // BLOCK)
-    padded = np.zeros((n, k_blocks * BLOCK), dtype=np.float32)
+    k_blocks = -(-k // block)
+    padded = np.zeros((n, k_blocks * block), dtype=np.float32)
     padded[:, :k] = matrix
-    blocks = padded.reshape(n, k_blocks, BLOCK)
+    coded, scale, zero = _code(padded.reshape(-1, block), bits=bits, symmetric=symmetric)
+    packed = pack(coded, bits=bits).reshape(n, k_blocks, block * bits // 8)
+    zeros = None
+    if not symmetric:
+        rows = zero.astype(np.uint8).reshape(n, k_blocks)
+        spare = -k_blocks % (8 // bits)
+        zeros = pack(np.pad(rows, ((0, 0), (0, spare))), bits=bits).reshape(-1)
+    return BlockedMatrix(codes=packed, scale=scale.reshape(-1), zero=zeros)
+
+
+def pack_blocks(matrix: np.ndarray, *, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """`block_matrix` with its defaults: codes and scales."""
+    blocked = block_matrix(matrix, bits=bits)
+    return blocked.codes, blocked.scale
+
+
+def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
+    """Codes of `bits` bits in bytes, the first one in the least significant bits; flat.
+
+    >>> pack(np.array([1, 2, 3], np.uint8), bits=4).tolist()
+    [33, 3]
+    """
+    per_byte = 8 // bits
+    flat = codes.reshape(-1)
+    flat = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
+    packed = np.zeros(len(flat), np.uint8)
+    for position in range(per_byte):
+        packed |= flat[:, position] << np.uint8(position * bits)
+    return packed
+
+
+def _code(
+    groups: np.ndarray, *, bits: int, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales and zeros of each row; weight = (code - zero) * scale."""
+    if bits == 1:
+        return _binary(groups)
+    if not symmetric:
+        return _asymmetric(groups, bits)
+    codes, scale, zero = _symmetric(groups, bits, 1.0)
+    if bits == 2:
+        least = _square_error(groups, codes, scale, zero)
+        for shrink in _SHRINKS_OF_2_BITS:
+            other_codes, other_scale, _ = _symmetric(groups, bits, shrink)
+            error = _square_error(groups, other_codes, other_scale, zero)
+            is_better = (error < least)[:, None]
+            least = np.minimum(error, least)
+            codes = np.where(is_better, other_codes, codes)
+            scale = np.where(is_better, other_scale, scale)
+    return codes, scale, zero
+
+
+def _binary(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """sign(w) * mean |w|: code 0 is -1, code 1 is +1, so zero is 0.5 and a step twice the mean."""
+    mean = np.abs(groups.astype(np.float64)).mean(axis=1, keepdims=True)
+    zero = np.full(mean.shape, 0.5, np.float32)
+    return (groups >= 0).astype(np.uint8), (2 * mean).astype(np.float32), zero
+
+
+def _symmetric(
+    groups: np.ndarray, bits: int, shrink: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The code of zero is `2 ** (bits - 1)`.
+
+    The scale maps a row's largest weight onto the most negative code, which uses all codes
+    (as llama.cpp's Q4_0 does).
+    """
     offset = 2 ** (bits - 1)
-    where = np.abs(blocks).argmax(axis=2)[..., None]
-    extreme = np.take_along_axis(blocks, where, axis=2)
+    where = np.abs(groups).argmax(axis=1)[:, None]
+    extreme = np.take_along_axis(groups, where, axis=1) * np.float32(shrink)
     scale = np.where(extreme == 0, 1.0, extreme / -offset).astype(np.float32)
-    codes = np.clip(np.rint(blocks / scale) + offset, 0, 2 * offset - 1).astype(np.uint8)
-    if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return np.ascontiguousarray(codes), scale.reshape(-1)
+    codes = np.clip(np.rint(groups / scale) + offset, 0, 2 * offset - 1).astype(np.uint8)
+    return codes, scale, np.full(scale.shape, offset, np.float32)
+
+
+def _asymmetric(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The row's range, widened to hold zero, over all codes."""
+    top = 2**bits - 1
+    low = np.minimum(groups.min(axis=1, keepdims=True), 0).astype(np.float64)
+    high = np.maximum(groups.max(axis=1, keepdims=True), 0).astype(np.float64)
+    width = np.where(high > low, high - low, top)
+    scale = (width / top).astype(np.float32)
+    zero = np.clip(np.rint(-low / scale), 0, top).astype(np.float32)
+    codes = np.clip(np.rint(groups / scale) + zero, 0, top).astype(np.uint8)
+    return codes, scale, zero
+
+
+def _square_error(
+    groups: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> np.ndarray:
+    error: np.ndarray = np.square((codes - zero) * scale - groups).sum(axis=1)
+    return error
+
+
+def _along(scale: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """Scales of a weight's output channels, or the one of all, ready to divide the weight."""
+    if scale.ndim == 0:
+        return scale
+    shape = [1] * rank
+    shape[axis] = -1
+    return scale.reshape(shape)

@@ -1,0 +1,406 @@
+"""One candidate's graph, written node by node in the order of the FP32 graph.
+
+Owns which name a tensor has for which reader: float, 8-bit codes, 16-bit codes or float16,
+each made where it is first needed. What runs on which is decided by `placement.py` and
+`wide.py`; `quantization.py` lists the rules with their reasons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from autotune.compression.calibration import LEVELS, Calibration
+from autotune.compression.graph import GraphView, attribute
+from autotune.compression.kernels import KernelClass
+from autotune.compression.parts import Parts
+from autotune.compression.placement import Placement
+from autotune.compression.units import WeightedNode
+from autotune.compression.weight_only import (
+    is_blocked,
+    output_axis,
+    packed_weight,
+    write_blocked,
+    write_unpacked,
+)
+from autotune.compression.weights import INT8_MAX, quantize_bias, quantize_weight
+from autotune.compression.wide import WidePlacement
+from autotune.errors import CompressionError
+from search_spaces import INT8, Precision
+
+# x * clip(x + 3, 0, 6) / 6 (Howard et al. 2019, "Searching for MobileNetV3", section 5.2).
+_HARD_SWISH_SHIFT = 3.0
+_SIGN_SHIFT = 128
+# Unsigned codes less 128 are the signed codes of the same values.
+_LEVELS_16 = 65535
+_HALF, _FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Codes:
+    """value = (code - zero_point) * scale, for unsigned 8-bit codes."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that one candidate's file follows from."""
+
+    view: GraphView
+    layers: Mapping[str, WeightedNode]
+    calibration: Calibration
+    chosen: Mapping[str, Precision]
+    placement: Placement
+    wide: WidePlacement
+    kernels: KernelClass
+
+
+def weight_codes(layer: str, precision: Precision) -> str:
+    """The initializer that holds a layer's quantized weights in an artifact."""
+    return f"{_weight_prefix(layer, precision)}/q"
+
+
+class GraphWriter:
+    """Appends a plan's nodes to `parts`; used once."""
+
+    def __init__(self, plan: Plan, parts: Parts) -> None:
+        self._plan = plan
+        self._parts = parts
+        self._view = plan.view
+        self._placement = plan.placement
+        self._made: set[str] = set()
+        self._half_made: set[str] = set()
+        self._symmetric = _symmetric_roots(plan)
+
+    def write(self) -> None:
+        """Write every node."""
+        for node in self._view.nodes:
+            layer = self._plan.layers.get(node.name)
+            precision = self._plan.chosen.get(node.name)
+            if node.name in self._placement.absorbed:
+                continue
+            if node.name in self._plan.wide.half:
+                self._half_node(node)
+            elif layer is not None and precision is not None and not precision.is_float:
+                self._layer(layer, precision)
+            elif node.op_type == "HardSwish" and node.name in self._placement.int8:
+                self._int8_hard_swish(node)
+            elif node.name in self._placement.int8:
+                self._int8_operator(node)
+            else:
+                self._float_node(node, [self._as_float(name) for name in node.input])
+
+    def _layer(self, layer: WeightedNode, precision: Precision) -> None:
+        if precision.is_int8:
+            self._int8_layer(layer, precision)
+        elif precision.activation_bits == 16:
+            self._coded16_layer(layer, precision)
+        elif is_blocked(layer, precision):
+            data, bias = self._as_float(layer.input), layer.bias
+            if bias:
+                self._as_float(bias)
+            write_blocked(self._parts, self._view, layer, precision, data=data, bias=bias)
+        else:
+            data = self._as_float(layer.input)
+            weight = write_unpacked(self._parts, self._view, layer, precision)
+            rest = [self._as_float(name) for name in layer.node.input[2:]]
+            self._float_node(layer.node, [data, weight, *rest])
+
+    # -- float ---------------------------------------------------------------------------
+
+    def _float_node(self, node: onnx.NodeProto, inputs: list[str]) -> None:
+        out = str(node.output[0])
+        target = f"{out}/raw16" if out in self._plan.wide.rounded else out
+        if node.name in self._placement.guarded or node.name in self._plan.wide.guarded:
+            raw = f"{out}/guarded"
+            self._parts.copy(node, inputs, [raw])
+            self._parts.node("LeakyRelu", [raw], [target], f"{node.name}/guard", alpha=1.0)
+        else:
+            self._parts.copy(node, inputs, [target, *node.output[1:]])
+        if target != out:
+            self._round16(target, out, out)
+
+    def _half_node(self, node: onnx.NodeProto) -> None:
+        inputs = [self._as_half(name) for name in node.input]
+        out = str(node.output[0])
+        self._parts.copy(node, inputs, [f"{out}/half"])
+        self._half_made.add(out)
+        if out == self._view.output_name:
+            self._as_float(out)
+
+    # -- 16-bit codes --------------------------------------------------------------------
+
+    def _coded16_layer(self, layer: WeightedNode, precision: Precision) -> None:
+        data = self._as_coded16(layer.input)
+        weight = self._view.array(layer.weight)
+        name, axis = _weight_prefix(layer.name, precision), output_axis(layer)
+
+        def make() -> Mapping[str, np.ndarray]:
+            quantized = quantize_weight(
+                weight, axis=axis, input_scale=1.0, bias=None, granularity=precision.granularity
+            )
+            return _triple(name, quantized.codes, quantized.scale)
+
+        self._parts.arrays((name,), make)
+        self._dequantize_constant(name, axis, is_scalar=precision.granularity is not None)
+        rest = [self._as_float(bias) for bias in layer.node.input[2:]]
+        self._float_node(layer.node, [data, f"{name}/dq", *rest])
+
+    def _as_coded16(self, tensor: str) -> str:
+        """The name under which a layer with 16-bit activations reads the tensor."""
+        if tensor in self._placement.stored or tensor in self._plan.wide.rounded:
+            return self._as_float(tensor)
+        if f"{tensor}/dq16" not in self._made:
+            self._made.add(f"{tensor}/dq16")
+            self._round16(self._as_float(tensor), tensor, f"{tensor}/dq16")
+        return f"{tensor}/dq16"
+
+    def _round16(self, raw: str, tensor: str, out: str) -> None:
+        """Q and DQ with 16-bit codes; ONNX has them since opset 21, onnxruntime always."""
+        held = self._range(tensor)
+        low, high = held
+        if tensor in self._symmetric:
+            largest = max(-low, high)
+            scale = float(np.float32(largest / (_LEVELS_16 // 2))) or 1.0
+            zero_point = (_LEVELS_16 + 1) // 2
+        else:
+            scale = float(np.float32((high - low) / _LEVELS_16)) or 1.0
+            zero_point = int(np.clip(round(-low / scale), 0, _LEVELS_16))
+        names = [
+            self._parts.constant(_scale_name(scale), scale, np.float32),
+            self._parts.constant(f"zero_point16/{zero_point}", zero_point, np.uint16),
+        ]
+        codes = f"{tensor}/q16"
+        self._parts.node("QuantizeLinear", [raw, *names], [codes], codes, contrib=True)
+        self._parts.node("DequantizeLinear", [codes, *names], [out], f"{codes}/dq", contrib=True)
+
+    # -- 8-bit codes ---------------------------------------------------------------------
+
+    def _int8_operator(self, node: onnx.NodeProto) -> None:
+        inputs = [self._as_codes(name) for name in node.input]
+        out = self._placement.writes.get(node.output[0], node.output[0])
+        self._parts.copy(node, inputs, [_raw(out)])
+        self._quantize(_raw(out), out)
+
+    def _int8_hard_swish(self, node: onnx.NodeProto) -> None:
+        x, out = self._as_codes(node.input[0]), node.output[0]
+        three, total, gate = (f"{out}/{part}" for part in ("three", "sum", "gate"))
+        self._code(f"{three}/q", LEVELS)
+        self._dequantize(three, three, _HARD_SWISH_SHIFT / LEVELS, 0)
+        self._parts.node("Add", [x, f"{three}/dq"], [total], f"{node.name}/add")
+        # Codes of [0, 6] are read as [0, 1]: the division by 6 costs nothing.
+        self._quantize_as(total, gate, 2 * _HARD_SWISH_SHIFT / LEVELS, 0)
+        self._dequantize(gate, gate, 1 / LEVELS, 0)
+        self._parts.node("Mul", [x, f"{gate}/dq"], [_raw(out)], f"{node.name}/mul")
+        self._quantize(_raw(out), out)
+
+    def _int8_layer(self, layer: WeightedNode, precision: Precision) -> None:
+        out = self._placement.writes.get(layer.output, layer.output)
+        inputs = [self._as_codes(layer.input)]
+        inputs += self._int8_weights(layer, precision, self._meaning(layer.input).scale, out)
+        if out in self._placement.stored:
+            self._parts.copy(layer.node, inputs, [_raw(out)])
+            self._quantize(_raw(out), out)
+        else:
+            self._parts.copy(layer.node, inputs, [out])
+
+    def _int8_weights(
+        self, layer: WeightedNode, precision: Precision, input_scale: float, out: str
+    ) -> list[str]:
+        weight = self._view.array(layer.weight)
+        bias = self._view.array(layer.bias) if layer.bias else None
+        axis, shift = output_axis(layer), self._gate_shift(out)
+        if shift:
+            bias = (np.zeros(weight.shape[axis], np.float32) if bias is None else bias) + shift
+        names = [_weight_prefix(layer.name, precision)]
+        if bias is not None:
+            names.append(names[0].replace(f"{layer.name}.weight", f"{layer.name}.bias"))
+
+        def make() -> Mapping[str, np.ndarray]:
+            quantized = quantize_weight(
+                weight,
+                axis=axis,
+                input_scale=input_scale,
+                bias=bias,
+                granularity=precision.granularity,
+                largest_code=self._plan.kernels.largest_weight_code,
+            )
+            arrays = _triple(names[0], quantized.codes, quantized.scale)
+            if bias is not None:
+                arrays |= _triple(
+                    names[1],
+                    *quantize_bias(bias, input_scale=input_scale, weight_scale=quantized.scale),
+                )
+            return arrays
+
+        self._parts.arrays((names[0], input_scale, shift), make)
+        for name, channel_axis in zip(names, (axis, 0), strict=False):
+            self._dequantize_constant(
+                name, channel_axis, is_scalar=precision.granularity is not None
+            )
+        return [f"{name}/dq" for name in names]
+
+    def _dequantize_constant(self, name: str, axis: int, *, is_scalar: bool) -> None:
+        triple = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
+        attributes = {} if is_scalar else {"axis": axis}
+        self._parts.node("DequantizeLinear", triple, [f"{name}/dq"], f"{name}/dq", **attributes)
+
+    # -- tensors -------------------------------------------------------------------------
+
+    def _as_float(self, tensor: str) -> str:
+        """The name under which a float node reads the tensor."""
+        if tensor in self._placement.stored:
+            return _dequantized(self._view, tensor)
+        if tensor in self._half_made and tensor not in self._made:
+            self._made.add(tensor)
+            self._parts.node("Cast", [f"{tensor}/half"], [tensor], f"{tensor}/float", to=_FLOAT)
+        self._parts.source_constant(tensor)
+        return tensor
+
+    def _as_half(self, tensor: str) -> str:
+        """The name under which a float16 node reads it; integer constants stay as they are."""
+        if not tensor:
+            return tensor
+        half = f"{tensor}/half"
+        if self._view.is_constant(tensor):
+            array = self._view.array(tensor)
+            if array.dtype != np.float32:
+                return self._as_float(tensor)
+            # Bounds of a Clip may be infinite; weights that are not must stay finite.
+            self._parts.arrays((half,), lambda: {half: array.astype(np.float16)})
+        elif tensor not in self._half_made and half not in self._made:
+            self._made.add(half)
+            self._parts.node("Cast", [self._as_float(tensor)], [half], half, to=_HALF)
+        return half
+
+    def _as_codes(self, tensor: str) -> str:
+        """The name under which an 8-bit node reads it; a float tensor gets its Q/DQ once."""
+        if self._view.is_constant(tensor):
+            self._parts.source_constant(tensor)
+            return tensor
+        if tensor in self._placement.stored:
+            return _dequantized(self._view, tensor)
+        if f"{tensor}/dq" not in self._made:
+            self._made.add(f"{tensor}/dq")
+            meaning = self._meaning(tensor)
+            self._quantize_as(self._as_float(tensor), tensor, meaning.scale, meaning.zero_point)
+            self._dequantize(tensor, tensor, meaning.scale, meaning.zero_point)
+        return f"{tensor}/dq"
+
+    def _quantize(self, raw: str, tensor: str) -> None:
+        """Q and DQ behind the 8-bit node that made `tensor`."""
+        meaning = self._meaning(tensor)
+        written = self._gate(tensor) or meaning
+        self._quantize_as(raw, tensor, written.scale, written.zero_point)
+        self._dequantize(tensor, tensor, meaning.scale, meaning.zero_point)
+
+    def _meaning(self, tensor: str) -> _Codes:
+        """What a code of the tensor stands for where it is read."""
+        root = self._placement.stored.get(tensor, tensor)
+        producer = self._view.producer.get(root)
+        if producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid"):
+            return _Codes(scale=1 / LEVELS, zero_point=0)
+        if root in self._symmetric:
+            low, high = self._range(root)
+            scale = float(np.float32(max(-low, high) / INT8_MAX)) or 1.0
+            return _Codes(scale=scale, zero_point=_SIGN_SHIFT)
+        low, high = self._range(root)
+        held = dataclasses.replace(self._plan.calibration.ranges[root], low=low, high=high)
+        return _Codes(scale=held.scale, zero_point=held.zero_point)
+
+    def _range(self, tensor: str) -> tuple[float, float]:
+        """The least and the largest value of the tensor that matter."""
+        held = self._plan.calibration.ranges.get(tensor)
+        if held is None:
+            raise CompressionError(f"tensor {tensor!r} was not calibrated")
+        taker = self._view.only_consumer(tensor)
+        if taker is not None and taker.op_type == "HardSwish":
+            # HardSwish is 0 below -3: codes spent there are wasted.
+            return max(held.low, -_HARD_SWISH_SHIFT), held.high
+        return held.low, held.high
+
+    def _gate(self, tensor: str) -> _Codes | None:
+        """How a layer's output is quantized so that its codes are HardSigmoid's output.
+
+        HardSigmoid(x) = clip(alpha x + beta, 0, 1) = code / 255 with
+        code = clip(x / (1 / (255 alpha)) + 255 beta, 0, 255).
+        """
+        producer = self._view.producer.get(tensor)
+        if producer is None or self._placement.absorbed.get(producer.name) != "gate":
+            return None
+        scale = 1 / (LEVELS * attribute(producer, "alpha", 0.2))
+        return _Codes(scale=scale, zero_point=int(LEVELS * attribute(producer, "beta", 0.5)))
+
+    def _gate_shift(self, tensor: str) -> float:
+        """What the bias must add because a zero point is a whole number."""
+        gate = self._gate(tensor)
+        if gate is None:
+            return 0.0
+        beta = attribute(self._view.producer[tensor], "beta", 0.5)
+        return float((LEVELS * beta - gate.zero_point) * gate.scale)
+
+    # -- parts ---------------------------------------------------------------------------
+
+    def _quantize_as(self, raw: str, tensor: str, scale: float, zero_point: int) -> None:
+        inputs = [raw, *self._parameters(scale, zero_point)]
+        self._parts.node("QuantizeLinear", inputs, [f"{tensor}/q"], f"{tensor}/q")
+
+    def _dequantize(self, tensor: str, name: str, scale: float, zero_point: int) -> None:
+        inputs = [f"{tensor}/q", *self._parameters(scale, zero_point)]
+        out = _dequantized(self._view, name)
+        self._parts.node("DequantizeLinear", inputs, [out], f"{name}/dq")
+
+    def _parameters(self, scale: float, zero_point: int) -> tuple[str, str]:
+        """One constant per value: equal scales are the same tensor everywhere."""
+        name = self._parts.constant(_scale_name(scale), scale, np.float32)
+        return name, self._code(f"zero_point/{zero_point}", zero_point)
+
+    def _code(self, name: str, unsigned: int) -> str:
+        """One code of an activation, in the kernels' sign."""
+        if self._plan.kernels.signed_activations:
+            return self._parts.constant(name, unsigned - _SIGN_SHIFT, np.int8)
+        return self._parts.constant(name, unsigned, np.uint8)
+
+
+def _symmetric_roots(plan: Plan) -> set[str]:
+    """The tensors whose codes are symmetric around zero, because a layer wants them so."""
+    roots: set[str] = set()
+    for name, precision in plan.chosen.items():
+        if precision.activation_bits < 32 and precision.is_symmetric:
+            layer = plan.layers[name]
+            out = plan.placement.writes.get(layer.output, layer.output)
+            for tensor in (layer.input, out):
+                roots.add(plan.placement.stored.get(tensor, tensor))
+    return roots
+
+
+def _weight_prefix(layer: str, precision: Precision) -> str:
+    """The prefix of the layer's weight codes, scales and zero points."""
+    plain = f"{layer}.weight"
+    is_usual = precision.plain == INT8 and precision.granularity is None
+    return plain if is_usual else packed_weight(layer, precision)
+
+
+def _scale_name(scale: float) -> str:
+    return f"scale/{np.float32(scale).tobytes().hex()}"
+
+
+def _raw(tensor: str) -> str:
+    """What an 8-bit node makes, before its Q."""
+    return f"{tensor}/raw"
+
+
+def _dequantized(view: GraphView, tensor: str) -> str:
+    """A DQ's output; the graph's own output keeps its name."""
+    return tensor if tensor == view.output_name else f"{tensor}/dq"
+
+
+def _triple(name: str, codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Codes, scales and zero points of a symmetric tensor."""
+    zeros = np.zeros(scale.shape, codes.dtype)
+    return {f"{name}/q": codes, f"{name}/scale": scale, f"{name}/zero_point": zeros}

@@ -1,0 +1,107 @@
+"""The parts of one file while it is written: nodes in order, constants by name.
+
+Owns serialization and its reuse: a part that was made for an earlier candidate is not made
+again. What the parts say is `graph_writer.py`'s business; joining them is `wire.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from autotune.compression.graph import GraphView
+from autotune.compression.wire import initializer_field, node_field
+
+CONTRIB_DOMAIN = "com.microsoft"
+
+
+class KeptParts:
+    """Serialized nodes and constants of earlier candidates, by what shapes them."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[object, ...], bytes] = {}
+        self._arrays: dict[tuple[object, ...], Mapping[str, bytes]] = {}
+
+    def part(self, key: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
+        """The serialized part with that key, made once."""
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = make()
+        return part
+
+    def arrays(
+        self, key: tuple[object, ...], make: Callable[[], Mapping[str, np.ndarray]]
+    ) -> Mapping[str, bytes]:
+        """The serialized constants with that key, made once."""
+        parts = self._arrays.get(key)
+        if parts is None:
+            parts = {
+                name: initializer_field(numpy_helper.from_array(array, name))
+                for name, array in make().items()
+            }
+            self._arrays[key] = parts
+        return parts
+
+
+class Parts:
+    """One file's nodes and constants; each constant once, in the order of first use."""
+
+    def __init__(self, view: GraphView, kept: KeptParts) -> None:
+        self.nodes: list[bytes] = []
+        self.constants: dict[str, bytes] = {}
+        self.needs_contrib = False
+        self._view = view
+        self._kept = kept
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        name: str,
+        *,
+        contrib: bool = False,
+        **attributes: int | float | str,
+    ) -> None:
+        """Append a node; its name, inputs and outputs tell it from every other one."""
+        self.needs_contrib |= contrib
+        domain = CONTRIB_DOMAIN if contrib else None
+
+        def make() -> bytes:
+            return node_field(
+                helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes)
+            )
+
+        key = (operator, domain, name, *inputs, "->", *outputs)
+        self.nodes.append(self._kept.part(key, make))
+
+    def copy(self, node: onnx.NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Append a copy of the source's node with other inputs and outputs."""
+
+        def make() -> bytes:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:], copy.output[:] = inputs, outputs
+            return node_field(copy)
+
+        key = (node.op_type, node.name, *inputs, "->", *outputs)
+        self.nodes.append(self._kept.part(key, make))
+
+    def arrays(self, key: tuple[object, ...], make: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Add constants; `key` tells them from others of the same name."""
+        self.constants.update(self._kept.arrays(key, make))
+
+    def constant(self, name: str, value: float, dtype: type[np.generic]) -> str:
+        """Add a number under a name that no other value has; returns the name."""
+        if name not in self.constants:
+            self.arrays((name,), lambda: {name: np.asarray(value, dtype=dtype)})
+        return name
+
+    def source_constant(self, name: str) -> None:
+        """Add a constant of the source model; nothing happens where it is none."""
+        if name in self._view.initializers and name not in self.constants:
+            tensor = self._view.initializers[name]
+            self.constants[name] = self._kept.part((name,), lambda: initializer_field(tensor))

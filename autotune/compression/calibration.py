@@ -24,6 +24,9 @@ from autotune.compression.units import INT8_OPERATORS, find_layers
 from autotune.errors import CompressionError
 
 LEVELS = 255
+_LEAST_WIDTH = 2.0**-50
+# A tensor whose values all lie within 1e-15 counts as zero: in steps of such a range a bias
+# would need a scale, (input scale x weight scale), that float32 rounds to 0.
 _MEMORY_BYTES = 256 * 1024 * 1024
 
 
@@ -88,8 +91,10 @@ def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) 
     outputs = [output.name for output in session.get_outputs()]
     for start in range(0, len(samples), batch):
         part = np.ascontiguousarray(samples[start : start + batch], dtype=np.float32)
-        values = dict(zip(outputs, session.run(None, {view.input_name: part}), strict=True))
-        values[view.input_name] = part
+        values = {view.input_name: part}
+        if outputs:
+            results = session.run(outputs, {view.input_name: part})
+            values |= dict(zip(outputs, results, strict=True))
         for name in names:
             # numpy's minimum keeps a NaN, Python's loses it
             low[name] = float(np.minimum(low[name], values[name].min()))
@@ -97,8 +102,13 @@ def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) 
     _require_finite(low, high)
     return Calibration(
         n_samples=len(samples),
-        ranges={name: Range(low=low[name], high=high[name]) for name in names},
+        ranges={name: _range(low[name], high[name]) for name in names},
     )
+
+
+def _range(low: float, high: float) -> Range:
+    is_zero = high - low < _LEAST_WIDTH
+    return Range(low=0.0, high=0.0) if is_zero else Range(low=low, high=high)
 
 
 def quantizable_tensors(view: GraphView) -> list[str]:

@@ -1,17 +1,19 @@
 """One normal form for FP32 graphs, whatever exported them.
 
-Owns the rewriting: constants to initializers, BatchNorm folded, global means as
-GlobalAveragePool, one input with a symbolic batch axis, every other extent static, notes of
-the exporter removed. Refuses graphs that nothing later could treat; `graph.py` reads the
-result.
+Owns the rewriting: functions inlined, constants folded into initializers, BatchNorm folded,
+global means as GlobalAveragePool, one input with a symbolic batch axis, every other extent
+static, notes of the exporter removed. What is refused is `requirements.py`'s; `graph.py`
+reads the result.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import helper, numpy_helper
 
+from autotune.compression.folding import fold_constants
 from autotune.compression.graph import (
     BATCH_AXIS,
     GraphView,
@@ -20,61 +22,80 @@ from autotune.compression.graph import (
     shape_of,
     unique_names,
 )
+from autotune.compression.requirements import (
+    WEIGHTED,
+    called,
+    fix_sample_axes,
+    require_float32_layers,
+    require_inference,
+    require_one_input_and_output,
+    require_plain_float,
+    require_usable_constants,
+)
 from autotune.errors import InvalidModel
 
 MIN_OPSET = 13
 # Per-channel QuantizeLinear/DequantizeLinear exist since opset 13 (ONNX operator changelog).
-_QUANTIZED_OPERATORS = frozenset(
-    {
-        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv",
-        "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulNBits", "QGemm",
-    }
-)  # fmt: skip
-_CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
-_WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
+# What a candidate's tensors are called after the tensor they belong to (`quantization.py`).
+_TAKEN_SUFFIXES = (
+    "/q",
+    "/dq",
+    "/raw",
+    "/scale",
+    "/zero_point",
+    "/guarded",
+    "/three",
+    "/sum",
+    "/gate",
+)
 
 
-def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
+def clean_up(
+    model: onnx.ModelProto, *, input_shape: tuple[int, ...] | None = None
+) -> onnx.ModelProto:
     """The model in normal form; a copy.
+
+    `input_shape` is one sample's shape: it takes the place of dynamic axes other than the
+    batch's.
 
     Raises:
         InvalidModel: it is quantized already, has control flow, several inputs or outputs,
-            a dynamic axis other than the first, or weights that are not finite.
+            dynamic axes that no data explains, layers that are not float32, or weights that
+            are not finite; the message names the node, input or weights.
     """
-    model = _copy_of(model)
-    _require_plain_float(model)
+    model = _inlined(model)
+    require_plain_float(model)
     model = _modern_opset(model)
     _drop_notes(model)
     _constants_to_initializers(model)
-    _require_one_input_and_output(model)
+    require_one_input_and_output(model.graph)
+    fix_sample_axes(model.graph, input_shape)
     _drop_identities(model)
+    fold_constants(model)
+    _drop_dead_nodes(model)
     _free_batch_axis(model)
-    _require_finite(model)
+    require_usable_constants(model.graph)
     _fold_batch_norms(model)
     _means_to_pools(model)
     _drop_unused_initializers(model)
+    _free_taken_names(model)
     _name_weights_and_nodes(model)
-    return _with_shapes(model)
+    model = _with_shapes(model)
+    require_float32_layers(model)
+    return model
 
 
-def _copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every call of a model-local function is replaced by its nodes."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    return copy
-
-
-def _require_plain_float(model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        if node.op_type in _QUANTIZED_OPERATORS:
-            raise InvalidModel(
-                f"the model is already quantized: node {node.name!r} is a {node.op_type}; "
-                "give the FP32 model from which it was made"
-            )
-        if node.op_type in _CONTROL_FLOW:
-            raise InvalidModel(
-                f"node {node.name!r} is control flow ({node.op_type}), which cannot be tuned; "
-                "export the model with fixed control flow"
-            )
+    if not copy.functions:
+        return copy
+    try:
+        return onnx.inliner.inline_local_functions(copy)
+    except (RuntimeError, ValueError) as error:
+        names = ", ".join(sorted({repr(f.name) for f in copy.functions}))
+        raise InvalidModel(f"the model's functions {names} cannot be inlined: {error}") from error
 
 
 def _modern_opset(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -107,7 +128,7 @@ def _constants_to_initializers(model: onnx.ModelProto) -> None:
     graph = model.graph
     kept = []
     for node in graph.node:
-        value = attribute(node, "value", None) if node.op_type == "Constant" else None
+        value = _constant(node)
         if value is None:
             kept.append(node)
             continue
@@ -121,42 +142,52 @@ def _constants_to_initializers(model: onnx.ModelProto) -> None:
     graph.input.extend(inputs)
 
 
-def _require_one_input_and_output(model: onnx.ModelProto) -> None:
-    graph = model.graph
-    for role, values in (("input", graph.input), ("output", graph.output)):
-        if len(values) != 1:
-            names = ", ".join(repr(v.name) for v in values)
-            raise InvalidModel(
-                f"the model has {len(values)} {role}s ({names}); exactly one {role} is supported"
-            )
-    value = graph.input[0]
-    if value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
-        kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
-        raise InvalidModel(f"input {value.name!r} is {kind}; a float32 input is needed")
-    if len(value.type.tensor_type.shape.dim) < 2:
-        raise InvalidModel(f"input {value.name!r} needs a batch axis and at least one more axis")
-    for axis, extent in enumerate(shape_of(value)):
-        if axis > 0 and extent < 1:
-            name = value.type.tensor_type.shape.dim[axis].dim_param or "unknown"
-            raise InvalidModel(
-                f"axis {axis} of input {value.name!r} is dynamic ({name}); only the batch axis "
-                "may be: export the model with a fixed input shape"
-            )
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """What a Constant holds, in any of the ways it may be written but sparse and text."""
+    if node.op_type != "Constant":
+        return None
+    for entry in node.attribute:
+        value = helper.get_attribute_value(entry)
+        if entry.name == "value":
+            return value
+        if entry.name in ("value_float", "value_floats"):
+            return numpy_helper.from_array(np.asarray(value, np.float32))
+        if entry.name in ("value_int", "value_ints"):
+            return numpy_helper.from_array(np.asarray(value, np.int64))
+    return None
 
 
 def _drop_identities(model: onnx.ModelProto) -> None:
     """Identity, and Dropout as it is at inference."""
     graph = model.graph
-    outputs = {o.name for o in graph.output}
+    held = {i.name: numpy_helper.to_array(i) for i in graph.initializer if not i.dims}
+    require_inference(graph.node, held)
+    kept_names = {o.name for o in graph.output} | {
+        name for node in graph.node if node.op_type == "Dropout" for name in node.output[1:]
+    }
+    used = {name for node in graph.node for name in node.input}
     renamed: dict[str, str] = {}
     kept = []
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-        if node.op_type in ("Identity", "Dropout") and node.output[0] not in outputs:
+        passes = node.op_type in ("Identity", "Dropout") and node.output[0] not in kept_names
+        if passes and not used & set(node.output[1:]):
             renamed[node.output[0]] = node.input[0]
         else:
             kept.append(node)
     _replace_nodes(graph, kept)
+
+
+def _drop_dead_nodes(model: onnx.ModelProto) -> None:
+    """Nothing that the output does not depend on is quantized, calibrated or counted."""
+    graph = model.graph
+    needed = {o.name for o in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(node.input)
+    _replace_nodes(graph, kept[::-1])
 
 
 def _free_batch_axis(model: onnx.ModelProto) -> None:
@@ -182,39 +213,51 @@ def _free_batch_axis(model: onnx.ModelProto) -> None:
     _set_initializers(graph, freed)
 
 
-def _require_finite(model: onnx.ModelProto) -> None:
-    for tensor in model.graph.initializer:
-        array = numpy_helper.to_array(tensor)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            bad = int(array.size - np.isfinite(array).sum())
-            raise InvalidModel(
-                f"weights {tensor.name!r} hold {bad} values that are NaN or infinite; "
-                "train or export the model again"
-            )
-
-
 def _fold_batch_norms(model: onnx.ModelProto) -> None:
     """Write scale * (conv(x) - mean) / sqrt(var + eps) + shift into the Conv's weights."""
+    before = len(model.graph.node)
+    _fold_batch_norms_once(model)
+    if len(model.graph.node) < before:
+        _fold_batch_norms(model)  # two in a row
+
+
+def _fold_batch_norms_once(model: onnx.ModelProto) -> None:
     view = GraphView(model)
     graph = model.graph
-    kept, replaced = [], set()
+    kept = []
     for node in graph.node:
         conv = view.producer.get(node.input[0]) if node.input else None
         if node.op_type != "BatchNormalization" or conv is None or not _folds(view, conv, node):
             kept.append(node)
             continue
         scale, shift, mean, var = (view.array(n).astype(np.float64) for n in node.input[1:5])
-        gain = scale / np.sqrt(var + attribute(node, "epsilon", 1e-5))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = scale / np.sqrt(var + attribute(node, "epsilon", 1e-5))
         weight = view.array(conv.input[1])
-        bias = view.array(conv.input[2]) if len(conv.input) > 2 else np.zeros(len(gain))
-        folded = (weight * gain.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
-        bias_name = f"{layer_name(conv.input[1])}.bias"
-        replaced |= {conv.input[1], bias_name}
-        new = {conv.input[1]: folded, bias_name: ((bias - mean) * gain + shift).astype(np.float32)}
+        has_bias = len(conv.input) > 2 and conv.input[2]
+        bias = view.array(conv.input[2]) if has_bias else np.zeros(len(gain))
+        with np.errstate(over="ignore", invalid="ignore"):
+            folded = (weight * gain.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+            moved = ((bias - mean) * gain + shift).astype(np.float32)
+        if not (np.isfinite(folded).all() and np.isfinite(moved).all()):
+            raise InvalidModel(
+                f"{called(node)} cannot be folded into {called(conv)}: its statistics make the "
+                "weights infinite or NaN; train the model again or repair its running variance"
+            )
+        bias_name = _bias_name(view, conv)
+        new = {conv.input[1]: folded, bias_name: moved}
         conv.input[:] = [conv.input[0], conv.input[1], bias_name]
         conv.output[0] = node.output[0]
         _set_initializers(graph, new)
     _replace_nodes(graph, kept)
+
+
+def _bias_name(view: GraphView, conv: onnx.NodeProto) -> str:
+    """The bias is named after the layer, unless another node uses that name."""
+    name = f"{layer_name(conv.input[1])}.bias"
+    takers = view.consumers.get(name, [])
+    is_free = name not in view.producer and all(node is conv for node in takers)
+    return name if is_free else f"{conv.output[0]}/folded_bias"
 
 
 def _folds(view: GraphView, conv: onnx.NodeProto, norm: onnx.NodeProto) -> bool:
@@ -223,6 +266,7 @@ def _folds(view: GraphView, conv: onnx.NodeProto, norm: onnx.NodeProto) -> bool:
         and view.only_consumer(conv.output[0]) is not None
         and all(view.is_constant(name) for name in (*conv.input[1:], *norm.input[1:5]) if name)
         and len(view.consumers[conv.input[1]]) == 1
+        and norm.input[0] == conv.output[0]
     )
 
 
@@ -251,12 +295,31 @@ def _drop_unused_initializers(model: onnx.ModelProto) -> None:
     graph.initializer.extend(kept)
 
 
+def _free_taken_names(model: onnx.ModelProto) -> None:
+    """Rename a tensor called as a candidate would call one that belongs to another tensor."""
+    graph = model.graph
+    names = [name for node in graph.node for name in (*node.input, *node.output)]
+    kept = {value.name for value in (*graph.input, *graph.output)} | {""}
+    renamed = {
+        name: "|".join(name.rsplit("/", 1))
+        for name in dict.fromkeys(names)
+        if name.endswith(_TAKEN_SUFFIXES) and name not in kept
+    }
+    fresh = unique_names([*dict.fromkeys(n for n in names if n not in renamed), *renamed.values()])
+    renamed = dict(zip(renamed, fresh[len(fresh) - len(renamed) :], strict=True))
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for tensor in graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+
+
 def _name_weights_and_nodes(model: onnx.ModelProto) -> None:
     """Nodes are named after their layer or their output: exporters repeat or leave out names."""
     held = {i.name for i in model.graph.initializer}
     names = []
     for node in model.graph.node:
-        has_weight = node.op_type in _WEIGHTED and len(node.input) > 1 and node.input[1] in held
+        has_weight = node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in held
         names.append(
             layer_name(node.input[1]) if has_weight else f"{node.op_type}:{node.output[0]}"
         )

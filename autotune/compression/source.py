@@ -11,7 +11,6 @@ import difflib
 import gc
 import hashlib
 import importlib
-import pickle
 import sys
 import warnings
 from collections.abc import Mapping
@@ -24,9 +23,12 @@ import onnx
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import external_data_helper, numpy_helper
 
+from autotune.compression.checkpoint import load_weights, read_weights
 from autotune.compression.cleanup import clean_up
 from autotune.compression.graph import BATCH_AXIS, model_bytes, shape_of
+from autotune.compression.requirements import dynamic_sample_axes
 from autotune.compression.torchvision_repair import import_torchvision
 from autotune.errors import InvalidModel, UntrustedCode
 from autotune.spec import ModelSpec
@@ -47,7 +49,8 @@ class SourceModel:
 
     `graph` is FP32 in normal form: BatchNorm folded, a symbolic batch axis, weights named as
     the torch parameters. `module` is None for an ONNX source. `input_shape` has no batch
-    axis. `digest` is the sha256 of `fp32_bytes`.
+    axis. `digest` is the sha256 of `fp32_bytes`. `notices` is what the user should know of how
+    the model was taken, one sentence each.
     """
 
     reference: str
@@ -58,6 +61,7 @@ class SourceModel:
     input_shape: tuple[int, ...]
     output_name: str
     num_classes: int
+    notices: tuple[str, ...] = ()
 
     @property
     def fp32_bytes(self) -> bytes:
@@ -85,17 +89,18 @@ def load_source_model(
         )
     if scheme == "onnx":
         return _from_onnx(spec, Path(rest), input_shape)
-    state = _read_weights(Path(spec.weights)) if spec.weights else None
+    state = read_weights(Path(spec.weights)) if spec.weights else None
     made = _torchvision_model(rest, spec, state) if scheme == "torchvision" else _called(rest)
     if isinstance(made, onnx.ModelProto):
-        return _source(spec, clean_up(made), None, input_shape)
+        _require_valid(made, spec.source)
+        return _source_of(made, spec, input_shape)
     if not isinstance(made, torch.nn.Module):
         raise InvalidModel(
             f"{spec.source!r} returned {type(made).__name__}; it must return a torch.nn.Module "
             "or an onnx.ModelProto"
         )
     if state is not None:
-        _load_state(made, state, spec)
+        load_weights(made, state, where=str(spec.weights), model=spec.source)
     module = made.float().eval()
     return _source(spec, export_module(module, input_shape), module, input_shape)
 
@@ -212,17 +217,67 @@ def _from_onnx(spec: ModelSpec, path: Path, input_shape: tuple[int, ...]) -> Sou
             "file holds its own weights: remove `weights`"
         )
     try:
-        model = onnx.load(str(path))
-        onnx.checker.check_model(model)
+        model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise InvalidModel(
             f"cannot read the ONNX file {path}: {error.strerror or error}"
         ) from error
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        raise InvalidModel(
-            f"{path} is not a valid ONNX file (truncated or of another kind?): {_first_line(error)}"
-        ) from error
-    return _source(spec, clean_up(model), None, input_shape)
+    except (DecodeError, ValueError) as error:
+        raise _not_onnx(str(path), error) from error
+    _load_external_data(model, path)
+    _require_valid(model, str(path))
+    return _source_of(model, spec, input_shape)
+
+
+def _source_of(
+    model: onnx.ModelProto, spec: ModelSpec, input_shape: tuple[int, ...]
+) -> SourceModel:
+    """A source that is a graph; axes that only the data fixes are told to the user."""
+    graph = clean_up(model, input_shape=input_shape)
+    dynamic = dynamic_sample_axes(model.graph)
+    notices: tuple[str, ...] = ()
+    if dynamic:
+        listed = ", ".join(map(str, dynamic))
+        notices = (
+            f"input {graph.graph.input[0].name!r} has dynamic axes ({listed}): they are fixed to "
+            f"the data's, so every artifact takes samples of shape {tuple(input_shape)} alone",
+        )
+    return _source(spec, graph, None, input_shape, notices)
+
+
+def _require_valid(model: onnx.ModelProto, where: str) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise _not_onnx(where, error) from error
+
+
+def _not_onnx(where: str, error: Exception) -> InvalidModel:
+    return InvalidModel(
+        f"{where} is not a valid ONNX file (truncated or of another kind?): {_first_line(error)}"
+    )
+
+
+def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Read the weights that a large model keeps in files of their own, beside it."""
+    constants = [entry.t for node in model.graph.node for entry in node.attribute]
+    for tensor in (*model.graph.initializer, *constants):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        try:
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+            numpy_helper.to_array(tensor)
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise InvalidModel(
+                f"{path} keeps its weights {tensor.name!r} in the file {location!r}, which is "
+                "not beside it, is cut short or lies outside its folder; put the file there, or "
+                "write the model as one file, as an upload must be: "
+                f"onnx.save(onnx.load({path.name!r}), 'whole.onnx')"
+            ) from error
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
 
 
 def _source(
@@ -230,6 +285,7 @@ def _source(
     graph: onnx.ModelProto,
     module: torch.nn.Module | None,
     input_shape: tuple[int, ...],
+    notices: tuple[str, ...] = (),
 ) -> SourceModel:
     declared = shape_of(graph.graph.input[0])[1:]
     if declared != tuple(input_shape):
@@ -247,6 +303,7 @@ def _source(
         input_shape=tuple(input_shape),
         output_name=graph.graph.output[0].name,
         num_classes=classes,
+        notices=notices,
     )
 
 
@@ -313,8 +370,8 @@ def _classes_in(state: Mapping[str, torch.Tensor] | None, models: Any, name: str
         return None
     with torch.device("meta"):
         last = list(models.get_model(name, weights=None).state_dict())[-1]
-    tensor = state.get(last, state.get(f"module.{last}"))
-    return None if tensor is None else int(tensor.shape[0])
+    tensor = state.get(last)
+    return None if tensor is None or tensor.ndim == 0 else int(tensor.shape[0])
 
 
 def _called(reference: str) -> Any:
@@ -332,68 +389,6 @@ def _called(reference: str) -> Any:
         raise InvalidModel(
             f"python:{reference} failed with {type(error).__name__}: {_first_line(error)}"
         ) from error
-
-
-def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
-    if not path.is_file():
-        raise InvalidModel(f"the weights file {path} does not exist")
-    try:
-        if _is_safetensors(path):
-            from safetensors.torch import load_file
-
-            return dict(sorted(load_file(path).items()))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InvalidModel(
-            f"{path} holds more than tensors and is not unpickled; save the state_dict alone, "
-            "or as .safetensors"
-        ) from error
-    except Exception as error:
-        # safetensors and torch each raise several unrelated classes for a damaged file
-        raise InvalidModel(f"cannot read the weights in {path}: {_first_line(error)}") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state:
-        raise InvalidModel(f"{path} does not hold a state_dict (a mapping of names to tensors)")
-    return state
-
-
-def _is_safetensors(path: Path) -> bool:
-    """By content, because an upload has no suffix: eight bytes of length, then a JSON object.
-
-    The safetensors format specification; a torch file begins with a zip's or a pickle's mark.
-    """
-    with path.open("rb") as file:
-        head = file.read(9)
-    return head[8:] == b"{" and not head.startswith((b"PK", b"\x80"))
-
-
-def _load_state(
-    module: torch.nn.Module, state: Mapping[str, torch.Tensor], spec: ModelSpec
-) -> None:
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    own = module.state_dict()
-    for name, tensor in own.items():
-        if name not in state:
-            if name.endswith("num_batches_tracked"):
-                state[name] = tensor
-                continue
-            raise InvalidModel(
-                f"weights {spec.weights!r} have no {name!r}, which {spec.source!r} needs"
-            )
-        if state[name].shape != tensor.shape:
-            raise InvalidModel(
-                f"{name!r} has shape {tuple(state[name].shape)} in {spec.weights!r}, but "
-                f"{tuple(tensor.shape)} in {spec.source!r}; check the model's name and num_classes"
-            )
-    extra = [name for name in state if name not in own]
-    if extra:
-        raise InvalidModel(
-            f"weights {spec.weights!r} hold {extra[0]!r}, which {spec.source!r} does not have "
-            f"({len(extra)} such keys)"
-        )
-    module.load_state_dict(state)
 
 
 def _first_line(error: Exception) -> str:

@@ -127,16 +127,19 @@ def test_unknown_operators_are_counted_and_stay_float() -> None:
     assert [str(operator) for operator in inventory.float_operators] == [
         "1 Conv (its weights are computed, not constant)",
         "2 Erf (onnxruntime's CPU provider has no 8-bit kernel for it)",
+        "1 ReduceMax (nothing is known about quantizing it)",
     ]
 
 
 def _with_unknown_operators() -> onnx.ModelProto:
-    """Erf twice, and a Conv whose weights are computed."""
+    """Erf twice, and a Conv whose weights depend on the sample."""
     weight = np.zeros((3, 3, 1, 1), np.float32)
     nodes = [
         helper.make_node("Conv", ["x", "a.weight"], ["c"]),
         helper.make_node("Erf", ["c"], ["d"]),
-        helper.make_node("Erf", ["b.weight"], ["w"]),
+        helper.make_node("Erf", ["x"], ["e"]),
+        helper.make_node("ReduceMax", ["e"], ["s"], keepdims=0),
+        helper.make_node("Mul", ["b.weight", "s"], ["w"]),
         helper.make_node("Conv", ["d", "w"], ["y"]),
     ]
     value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", *SHAPE]) for n in "xy"]

@@ -43,6 +43,7 @@ from device_agents.protocol import (
     MeasurementResult,
     Outcome,
 )
+from device_agents.transfer import Transfer
 
 LONG_POLL_S = 20.0
 ENROLMENT_TRIES = 4
@@ -143,6 +144,7 @@ class Agent:
         self._cache = ArtifactCache(
             settings.state_dir / "cache", max_bytes=settings.cache_max_bytes
         )
+        self._transfer = Transfer(self._connection, self._cache)
         self._outbox = Outbox(settings.state_dir / "outbox")
 
     def stop(self) -> None:
@@ -360,22 +362,18 @@ class Agent:
         cached = self._cache.get(artifact.sha256)
         if cached is not None:
             return cached
-        backoff = self._backoff()
-        for attempt in range(1, DOWNLOAD_TRIES + 1):
+        backoff, tries_left, in_parts = self._backoff(), DOWNLOAD_TRIES, True
+        while True:
+            received = self._cache.received_bytes(artifact.sha256)
             try:
-                received = self._cache.received_bytes(artifact.sha256)
-                with self._connection.download(artifact.sha256, offset=received) as found:
-                    return self._cache.put(
-                        artifact.sha256,
-                        found.chunks,
-                        size_bytes=artifact.size_bytes,
-                        offset=found.offset,
-                        keep=keep,
-                    )
-            except (ServiceUnreachable, ArtifactCorrupt):
-                if attempt == DOWNLOAD_TRIES or held.is_dropped.wait(backoff.next_s()):
+                return self._transfer.fetch(artifact, keep=keep, in_parts=in_parts)
+            except (ServiceUnreachable, ArtifactCorrupt) as error:
+                # A line that breaks but brings something each time gets there in the end.
+                if self._cache.received_bytes(artifact.sha256) <= received:
+                    tries_left -= 1
+                if tries_left == 0 or held.is_dropped.wait(backoff.next_s()):
                     raise
-        raise AssertionError("the last try returns or raises")
+                in_parts = in_parts and not isinstance(error, ArtifactCorrupt)
 
     def _keep(self, result: MeasurementResult) -> None:
         try:

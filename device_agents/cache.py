@@ -6,15 +6,19 @@ no room. Where the bytes come from is the caller's business (`connection.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from device_agents.errors import ArtifactCorrupt, DeviceDiskFull
-from device_agents.files import PART_SUFFIX, disk_errors, finish
+from device_agents.files import PART_SUFFIX, disk_errors, durable_file, finish
+from device_agents.segments import Place, Segment, places
 
 DEFAULT_MAX_BYTES = 2 * 2**30
+LIST_SUFFIX = ".segments"
 
 
 class ArtifactCache:
@@ -104,6 +108,27 @@ class ArtifactCache:
     def _part(self, sha256: str) -> Path:
         return self._folder / f"{sha256}{PART_SUFFIX}"
 
+    def keep_segments(self, sha256: str, segments: Sequence[Segment]) -> None:
+        """Remember what an artifact here is made of, for the next one that shares parts."""
+        listed = [[segment.identity, segment.size_bytes] for segment in segments]
+        with durable_file(self._list_of(sha256)) as file:
+            file.write(json.dumps(listed).encode())
+
+    def places(self) -> dict[str, Place]:
+        """Where the segments of all artifacts here lie; a list that is damaged is left out."""
+        known: dict[Path, list[Segment]] = {}
+        for listed in self._folder.glob(f"*{LIST_SUFFIX}"):
+            artifact = listed.with_name(listed.name.removesuffix(LIST_SUFFIX))
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                pairs = json.loads(listed.read_bytes())
+                segments = [Segment(identity=str(n), size_bytes=int(size)) for n, size in pairs]
+                if artifact.stat().st_size == sum(s.size_bytes for s in segments):
+                    known[artifact] = segments
+        return places(known)
+
+    def _list_of(self, sha256: str) -> Path:
+        return self._folder / f"{sha256}{LIST_SUFFIX}"
+
     def clear(self) -> None:
         """Delete every artifact."""
         for path in self._folder.iterdir():
@@ -122,5 +147,5 @@ class ArtifactCache:
         for path in oldest_first:
             if self.size_bytes() + size_bytes <= self._max_bytes:
                 return
-            if path.name.removesuffix(PART_SUFFIX) not in keep:
+            if path.name.partition(".")[0] not in keep:
                 path.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from device_agents.errors import (
 )
 from device_agents.protocol import (
     PROTOCOL_VERSION,
+    ArtifactSegments,
     EnrolReply,
     EnrolRequest,
     Heartbeat,
@@ -34,6 +35,7 @@ from device_agents.protocol import (
     LeaseRequest,
     MeasurementResult,
 )
+from device_agents.segments import Segment
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
@@ -122,15 +124,17 @@ class ServiceConnection:
         return None if response.status_code == 204 else _parse(Lease, response)
 
     @contextmanager
-    def download(self, sha256: str, *, offset: int = 0) -> Iterator[Download]:
-        """An artifact's bytes, not yet verified, from `offset` on if the service can.
+    def download(
+        self, sha256: str, *, offset: int = 0, stop: int | None = None
+    ) -> Iterator[Download]:
+        """An artifact's bytes, not yet verified, from `offset` up to `stop` if the service can.
 
         Raises:
             ArtifactMissing: the service does not have it.
         """
         headers = {"Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
+        if offset or stop is not None:
+            headers["Range"] = f"bytes={offset}-{'' if stop is None else stop - 1}"
         path = f"/v1/agent/artifacts/{sha256}"
         try:
             with self._client.stream("GET", path, headers=headers) as response:
@@ -147,6 +151,18 @@ class ServiceConnection:
                 yield Download(offset=offset if is_partial else 0, chunks=response.iter_raw())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
+
+    def segments(self, sha256: str) -> tuple[Segment, ...]:
+        """The parts of an artifact; none where the service cannot tell."""
+        try:
+            response = self._client.get(f"/v1/agent/artifacts/{sha256}/segments")
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code in (404, 405):
+            return ()
+        _require_success(response)
+        found = _parse(ArtifactSegments, response).segments
+        return tuple(Segment(identity=name, size_bytes=size) for name, size in found)
 
     def upload(self, result: MeasurementResult) -> Acknowledgement:
         """Send a result; REFUSED if it came too late or the service cannot read it."""

@@ -138,6 +138,15 @@ class ArtifactReference(Message):
     size_bytes: int
 
 
+class ArtifactSegments(Message):
+    """The parts of an artifact in order: `(identity, bytes)`; equal bytes have equal identities.
+
+    An agent that holds another artifact with some of these parts fetches the others by range.
+    """
+
+    segments: tuple[tuple[str, int], ...]
+
+
 class RuntimeRequest(Message):
     """The runtime to load and its options."""
 

@@ -19,6 +19,7 @@ from autotune.service.problems import Refusal, problem_responses
 from autotune.service.security import Agent, hash_secret, new_secret, require_agent
 from device_agents.protocol import (
     PROTOCOL_VERSION,
+    ArtifactSegments,
     EnrolReply,
     EnrolRequest,
     Heartbeat,
@@ -28,6 +29,7 @@ from device_agents.protocol import (
     MeasurementResult,
 )
 from storage.records import AgentRecord, MeasurementRecord
+from storage.segments import find_segments
 
 router = APIRouter(prefix="/v1/agent", tags=["agents"])
 
@@ -110,6 +112,19 @@ async def download(
     return FileResponse(path, media_type="application/octet-stream", headers={"ETag": sha256})
 
 
+@router.get(
+    "/artifacts/{sha256}/segments",
+    operation_id="list_segments",
+    responses=problem_responses(401, 404),
+    dependencies=[Depends(require_agent)],
+)
+async def segments(
+    context: Context, sha256: Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+) -> ArtifactSegments:
+    """The parts of an artifact, so that an agent fetches only those that it does not have."""
+    return await run_in_threadpool(_segments, context, sha256)
+
+
 @router.post(
     "/results",
     operation_id="report_result",
@@ -119,6 +134,11 @@ async def report(context: Context, agent: Agent, result: MeasurementResult) -> d
     """Accept a result while its lease is current; a late one is kept for audit (409)."""
     await run_in_threadpool(context.repository.accept_result, result, agent_id=agent.id)
     return {"accepted": True}
+
+
+def _segments(context: ServiceContext, sha256: str) -> ArtifactSegments:
+    found = find_segments(context.artifacts.path(sha256).read_bytes())
+    return ArtifactSegments(segments=tuple((x.identity, x.size_bytes) for x in found))
 
 
 def _require_version(version: int) -> None:

@@ -146,6 +146,14 @@ def test_an_artifact_is_sent_whole_and_by_range(service: RunningService) -> None
     assert (rest.status_code, rest.content) == (206, content[1000:])
 
 
+def test_the_segments_of_an_artifact_are_listed(service: RunningService) -> None:
+    agent, _ = service.enrol()
+    sha256 = service.context.artifacts.put(bytes(range(256)) * 40).sha256
+    response = agent.get(f"/v1/agent/artifacts/{sha256}/segments")
+    assert sum(size for _, size in response.json()["segments"]) == 256 * 40
+    assert agent.get(f"/v1/agent/artifacts/{'0' * 64}/segments").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("name", "status"), [("0" * 64, 404), ("..%2F..%2Ftoken", 404), ("A" * 64, 422)]
 )

@@ -100,6 +100,7 @@ class FakeService:
     def answer(self, route, body, key):
         """The status, and what to send: a JSON document or the bytes of an artifact."""
         name, _, rest = route.partition("/")
+        name = "segments" if rest.endswith("/segments") else name
         with self.changed:
             self.calls[name] += 1
             self.changed.notify_all()
@@ -110,6 +111,8 @@ class FakeService:
                 return self.enrol(json.loads(body))
             if key not in self.keys:
                 return 401, {"detail": "no such key"}
+            if name == "segments":
+                return 404, {}  # a service that cannot tell
             if name == "artifacts":
                 return (200, self.artifacts[rest]) if rest in self.artifacts else (404, {})
             return {"heartbeat": self.beat, "lease": self.lease, "results": self.accept}[name](body)
@@ -143,7 +146,7 @@ def handler_for(service):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            if service.cut_after is None:
+            if service.cut_after is None or self.path.endswith("/segments"):
                 self.reply(b"")
             else:
                 self.send_part()

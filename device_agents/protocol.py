@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PROTOCOL_VERSION = 1
-# Version 1 (2026-11-21): enrol, heartbeat, lease, artifact download, result.
+# Version 1 (2026-11-21): enrol, heartbeat, lease, artifact download by range and its list of
+# segments, result with throttling and energy where a device has them.
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -75,9 +75,8 @@ class CountingLine:
 
 def main() -> int:
     benchmark = start("bytes_per_candidate", "Bytes shipped to a device for each candidate.")
-    source = (
-        quick_job(CACHE / "quick") if benchmark.quick else full_job(QUICK_MODEL, CACHE / "digits")
-    )
+    quick = benchmark.quick
+    source = quick_job(CACHE / "quick") if quick else full_job(QUICK_MODEL, CACHE / "digits")
     folder = CACHE / "bytes_per_candidate"
     job = long_job(source, QUICK_TRIALS if quick else TRIALS)
     benchmark.say("running the job")

@@ -79,7 +79,7 @@ def quantize_weight(
     A channel whose bias would not fit into int32 gets a larger scale than its weights need.
     """
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    scale = np.abs(weight.astype(np.float64)).max(axis=others) / largest_code
+    scale: np.ndarray = np.abs(weight.astype(np.float64)).max(axis=others) / largest_code
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * _BIAS_MAX))
     if isinstance(granularity, PerTensor):
@@ -95,7 +95,9 @@ def quantize_bias(
     bias: np.ndarray, *, input_scale: float, weight_scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Int32 codes and their float32 scales, input scale x weight scale."""
-    scale = np.asarray(np.float32(input_scale) * weight_scale, dtype=np.float32)
+    largest = float(np.finfo(np.float32).max)
+    product = np.float64(input_scale) * weight_scale.astype(np.float64)
+    scale = np.asarray(np.minimum(product, largest), dtype=np.float32)
     codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
     return np.clip(codes, -_BIAS_MAX, _BIAS_MAX).astype(np.int32), scale
 

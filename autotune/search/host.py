@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.workers import WorkerPool
 from autotune.spec import JobSpec
+from device_agents.protocol import DeviceDescription
 from storage.artifacts import ArtifactStore
 from storage.repository import Repository
 
@@ -25,7 +26,8 @@ class Host:
     fleet: Fleet
     window: QuietWindow
     trust_job_code: bool
-    make_pool: Callable[[JobSpec, DataSplits], WorkerPool]
+    make_pool: Callable[[JobSpec, DataSplits, DeviceDescription], WorkerPool]
+    """The device is the one that candidates are compressed for."""
     should_stop: Callable[[], bool]
     make_room: Callable[[], None]
     """The disk is full: give up what is kept back, so that the job's end can be written."""

@@ -22,6 +22,7 @@ from autotune.search.tuning import Tuning
 from autotune.search.verification import VerificationOutcome, verify
 from autotune.search.workers import WorkerPool, WorkerStarter, start_ray, stop_ray
 from autotune.spec import JobSpec
+from device_agents.protocol import DeviceDescription
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.records import DeviceRecord, JobRecord, JobState
@@ -59,7 +60,7 @@ class Runner:
         trust_job_code: bool = False,
         host_id: str | None = None,
         ray_address: str | None = None,
-        make_pool: Callable[[JobSpec, DataSplits], WorkerPool] | None = None,
+        make_pool: Callable[[JobSpec, DataSplits, DeviceDescription], WorkerPool] | None = None,
     ) -> None:
         self._window = QuietWindow()
         self._fleet = Fleet(repository, host_id=host_id, window=self._window)
@@ -115,11 +116,14 @@ class Runner:
             should_stop=self._stopping.is_set,
         )
 
-    def _make_pool(self, spec: JobSpec, splits: DataSplits) -> WorkerPool:
+    def _make_pool(
+        self, spec: JobSpec, splits: DataSplits, device: DeviceDescription
+    ) -> WorkerPool:
         start_ray(n_workers=self._n_workers, address=self._ray_address)
         return WorkerPool(
             spec,
             splits,
+            device=device,
             cache_dir=self._data_dir / "bases",
             n_workers=self._n_workers,
             trust=self._host.trust_job_code,

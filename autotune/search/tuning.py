@@ -1,6 +1,6 @@
 """One job from its first phase to its answer.
 
-    load ─▶ wait for the device ─▶ baselines ─▶ prune ─▶ sensitivity ─▶ search ─▶ confirm
+    load ─▶ wait for the device ─▶ baselines ─▶ sensitivity ─▶ prune ─▶ search ─▶ confirm
 
 Owns the order of the phases and when to stop. Each phase reads what the database already
 holds and does only what is missing, so that a job goes on after a restart without losing or
@@ -33,6 +33,7 @@ from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
+from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
 from autotune.spec import LatencyBudget, name_uploads, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
@@ -46,6 +47,7 @@ from storage.records import (
     TrialRecord,
     TrialState,
 )
+from storage.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from autotune.compression.data import DataSplits
@@ -58,9 +60,6 @@ _CONFIRMED_FRONT_MEMBERS = 3
 
 _CONFIRM_ROUNDS = 4
 """How often the winner may fail to confirm before the best confirmed trial is taken."""
-
-_SENSITIVITY_CHUNK = 4
-"""Layer groups per call, so that workers share the load and a stop is quick."""
 
 
 class Tuning:
@@ -119,9 +118,9 @@ class Tuning:
         self._require_runtimes()
         evaluation = self._baselines(inspection)
         if not self._is_over():
-            bases = self._prune(inspection.inventory)
-            damage = self._sensitivity()
-            self._search(evaluation, inspection.inventory, bases, damage)
+            entries = self._sensitivity(inspection.inventory)
+            bases = self._prune(inspection.inventory, entries)
+            self._search(evaluation, inspection.inventory, bases, damage(entries))
         self._confirm(evaluation)
 
     # The phases, in order.
@@ -136,7 +135,7 @@ class Tuning:
 
     def _inspect(self, splits: DataSplits) -> Inspection:
         with self._host.window.computing():
-            self._pool = self._host.make_pool(self._spec, splits)
+            self._pool = self._host.make_pool(self._spec, splits, self._device.description)
             inspection: Inspection = self._call("inspect")
             self._workers.share_source()
         if self._job.inventory is None:
@@ -179,15 +178,35 @@ class Tuning:
                 fp32.id, state=TrialState.PROPOSED, outcome=None, reason=None
             )
 
-    def _prune(self, inventory: LayerInventory) -> list[dict[str, float]]:
+    def _sensitivity(self, inventory: LayerInventory) -> tuple[Sensitivity, ...]:
+        """The damage of each choice alone; what an earlier run stored is not measured again."""
+        self._enter("sensitivity")
+        phase = SensitivityPhase(
+            space=self._space,
+            inventory=inventory,
+            known=self._job.sensitivity,
+            store=self._keep_sensitivity,
+            notice=self._notice,
+            limit_s=limit_s(self._spec.search, self._trials()),
+        )
+        with self._host.window.computing():
+            return phase.run(
+                self._workers, should_stop=self._must_stop, with_pruning=self._prunes
+            )
+
+    def _keep_sensitivity(self, entries: tuple[Sensitivity, ...]) -> None:
+        self._job = self._update(sensitivity=entries)
+
+    def _prune(
+        self, inventory: LayerInventory, entries: Sequence[Sensitivity]
+    ) -> list[dict[str, float]]:
         """The pruned bases of this job that could be made, those of earlier trials first."""
-        if not self._space.prune_ratios or self._spec.search.max_pruned_bases == 0:
+        if not self._prunes:
             return []
         self._enter("pruning")
         rng = random.Random(self._spec.seed)  # noqa: S311 - a search, not a secret
-        wanted = planner.bases(self._space, inventory, rng=rng)[
-            : self._spec.search.max_pruned_bases
-        ]
+        found = planner.bases(self._space, inventory, rng=rng, damage=prune_damage(entries))
+        wanted = planner.after_earlier(found, self._trials())[: self._spec.search.max_pruned_bases]
         made: dict[int, dict[str, float]] = {}
         calls = [Call(method="prepare_base", arguments=(base,)) for base in wanted]
         with self._host.window.computing():
@@ -201,28 +220,9 @@ class Tuning:
                     self._event("base_prepared", {"base": result})
         return [made[index] for index in sorted(made)]
 
-    def _sensitivity(self) -> dict[tuple[str, str], float]:
-        """Mean KL to FP32 of each (group, precision) alone; kept entry by entry."""
-        self._enter("sensitivity")
-        known = {(e["group"], e["precision"]): e for e in self._job.sensitivity}
-        missing = [
-            (name, precision)
-            for name, choices in self._space.precisions.items()
-            for precision in choices
-            if not precision.is_float and (name, precision.name) not in known
-        ]
-        chunks = [
-            missing[i : i + _SENSITIVITY_CHUNK] for i in range(0, len(missing), _SENSITIVITY_CHUNK)
-        ]
-        calls = [Call(method="sensitivity", arguments=(chunk,)) for chunk in chunks]
-        with self._host.window.computing():
-            for _, result in self._workers.run(calls, should_stop=self._must_stop):
-                if isinstance(result, CallFailed):
-                    self._notice(f"a sensitivity could not be measured: {result.error}")
-                    continue
-                known |= {(entry["group"], entry["precision"]): entry for entry in result}
-                self._job = self._update(sensitivity=tuple(known.values()))
-        return {key: float(entry["mean_kl"]) for key, entry in known.items()}
+    @property
+    def _prunes(self) -> bool:
+        return bool(self._space.prune_ratios) and self._spec.search.max_pruned_bases > 0
 
     def _search(
         self,

@@ -26,13 +26,16 @@ from autotune.search.interruption import Stopped
 from autotune.spec import JobSpec
 from search_spaces import Candidate, LayerInventory, Precision
 from storage.records import AccuracyReport
+from storage.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from autotune.compression.accuracy import AccuracyEvaluator
     from autotune.compression.compressor import Compressor
     from autotune.compression.data import DataSplits
     from autotune.compression.racing import Race
+    from autotune.compression.sensitivity import SensitivityMeter
     from autotune.compression.source import SourceModel
+    from device_agents.protocol import DeviceDescription
 
 _POLL_S = 0.2
 _ADOPTION_S = 120.0
@@ -86,10 +89,18 @@ class CallFailed:
 class CompressionWorker:
     """What runs in a worker process."""
 
-    def __init__(self, spec: JobSpec, splits: DataSplits, cache_dir: str, trust: bool) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        splits: DataSplits,
+        cache_dir: str,
+        trust: bool,
+        device: DeviceDescription | None = None,
+    ) -> None:
         # Loading waits for the first call, so that a wrong model is that call's error and
         # not a worker that cannot start.
         self._spec, self._cache_dir, self._trust = spec, Path(cache_dir), trust
+        self._device = device
         self.splits = splits
         self._evaluators: dict[str, AccuracyEvaluator] = {}
 
@@ -173,12 +184,29 @@ class CompressionWorker:
             accuracy=accuracy,
         )
 
-    def sensitivity(self, choices: Sequence[tuple[str, Precision]]) -> list[Mapping[str, Any]]:
-        """The damage of each (group, precision) alone."""
-        from autotune.compression.sensitivity import measure_sensitivity
+    def noise(self, group: str, precisions: Sequence[Precision]) -> list[Sensitivity]:
+        """What each precision loses at the group's own output; cheap."""
+        return self._meter.noise(group, precisions)
 
-        entries = measure_sensitivity(self.compressor, self._evaluator("sensitivity"), choices)
-        return [entry.to_json() for entry in entries]
+    def divergence(self, group: str, precision: Precision) -> list[Sensitivity]:
+        """What one precision of one group does to the model's outputs."""
+        return [self._meter.divergence(group, precision)]
+
+    def removal(self, choices: Sequence[tuple[str, float]]) -> list[Sensitivity]:
+        """What each (prunable group, ratio) removes; cheap."""
+        return [self._meter.removal(group, ratio) for group, ratio in choices]
+
+    def pruning(self, group: str, ratio: float) -> list[Sensitivity]:
+        """What pruning one group alone does to the model's outputs."""
+        return [self._meter.pruning(group, ratio)]
+
+    @cached_property
+    def _meter(self) -> SensitivityMeter:
+        from autotune.compression.sensitivity import SensitivityMeter
+
+        n = min(len(self.splits.search), _SENSITIVITY_SAMPLES)
+        data = self.splits.search.take(np.arange(n))
+        return SensitivityMeter(self.compressor, data, calibration=self.splits.calibration)
 
     def search_accuracy(self, artifact: bytes) -> AccuracyReport:
         """The artifact's accuracy on all of the search data."""
@@ -193,8 +221,6 @@ class CompressionWorker:
 
         if split not in self._evaluators:
             data = self.splits.held_out if split == "held_out" else self.splits.search
-            if split == "sensitivity":
-                data = data.take(np.arange(min(len(data), _SENSITIVITY_SAMPLES)))
             self._evaluators[split] = AccuracyEvaluator(
                 self.source.fp32_bytes, data, split=split, threads=1
             )
@@ -211,9 +237,16 @@ class WorkerProcess:
             torchvision_repair.import_torchvision()
         self._worker: CompressionWorker | None = None
 
-    def begin(self, spec: JobSpec, splits: DataSplits, cache_dir: str, trust: bool) -> None:
+    def begin(
+        self,
+        spec: JobSpec,
+        splits: DataSplits,
+        cache_dir: str,
+        trust: bool,
+        device: DeviceDescription | None = None,
+    ) -> None:
         """Become a worker of this job."""
-        self._worker = CompressionWorker(spec, splits, cache_dir, trust)
+        self._worker = CompressionWorker(spec, splits, cache_dir, trust, device)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """One method of the worker."""
@@ -295,6 +328,7 @@ class WorkerPool:
         cache_dir: where pruned bases are kept, shared by the workers.
         n_workers: how many processes; one per core to be used.
         trust: job code may run.
+        device: what candidates are compressed for; None: what fits everywhere.
         starter: where the processes come from.
     """
 
@@ -306,6 +340,7 @@ class WorkerPool:
         cache_dir: Path,
         n_workers: int,
         trust: bool,
+        device: DeviceDescription | None = None,
         starter: WorkerStarter | None = None,
     ) -> None:
         import ray
@@ -313,7 +348,7 @@ class WorkerPool:
         self._ray = ray
         self._starter = starter or WorkerStarter()
         self._splits = ray.put(splits)
-        self._arguments = (spec, str(cache_dir), trust)
+        self._arguments = (spec, str(cache_dir), trust, device)
         self._source: Any = None
         self._idle: list[Any] = [self._new_worker() for _ in range(n_workers)]
 
@@ -388,9 +423,9 @@ class WorkerPool:
             self._idle.append(self._new_worker())
 
     def _new_worker(self) -> Any:
-        spec, cache_dir, trust = self._arguments
+        spec, cache_dir, trust, device = self._arguments
         worker = self._starter.take()
-        worker.begin.remote(spec, self._splits, cache_dir, trust)
+        worker.begin.remote(spec, self._splits, cache_dir, trust, device)
         if self._source is not None:
             worker.call.remote("adopt", self._source)
         return worker

@@ -31,7 +31,7 @@ class Loop:
             self.artifacts,
             data_dir=folder,
             workers=1,
-            make_pool=lambda spec, splits: FakePool(),  # type: ignore[arg-type,return-value]
+            make_pool=lambda spec, splits, device: FakePool(),  # type: ignore[arg-type,return-value]
         )
         x = np.zeros((60, 1, 8, 8), np.float32)
         np.savez(folder / "data.npz", x=x, y=np.arange(60) % 10)

@@ -77,6 +77,10 @@ class SearchSpec(_Section):
     """Precisions that a layer group may take: `fp32`, `w8a8` (INT8), weight-only `w8` and `w4`."""
     prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
     """Shares of its channels that a prunable group may lose; `[0]` switches pruning off."""
+    prune_importance: Literal["l1", "l2", "taylor", "batch_norm"] = "taylor"
+    """How pruning ranks channels: by the `l1` or `l2` norm of their weights, by the `taylor`
+    expansion of the loss (gradients of training samples, or of calibration samples where there
+    is no training data), or by the scale of their `batch_norm` (`l2` in groups without one)."""
     threads: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     """Numbers of threads that the runtime may use on the device."""
     trials: int = Field(default=40, ge=1)
@@ -114,6 +118,9 @@ class RecoverySpec(_Section):
     """Peak of the one-cycle schedule."""
     batch_size: int = Field(default=32, ge=2)
     """Samples per step."""
+    patience: int = Field(default=3, ge=1)
+    """Epochs in a row without a smaller loss on the held-back tenth of the training data that
+    end the training; the weights of the best epoch are kept."""
     temperature: float = Field(default=4.0, gt=0)
     """Softens teacher and student; larger is softer."""
 

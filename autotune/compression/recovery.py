@@ -36,7 +36,12 @@ _REESTIMATION_SAMPLES = 512
 _VALIDATION_FRACTION = 0.1
 _VALIDATION_SAMPLES = (32, 256)
 """Fewest and most validation samples; a smaller training set gives none away."""
-_PATIENCE_EPOCHS = 3
+_STOPPED = {
+    "complete": "all {epochs} epochs were run",
+    "no_epochs": "recovery.epochs is 0: BatchNorm was re-estimated, nothing was trained",
+    "patience": "{patience} epochs in a row brought no smaller loss on the held-back samples",
+    "diverged": "the training loss was no longer finite",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +52,16 @@ class RecoveryReport:
     was none): of the teacher, of the student after BatchNorm re-estimation, and of the
     weights that were kept. `final_loss` is the mean training loss of the last epoch, None
     where none was run. `epochs` counts those run, `kept_epoch` the one whose weights were
-    kept (0: those before training).
+    kept (0: those before training), `samples` those trained on per epoch. `stopped_because`
+    says why there was no further epoch. `wall_s` is all of it in seconds, the teacher's
+    answers only where they were not known before.
     """
 
     epochs: int
     kept_epoch: int
     wall_s: float
     final_loss: float | None
+    stopped_because: str
     samples: int
     validation_samples: int
     teacher_accuracy: float | None
@@ -75,8 +83,9 @@ def recover(
 
     The teacher answers once, before the training; pass its `logits` over `training.x`,
     shape `(n, classes)`, to spare even that. A tenth of the data (at most 256 samples) is
-    held back: the weights with the smallest loss there are kept, and three epochs without
-    a smaller one end the training. Arrays may be read-only. The number of torch's threads
+    held back: the weights with the smallest loss there are kept, and `spec.patience` epochs
+    without a smaller one end the training. Where nothing can be held back (`hold_back`), all
+    epochs are run and the last weights kept. Arrays may be read-only. The number of torch's threads
     and its random state are restored. `spec.epochs == 0` only re-estimates BatchNorm.
 
     Raises:
@@ -87,7 +96,7 @@ def recover(
             f"recovery training needs 2 samples or more, the training data has {len(training.x)}"
         )
     started = time.monotonic()
-    with _torch_settings(seed=seed, threads=threads):
+    with torch_settings(seed=seed, threads=threads):
         soft = logits(teacher, training.x) if teacher_logits is None else teacher_logits
         course = _Course.plan(training, soft, seed=seed)
         reestimate_batch_norm(student, training.x[course.train[:_REESTIMATION_SAMPLES]])
@@ -122,6 +131,20 @@ def reestimate_batch_norm(module: nn.Module, x: np.ndarray, *, batch_size: int =
             member.training = training
 
 
+def hold_back(n_samples: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training samples to train on, and of those that judge every epoch.
+
+    A tenth is held back, at most 256; none where that would be fewer than 32, on which one
+    sample is 3 points of accuracy. Same number and seed, same parts, both shuffled.
+    """
+    order = np.random.default_rng(seed).permutation(n_samples)
+    fewest, most = _VALIDATION_SAMPLES
+    held_back = min(most, int(n_samples * _VALIDATION_FRACTION))
+    if held_back < fewest:
+        held_back = 0
+    return order[held_back:], order[:held_back]
+
+
 def logits(module: nn.Module, x: np.ndarray, *, batch_size: int = 64) -> np.ndarray:
     """The module's outputs over `x` in evaluation mode, float32 of shape `(n, classes)`."""
     was_training = module.training
@@ -146,15 +169,9 @@ class _Course:
 
     @classmethod
     def plan(cls, data: LabelledData, soft: np.ndarray, *, seed: int) -> _Course:
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(data.x))
-        fewest, most = _VALIDATION_SAMPLES
-        held_back = min(most, int(len(order) * _VALIDATION_FRACTION))
-        if held_back < fewest:
-            held_back = 0
-        return cls(
-            data=data, soft=soft, train=order[held_back:], validation=order[:held_back], rng=rng
-        )
+        train, validation = hold_back(len(data.x), seed=seed)
+        rng = np.random.default_rng((seed, 1))
+        return cls(data=data, soft=soft, train=train, validation=validation, rng=rng)
 
     def run(self, student: nn.Module, spec: RecoverySpec, started: float) -> RecoveryReport:
         before = self._validate(student, spec)
@@ -162,6 +179,7 @@ class _Course:
         best_state = copy.deepcopy(student.state_dict())
         loss: float | None = None
         epoch = 0
+        stopped = "complete" if spec.epochs else "no_epochs"
         steps = _Steps.prepare(student, spec, len(self.train))
         with _training_layout(student):
             for epoch in range(1, spec.epochs + 1):
@@ -170,7 +188,11 @@ class _Course:
                 if math.isfinite(loss) and (now < best_loss or not len(self.validation)):
                     best_loss, best_accuracy, kept = now, accuracy, epoch
                     best_state = copy.deepcopy(student.state_dict())
-                if not math.isfinite(loss) or epoch - kept >= _PATIENCE_EPOCHS:
+                if not math.isfinite(loss):
+                    stopped = "diverged"
+                    break
+                if epoch - kept >= spec.patience and epoch < spec.epochs:
+                    stopped = "patience"
                     break
         student.load_state_dict(best_state)
         return RecoveryReport(
@@ -178,6 +200,7 @@ class _Course:
             kept_epoch=kept,
             wall_s=time.monotonic() - started,
             final_loss=loss if loss is not None and math.isfinite(loss) else None,
+            stopped_because=_STOPPED[stopped].format(epochs=epoch, patience=spec.patience),
             samples=len(self.train),
             validation_samples=len(self.validation),
             teacher_accuracy=self._accuracy(self.soft[self.validation]),
@@ -261,7 +284,8 @@ class _Steps:
 
 
 @contextmanager
-def _torch_settings(*, seed: int, threads: int) -> Iterator[None]:
+def torch_settings(*, seed: int, threads: int) -> Iterator[None]:
+    """Seed and threads of torch inside the block; its random state is restored after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

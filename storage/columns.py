@@ -8,7 +8,7 @@ keep exactly the same value (PostgreSQL's refuses NaN). Which columns there are 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol, Self
@@ -89,16 +89,6 @@ class Json(TypeDecorator[Any]):
         return None if value is None else json.loads(value)
 
 
-class JsonTuple(Json):
-    """A JSON array that comes back as a tuple."""
-
-    cache_ok = True
-
-    def process_result_value(self, value: str | None, _: Dialect) -> Any:
-        """The array."""
-        return None if value is None else tuple(json.loads(value))
-
-
 class Document(TypeDecorator[Any]):
     """A value with `to_json` and `from_json` (candidate, inventory, space, accuracy report)."""
 
@@ -124,6 +114,32 @@ class Document(TypeDecorator[Any]):
         try:
             return self.value_type.from_json(json.loads(value))
         except (KeyError, TypeError, ValueError, SearchSpaceError) as error:
+            raise _unreadable(self.value_type, error) from error
+
+
+class Documents(TypeDecorator[Any]):
+    """A tuple of values with `to_json` and `from_json`."""
+
+    impl = Text()
+    cache_ok = True
+
+    def __init__(self, value_type: type[Documented]) -> None:
+        super().__init__()
+        self.value_type = value_type
+
+    def process_bind_param(self, value: Iterable[Documented], _: Dialect) -> str:
+        """The values' documents as a JSON array."""
+        return json.dumps([entry.to_json() for entry in value], separators=(",", ":"))
+
+    def process_result_value(self, value: str | None, _: Dialect) -> Any:
+        """The values.
+
+        Raises:
+            StorageError: a newer release wrote them, or they were altered.
+        """
+        try:
+            return tuple(self.value_type.from_json(entry) for entry in json.loads(value or "[]"))
+        except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(self.value_type, error) from error
 
 

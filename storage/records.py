@@ -20,6 +20,7 @@ from device_agents.protocol import (
     Outcome,
 )
 from search_spaces import Candidate, LayerInventory, SearchSpace
+from storage.sensitivity import Sensitivity
 
 
 class JobState(StrEnum):
@@ -127,7 +128,7 @@ class JobRecord:
     device_id: str | None = None
     latency_budget_ns: float | None = None
     reference_latency_ns: float | None = None
-    sensitivity: tuple[Mapping[str, Any], ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
     result: Mapping[str, Any] | None = None
     created_at: datetime
     started_at: datetime | None = None

@@ -31,8 +31,8 @@ from search_spaces import Candidate, LayerInventory, SearchSpace
 from storage.columns import (
     CleanText,
     Document,
+    Documents,
     Json,
-    JsonTuple,
     Message,
     Serial,
     UtcDateTime,
@@ -46,6 +46,7 @@ from storage.records import (
     TrialOutcome,
     TrialState,
 )
+from storage.sensitivity import Sensitivity
 
 
 class Base(DeclarativeBase):
@@ -89,7 +90,7 @@ class JobRow(Base):
     device_id: Mapped[str | None] = mapped_column(ForeignKey("devices.id"))
     latency_budget_ns: Mapped[float | None]
     reference_latency_ns: Mapped[float | None]
-    sensitivity: Mapped[tuple[Mapping[str, Any], ...]] = mapped_column(JsonTuple)
+    sensitivity: Mapped[tuple[Sensitivity, ...]] = mapped_column(Documents(Sensitivity))
     result: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]

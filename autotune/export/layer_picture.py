@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autotune.export import figures
-from search_spaces import LayerInventory
+from search_spaces import INT8, LayerInventory
 from storage.records import JobRecord, TrialRecord
 
 # Nine steps from harmless to harmful: one per half decade of KL between 1e-5 and 1e-1 nats, the
@@ -89,9 +89,9 @@ def sensitivity_step(mean_kl: float | None) -> int | None:
 
 def _int8_kl(job: JobRecord) -> Mapping[str, float]:
     return {
-        str(entry["group"]): float(entry["mean_kl"])
+        entry.group: entry.mean_kl
         for entry in job.sensitivity
-        if entry.get("precision") == "w8a8" and entry.get("mean_kl") is not None
+        if entry.precision == INT8.name and entry.mean_kl is not None
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+from autotune.search.screening import pruned_macs
 from search_spaces import FP32, INT8, Candidate, LayerInventory, LayerKind, SearchSpace
 from storage.records import TrialRecord
 
@@ -31,19 +32,72 @@ def baselines(space: SearchSpace) -> list[Proposal]:
 
 
 def bases(
-    space: SearchSpace, inventory: LayerInventory, *, rng: random.Random
+    space: SearchSpace,
+    inventory: LayerInventory,
+    *,
+    rng: random.Random,
+    damage: Mapping[tuple[str, float], float] | None = None,
 ) -> list[dict[str, float]]:
     """Different sets of prune ratios, the most telling first.
 
-    The largest ratio everywhere shows what pruning can give; the mixture of the two largest
-    is where accuracy usually comes back; then the smaller uniform ratios.
+    The largest ratio everywhere shows what pruning can give. `damage` is the sensitivity of
+    (prunable group, ratio), mean KL in nats; where it is known the second base saves about
+    as much as the mixture of the two largest ratios would, at the least damage. Without it
+    the mixture itself is where accuracy usually comes back. Then the smaller uniform ratios.
     """
     uniform = uniform_bases(space)
     if len(uniform) < 2:
         return uniform
     mixed = mixed_base(space, inventory, uniform[-2], uniform[-1], rng=rng)
+    if damage:
+        mixed = mildest_base(space, inventory, damage, like=mixed)
     wanted = [uniform[-1], mixed, *reversed(uniform[:-1])]
     return list({Candidate(prune_ratios=base).base_digest: base for base in wanted}.values())
+
+
+def mildest_base(
+    space: SearchSpace,
+    inventory: LayerInventory,
+    damage: Mapping[tuple[str, float], float],
+    *,
+    like: Mapping[str, float],
+) -> dict[str, float]:
+    """The base that saves at least as much as `like` at the least sum of damages, greedily.
+
+    Saved is a group's multiply-accumulates times its ratio. From the unpruned model the step
+    with the least further damage per further saving is taken until the saving is reached:
+    the greedy solution of the multiple-choice knapsack problem (Sinha and Zoltners 1979), at
+    most one step from the best. A group without a known damage takes the ratio of `like`.
+    """
+    macs = pruned_macs(inventory)
+    known = {
+        name: {0.0: 0.0} | {r: damage[name, r] for r in ratios if (name, r) in damage}
+        for name, ratios in space.prune_ratios.items()
+    }
+    chosen = {n: 0.0 if len(known[n]) > 1 else like.get(n, 0.0) for n in space.prune_ratios}
+    goal = sum(macs.get(name, 0.0) * ratio for name, ratio in like.items())
+    while sum(macs.get(name, 0.0) * ratio for name, ratio in chosen.items()) < goal:
+        steps = [
+            ((costs[ratio] - costs[now]) / (macs.get(name, 0.0) * (ratio - now)), name, ratio)
+            for name, costs in known.items()
+            if macs.get(name, 0.0) > 0 and (now := chosen[name]) in costs
+            for ratio in costs
+            if ratio > now
+        ]
+        if not steps:
+            break
+        _, name, ratio = min(steps)
+        chosen[name] = ratio
+    return chosen
+
+
+def after_earlier(
+    bases: Sequence[Mapping[str, float]], trials: Sequence[TrialRecord]
+) -> list[dict[str, float]]:
+    """The bases, behind those that a job's trials already used: what is trained is kept."""
+    used = [trial.candidate.prune_ratios for trial in trials if trial.candidate.prune_ratios]
+    found = [dict(base) for base in (*used, *bases)]
+    return list({Candidate(prune_ratios=base).base_digest: base for base in found}.values())
 
 
 def uniform_bases(space: SearchSpace) -> list[dict[str, float]]:
@@ -65,11 +119,9 @@ def mixed_base(
     A group's saving is the multiply-accumulates of its layers; it is weighed by a random
     factor between 0.5 and 1.5, so that repeated calls try different mixtures.
     """
-    macs = {layer.name: layer.macs for group in inventory.groups for layer in group.layers}
+    macs = pruned_macs(inventory)
     saving = {
-        group.name: sum(macs.get(layer, 0) for layer in group.layers) * rng.uniform(0.5, 1.5)
-        for group in inventory.prunable_groups
-        if group.name in space.prune_ratios
+        name: macs[name] * rng.uniform(0.5, 1.5) for name in macs if name in space.prune_ratios
     }
     heaviest = sorted(saving, key=lambda name: -saving[name])
     chosen = set(heaviest[: len(heaviest) // 2])

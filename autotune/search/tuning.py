@@ -23,6 +23,7 @@ from autotune.search.conclusion import (
     baseline_trials,
     build_space,
     conclude,
+    data_limits,
     limits,
     nothing_ranks,
 )
@@ -140,7 +141,16 @@ class Tuning:
             self._workers.share_source()
         if self._job.inventory is None:
             has_training = splits.training is not None
-            for notice in limits(self._spec, inspection.inventory, has_training=has_training):
+            for notice in (
+                *inspection.notices,
+                *limits(self._spec, inspection.inventory, has_training=has_training),
+                *data_limits(
+                    self._spec,
+                    n_calibration=len(splits.calibration),
+                    n_search=len(splits.search),
+                    n_held_out=len(splits.held_out),
+                ),
+            ):
                 self._notice(notice)
         reference = self._store_reference(inspection.fp32)
         self._job = self._update(
@@ -190,9 +200,7 @@ class Tuning:
             limit_s=limit_s(self._spec.search, self._trials()),
         )
         with self._host.window.computing():
-            return phase.run(
-                self._workers, should_stop=self._must_stop, with_pruning=self._prunes
-            )
+            return phase.run(self._workers, should_stop=self._must_stop, with_pruning=self._prunes)
 
     def _keep_sensitivity(self, entries: tuple[Sensitivity, ...]) -> None:
         self._job = self._update(sensitivity=entries)

@@ -56,6 +56,7 @@ class Inspection:
     input_shape: tuple[int, ...]
     output_name: str
     num_classes: int
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,7 @@ class CompressionWorker:
             input_shape=tuple(self.source.input_shape),
             output_name=self.source.output_name,
             num_classes=self.source.num_classes,
+            notices=self.source.notices,
         )
 
     def prepare_base(self, prune_ratios: Mapping[str, float]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from search_spaces import (
 )
 from storage.errors import DuplicateTrial, InvalidToken, NotFound, StorageError
 from storage.records import AccuracyReport, JobState, TrialOutcome, TrialState
+from storage.sensitivity import Sensitivity
 
 from .conftest import START, World, candidate, description, latency_report
 
@@ -76,7 +77,10 @@ def test_every_field_of_a_job_survives_the_database(world: World) -> None:
         "device_id": device.id,
         "latency_budget_ns": 1.25e6,
         "reference_latency_ns": 3.5e6,
-        "sensitivity": ({"group": "conv1", "mean_kl": 0.1},),
+        "sensitivity": (
+            Sensitivity(group="conv1", precision="w8a8", sqnr_db=40.5, mean_kl=0.1),
+            Sensitivity(group="conv1", prune_ratio=0.25, mean_kl=0.2, is_estimate=True),
+        ),
         "result": {"winner": "t-1", "missed_by_ns": None},
     }
     job = world.repository.update_job(world.job().id, **changes)

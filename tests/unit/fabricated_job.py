@@ -36,6 +36,7 @@ from storage.records import (
     TrialRecord,
     TrialState,
 )
+from storage.sensitivity import Sensitivity
 
 START = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)
 FP32_NS = 2.4e6
@@ -308,13 +309,14 @@ def job(model_inventory: LayerInventory) -> JobRecord:
         latency_budget_ns=0.5 * FP32_NS,
         reference_latency_ns=FP32_NS,
         sensitivity=tuple(
-            {
-                "group": group.name,
-                "precision": "w8a8",
-                "mean_kl": 10 ** (-5 + (i * 5 % 17) / 5),
-                "drop": 0.0005 * (i % 5),
-                "n_samples": 400,
-            }
+            Sensitivity(
+                group=group.name,
+                precision="w8a8",
+                sqnr_db=40.0 - i % 9,
+                mean_kl=10 ** (-5 + (i * 5 % 17) / 5),
+                drop=0.0005 * (i % 5),
+                n_samples=400,
+            )
             for i, group in enumerate(model_inventory.groups)
         ),
         result={

@@ -22,10 +22,11 @@ from device_agents.protocol import (
     Outcome,
     RuntimeBuild,
 )
-from search_spaces import Candidate
+from search_spaces import Candidate, Precision
 from storage.errors import StaleLease
 from storage.records import AccuracyReport, DeviceRecord
 from storage.repository import Repository
+from storage.sensitivity import Sensitivity
 from tests.unit.records import accuracy, latency
 from tests.unit.spaces import inventory
 
@@ -85,10 +86,25 @@ class FakePool:
     def _prepare_base(self, ratios: dict[str, float]) -> dict[str, Any]:
         return {"prune_ratios": dict(ratios), "recovery_s": 1.0}
 
-    def _sensitivity(self, choices: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    def _noise(self, group: str, precisions: Sequence[Precision]) -> list[Sensitivity]:
         return [
-            {"group": g, "precision": p.name, "mean_kl": 0.5 if g == "stem" else 0.01}
-            for g, p in choices
+            Sensitivity(group=group, precision=p.name, sqnr_db=20.0 if group == "stem" else 40.0)
+            for p in precisions
+        ]
+
+    def _divergence(self, group: str, precision: Precision) -> list[Sensitivity]:
+        kl = 0.5 if group == "stem" else 0.01
+        return [Sensitivity(group=group, precision=precision.name, mean_kl=kl, n_samples=40)]
+
+    def _removal(self, choices: Sequence[tuple[str, float]]) -> list[Sensitivity]:
+        return [Sensitivity(group=g, prune_ratio=r, removed_share=r / 2) for g, r in choices]
+
+    def _pruning(self, group: str, ratio: float) -> list[Sensitivity]:
+        kl = ratio * (1.0 if group == "stem" else 0.1)
+        return [
+            Sensitivity(
+                group=group, prune_ratio=ratio, removed_share=ratio / 2, mean_kl=kl, n_samples=40
+            )
         ]
 
     def _build(self, candidate: Candidate, race: Race | None = None) -> Built | CallFailed:

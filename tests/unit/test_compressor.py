@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from autotune.compression.accuracy import AccuracyEvaluator
 from autotune.compression.bases import Base, BaseFacts, BaseStore
 from autotune.compression.calibration import Calibration, Range
 from autotune.compression.compressor import Compressor
-from autotune.compression.sensitivity import Sensitivity, measure_sensitivity
 from autotune.errors import CompressionError, DiskFull
 from autotune.spec import RecoverySpec
 from search_spaces import INT8, W4, Candidate, RuntimeOptions
@@ -115,16 +113,6 @@ def test_unknown_groups_are_named(warm: Compressor) -> None:
         warm.build(Candidate(precisions={"nobody": INT8}))
     with pytest.raises(CompressionError, match="nobody"):
         warm.build(Candidate(prune_ratios={"nobody": 0.5}))
-
-
-def test_sensitivity_is_measured_group_by_group(warm: Compressor) -> None:
-    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, tiny_splits().search, split="search")
-    entries = measure_sensitivity(warm, evaluator, [("head", W4), ("stem.0", INT8)])
-    assert [(e.group, e.precision) for e in entries] == [("head", "w4"), ("stem.0", "w8a8")]
-    assert all(e.mean_kl > 0 and e.n_samples == 40 for e in entries)
-    assert Sensitivity.from_json(entries[0].to_json()) == entries[0]
-    report = evaluator.evaluate(warm.build(Candidate(precisions={"head": W4})).data)
-    assert entries[0].mean_kl == report.mean_kl
 
 
 def test_a_damaged_base_is_made_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Pure functions of records; the phases that call them are `tuning.py`'s.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,6 +17,12 @@ from search_spaces import LayerInventory, Precision, RuntimeOptions, SearchSpace
 from storage.records import JobRecord, TrialRecord
 
 CANCELLED_BY_HAND = "cancelled by hand"
+
+_NONE_LOST = 3.0
+"""The rule of three: -ln(0.05), rounded up."""
+
+_ONE_POINT = 0.01
+"""What a user who allows no drop in particular would still want to see."""
 
 
 def build_space(spec: JobSpec, inventory: LayerInventory) -> SearchSpace:
@@ -51,6 +58,37 @@ def limits(spec: JobSpec, inventory: LayerInventory, *, has_training: bool) -> l
     if inventory.float_operators:
         listed = ", ".join(map(str, inventory.float_operators))
         notices.append(f"operators that stay in FP32: {listed}")
+    return notices
+
+
+def data_limits(spec: JobSpec, *, n_calibration: int, n_search: int, n_held_out: int) -> list[str]:
+    """What so few samples cannot show, one sentence each; empty where there are enough.
+
+    An artifact that loses none of n samples may still lose up to 3 / n of all (95 %, the rule
+    of three: Hanley and Lippman-Hand 1983, "If nothing goes wrong, is everything all right?").
+    Samples are too few where that is more than `max_accuracy_drop`, one point where it is not
+    set. Calibration is short where fewer samples than asked for could be spared.
+    """
+    notices = []
+    allowed = spec.max_accuracy_drop
+    bound = _ONE_POINT if allowed is None else allowed
+    few = [
+        f"{n} {role} samples (up to {_NONE_LOST / n * 100:.1f} points)"
+        for role, n in (("search", n_search), ("held-out", n_held_out))
+        if bound > 0 and n * bound < _NONE_LOST
+    ]
+    if few:
+        what = "one point" if allowed is None else f"max_accuracy_drop ({allowed * 100:g} points)"
+        notices.append(
+            f"the evaluation data is too small to show a loss of {what}: an artifact that loses "
+            f"not one sample may still lose more of all: {', '.join(few)}; at least "
+            f"{math.ceil(_NONE_LOST / bound)} samples in each part would show it"
+        )
+    if n_calibration < spec.data.calibration_samples:
+        notices.append(
+            f"calibrated on {n_calibration} samples, not the {spec.data.calibration_samples} "
+            "asked for: the data has no more to spare; name data.training, or give more"
+        )
     return notices
 
 

@@ -123,7 +123,11 @@ class CompressionWorker:
     def compressor(self) -> Compressor:
         """The compressor, with its graph and calibration warm."""
         from autotune.compression.compressor import Compressor
+        from autotune.compression.kernels import OTHER, kernel_class
 
+        kernels = OTHER
+        if self._device is not None:
+            kernels = kernel_class(self._device.architecture, self._device.cpu_flags)
         return Compressor(
             self.source,
             self.splits,
@@ -131,6 +135,7 @@ class CompressionWorker:
             cache_dir=self._cache_dir,
             seed=self._spec.seed,
             threads=1,
+            kernels=kernels,
         )
 
     def share(self) -> SourceModel:
@@ -173,15 +178,8 @@ class CompressionWorker:
             sha256=artifact.sha256,
             compression={
                 "base": artifact.base.to_json(),
-                "groups": [
-                    {
-                        "group": group.group,
-                        "planned": group.planned,
-                        "effective": group.effective,
-                        "reason": group.reason,
-                    }
-                    for group in artifact.groups
-                ],
+                "groups": [group.to_json() for group in artifact.groups],
+                "kernels": artifact.kernels,
             },
             accuracy=accuracy,
         )

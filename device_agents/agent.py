@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from device_agents import systemd
 from device_agents.cache import DEFAULT_MAX_BYTES, ArtifactCache
 from device_agents.conditions import read_conditions
 from device_agents.connection import Acknowledgement, ServiceConnection
@@ -267,7 +268,9 @@ class Agent:
 
     def _beat(self) -> None:
         is_connected = True
+        systemd.notify("READY=1")
         while True:
+            systemd.notify("WATCHDOG=1")  # also while the service is away: this loop lives
             held = self._held
             try:
                 reply = self._connection.heartbeat(_heartbeat(held))

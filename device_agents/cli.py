@@ -1,4 +1,4 @@
-"""The command line on a device: `autotune-agent run | measure | probe`.
+"""The command line on a device: `autotune-agent run | measure | probe | doctor | unit`.
 
 Owns arguments, what people read and the exit codes. Results go to stdout, talk goes to stderr.
 Nothing but click is imported before a command runs.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -37,6 +39,15 @@ OUTCOME_EXIT_CODES = {
 }
 
 
+_state_dir_option = click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("~/.local/state/edge-autotune"),
+    show_default=True,
+    help="Where the agent keeps its key, its artifacts and its results.",
+)
+
+
 @click.group(epilog=EXIT_CODES)
 @click.version_option(package_name="edge-autotune")
 def main() -> None:
@@ -50,13 +61,7 @@ def main() -> None:
     envvar="AUTOTUNE_ENROLMENT_TOKEN",
     help="One-use token from `autotune device enroll`; only for the first start.",
 )
-@click.option(
-    "--state-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("~/.local/state/edge-autotune"),
-    show_default=True,
-    help="Where the agent keeps its key, its artifacts and its results.",
-)
+@_state_dir_option
 @click.option("--name", help="What to call this device; the host name by default.")
 @click.option(
     "--cache-gb",
@@ -199,6 +204,62 @@ def probe(output: str) -> None:
     missing = conditions.pop("missing")
     rows |= conditions | {key: f"not available: {reason}" for key, reason in missing.items()}
     click.echo("\n".join(f"{key:<24}{value}" for key, value in rows.items()))
+
+
+@main.command(epilog=EXIT_CODES)
+@click.option("--service", metavar="URL", help="Also ask whether this service answers.")
+@_state_dir_option
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
+)
+def doctor(service: str | None, state_dir: Path, output: str) -> None:
+    """Check what on this device would spoil or stop a measurement, each with its repair.
+
+    Ends with exit code 1 where something must be repaired.
+    """
+    from device_agents.doctor import examine
+    from device_agents.errors import DeviceAgentError
+
+    try:
+        findings = examine(state_dir=state_dir.expanduser(), service=service)
+    except DeviceAgentError as error:
+        _fail(str(error), code=2)  # an address that is none
+    if output == "json":
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        click.echo("\n".join(f"{f.status:<6}{f.check:<14}{f.text}" for f in findings))
+    if any(finding.status == "fail" for finding in findings):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--service", required=True, metavar="URL", help="Address of the service.")
+@_state_dir_option
+@click.option("--name", help="What to call this device; the host name by default.")
+@click.option("--user", help="Account to run as, for a system unit; none for a user's own systemd.")
+def unit(service: str, state_dir: Path, name: str | None, user: str | None) -> None:
+    """Print a systemd unit that keeps the agent running, with a watchdog.
+
+    Enroll once with `autotune-agent run --token ...`; the unit needs no token.
+    """
+    from device_agents.systemd import unit as unit_text
+
+    if user is not None and str(state_dir).startswith("~/"):
+        state_dir = Path(f"~{user}", *state_dir.parts[1:])
+    try:
+        state_dir = state_dir.expanduser()
+    except RuntimeError:
+        _fail(f"this device has no account {user!r}; make it, or name another --user", code=2)
+    command = [sys.executable, "-m", "device_agents", "run", "--service", service]
+    command += ["--state-dir", str(state_dir)]
+    if name is not None:
+        command += ["--name", name]
+    click.echo(unit_text(command, user=user), nl=False)
+    where = "/etc/systemd/system" if user else "~/.config/systemd/user"
+    manager = "systemctl" if user else "systemctl --user"
+    _say(
+        f"put this into {where}/autotune-agent.service, then: {manager} enable --now autotune-agent"
+    )
 
 
 def _as_json(ended: MeasurementOutcome) -> str:

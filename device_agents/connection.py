@@ -56,6 +56,13 @@ class Acknowledgement(Enum):
     REFUSED = "refused"
 
 
+class Greeting(BaseModel):
+    """What a service says to anyone."""
+
+    status: str
+    version: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
     """The bytes of an artifact from `offset` on."""
@@ -107,6 +114,15 @@ class ServiceConnection:
             self._client.headers.pop("Authorization", None)
         else:
             self._client.headers["Authorization"] = f"Bearer {agent_key}"
+
+    def greet(self) -> None:
+        """Return if what answers here is a service."""
+        try:
+            response = self._client.get("/v1/health")
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        _require_success(response)
+        _parse(Greeting, response)
 
     def enrol(self, request: EnrolRequest) -> EnrolReply:
         """Trade a one-use token for an identity."""

@@ -29,6 +29,7 @@ import numpy as np
 from device_agents.conditions import cpu_ticks, read_conditions
 from device_agents.energy import EnergyMeter, NoEnergySensor, open_meter
 from device_agents.errors import RuntimeUnavailable
+from device_agents.isolation import leave_network
 from device_agents.latency import energy_per_inference, summarize
 from device_agents.runtimes import (
     InvalidArtifact,
@@ -42,7 +43,6 @@ from device_agents.sampling import Call, SamplingPlan, Subject, Timer, make_time
 
 LARGEST_FILE_BYTES = 2**30
 """What a runtime may write to one file: compiled kernels and profiles are far smaller."""
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "MemoryError")
 
 
@@ -100,18 +100,6 @@ def confine(job: ChildJob) -> None:
     if job.memory_limit_bytes is not None:
         # What a model really needs; the address space would count every mapped file too.
         _lower_limit(resource.RLIMIT_DATA, job.memory_limit_bytes)
-
-
-def leave_network() -> bool:
-    """Move into a network of its own, which has no way out; whether the kernel allows it.
-
-    Root may do so at once, others inside a user namespace of their own (unshare(2)), where the
-    distribution has not switched those off; the process may have one thread only then.
-    """
-    if sys.platform != "linux":
-        return False
-    unshare = ctypes.CDLL(None).unshare
-    return any(unshare(flags) == 0 for flags in (CLONE_NEWNET, CLONE_NEWUSER | CLONE_NEWNET))
 
 
 def attempt(job: ChildJob) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_wrong_usage_is_refused_before_anything_is_measured(arguments):
 def test_an_unknown_runtime_is_told_with_the_known_ones():
     done = invoke("measure", __file__, "--runtime", "abacus")
     assert done.exit_code == 12
-    assert "onnxruntime, simulated" in done.stderr
+    assert "onnxruntime, openvino, simulated" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from device_agents import measurement_child
+from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
 from device_agents.measurement_child import ChildJob, make_feeds
 from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
@@ -52,14 +53,8 @@ def test_a_measurement_reports_the_ratio_of_two_simulated_models(tmp_path):
     assert report.after.available_memory_bytes is not None
 
 
-def has_networks_of_its_own():
-    code = "import sys; from device_agents.measurement_child import leave_network as leave; "
-    command = [sys.executable, "-c", code + "sys.exit(not leave())"]
-    return subprocess.run(command, check=False).returncode == 0
-
-
 def test_a_model_cannot_reach_the_network(tmp_path):
-    if not has_networks_of_its_own():
+    if not can_leave_network():
         pytest.skip("this kernel gives an unprivileged process no network of its own")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
@@ -157,7 +152,7 @@ def test_the_reference_runs_with_its_own_options_where_it_has_some(tmp_path, pin
 def test_an_unknown_runtime_is_unsupported_and_the_known_ones_are_named(tmp_path):
     ended = measurement(tmp_path, runtime=RuntimeRequest(runtime="abacus")).run()
     assert ended.outcome is Outcome.UNSUPPORTED
-    assert "onnxruntime, simulated" in ended.reason
+    assert "onnxruntime, openvino, simulated" in ended.reason
 
 
 def test_a_provider_that_is_not_there_is_unsupported(tmp_path):

@@ -26,6 +26,7 @@ from autotune.compression.data import DataSplits, LabelledData
 from autotune.compression.effective import GroupPrecision, effective_precisions
 from autotune.compression.graph import GraphView
 from autotune.compression.inventory import build_inventory, count_cost
+from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
@@ -47,7 +48,8 @@ class Artifact:
     """A compressed model file with what is known of how it came to be.
 
     `candidate_digest` is the digest of the candidate asked for; candidates that share an
-    `artifact_digest` have the same `data`. `groups` has one entry per layer group.
+    `artifact_digest` have the same `data`, where `kernels` is the same too: the kernel class
+    that the file is written for. `groups` has one entry per layer group.
     """
 
     data: bytes
@@ -56,6 +58,7 @@ class Artifact:
     candidate_digest: str
     groups: tuple[GroupPrecision, ...]
     base: BaseFacts
+    kernels: str
 
     def facts(self) -> dict[str, Any]:
         """Everything but the bytes, as a plain dictionary: a trial's `compression`."""
@@ -64,6 +67,7 @@ class Artifact:
             "size_bytes": self.size_bytes,
             "groups": [group.to_json() for group in self.groups],
             "base": self.base.to_json(),
+            "kernels": self.kernels,
         }
 
 
@@ -76,7 +80,8 @@ class _WarmBase:
 class Compressor:
     """Builds artifacts of one source model; everything it has made once stays warm.
 
-    Not thread-safe; several processes may share `cache_dir`.
+    `importance` and `channel_multiple` say how pruning ranks channels and what it rounds their
+    number to. Not thread-safe; several processes may share `cache_dir`.
     """
 
     def __init__(
@@ -86,19 +91,26 @@ class Compressor:
         *,
         recovery: RecoverySpec,
         cache_dir: Path,
+        importance: Importance = "taylor",
+        channel_multiple: int = 8,
         seed: int = 0,
         threads: int = 1,
+        kernels: KernelClass = X86_VNNI,
     ) -> None:
+        self.kernels = kernels
         self.source = source
         self.inventory = build_inventory(source)
         self._splits = splits
         self._recovery = recovery
+        self._importance: Importance = importance
+        self._channel_multiple = channel_multiple
         self._seed = seed
         self._threads = threads
         self._store = BaseStore(cache_dir)
         self._warm: OrderedDict[str, _WarmBase] = OrderedDict()
         self._data_digests: dict[str, str] = {}
         self._teacher_logits: np.ndarray | None = None
+        self._scores: ChannelScores | None = None
 
     def prepare_base(self, prune_ratios: Mapping[str, float]) -> BaseFacts:
         """Make the base with those ratios ready; seconds to minutes where it is new.
@@ -119,15 +131,22 @@ class Compressor:
         """
         base = self._base(candidate.prune_ratios)
         data = base.graph.emit(candidate.precisions)
+        checked, fused_here = data, as_checked_here(self.kernels)
+        if fused_here != self.kernels:
+            checked = base.graph.emit(candidate.precisions, kernels=fused_here)
         return Artifact(
             data=data,
             sha256=hashlib.sha256(data).hexdigest(),
             size_bytes=len(data),
             candidate_digest=candidate.digest,
             groups=effective_precisions(
-                data, base.graph.units.values(), planned=candidate.precisions
+                checked,
+                base.graph.units.values(),
+                planned=candidate.precisions,
+                kernels=self.kernels,
             ),
             base=base.facts,
+            kernels=self.kernels.name,
         )
 
     def emit(self, candidate: Candidate) -> bytes:
@@ -144,7 +163,7 @@ class Compressor:
         digest = self._base_digest(ratios)
         if digest not in self._warm:
             base = self._store.get_or_make(digest, lambda: self._make(digest, ratios))
-            graph = QuantizableGraph(base.model, base.calibration)
+            graph = QuantizableGraph(base.model, base.calibration, kernels=self.kernels)
             self._warm[digest] = _WarmBase(facts=base.facts, graph=graph)
             if len(self._warm) > _WARM_BASES:
                 self._warm.popitem(last=False)
@@ -161,6 +180,8 @@ class Compressor:
             training = self._splits.training
             identity |= {
                 "prune_ratios": dict(ratios),
+                "importance": self._importance,
+                "channel_multiple": self._channel_multiple,
                 "recovery": self._recovery.model_dump(mode="json"),
                 "seed": self._seed,
                 "training": training and self._digest_of("training", training.x, training.y),
@@ -184,7 +205,7 @@ class Compressor:
         return self._calibrated(self.source.graph, digest=digest)
 
     def _make_pruned(self, digest: str, ratios: Mapping[str, float]) -> Base:
-        from autotune.compression.pruning import prune_module
+        from autotune.compression.pruning import PruningReport, prune_module
         from autotune.compression.recovery import reestimate_batch_norm
 
         teacher = self.source.module
@@ -193,8 +214,25 @@ class Compressor:
                 f"prune ratios for {', '.join(ratios)} cannot be applied: "
                 f"{self.inventory.pruning_unavailable}"
             )
-        student = prune_module(teacher, self.source.input_shape, ratios)
-        facts: dict[str, Any] = {"prune_ratios": dict(ratios)}
+        scores = self._score(teacher)
+        student = prune_module(
+            teacher,
+            self.source.input_shape,
+            ratios,
+            round_to=self._channel_multiple,
+            scores=scores,
+        )
+        report = PruningReport.of(
+            self.inventory.prunable_groups,
+            ratios,
+            importance=self._importance,
+            channel_multiple=self._channel_multiple,
+            without_batch_norm=scores.without_batch_norm,
+        )
+        facts: dict[str, Any] = {
+            "prune_ratios": dict(ratios),
+            "pruning": dataclasses.asdict(report),
+        }
         if self._splits.training is None:
             reestimate_batch_norm(student, self._splits.calibration)
             facts["note"] = _NO_TRAINING
@@ -206,6 +244,24 @@ class Compressor:
         except InvalidModel as error:
             raise CompressionError(f"the pruned model cannot be exported: {error}") from error
         return self._calibrated(model, digest=digest, **facts)
+
+    def _score(self, teacher: torch.nn.Module) -> ChannelScores:
+        """How much each channel matters; the same for every base, so judged once."""
+        from autotune.compression.importance import score_channels
+        from autotune.compression.recovery import hold_back, torch_settings
+
+        if self._scores is None:
+            x, y, training = self._splits.calibration, None, self._splits.training
+            if training is not None:
+                # Not the samples by which the recovery judges its epochs.
+                chosen, _ = hold_back(len(training.x), seed=self._seed)
+                chosen = chosen[:TAYLOR_SAMPLES]
+                x, y = training.x[chosen], training.y[chosen]
+            with torch_settings(seed=self._seed, threads=self._threads):
+                self._scores = score_channels(
+                    teacher, self.source.input_shape, self._importance, x=x, y=y
+                )
+        return self._scores
 
     def _recover(
         self, student: torch.nn.Module, teacher: torch.nn.Module, training: LabelledData

@@ -16,9 +16,10 @@ import onnx
 from autotune.compression.calibration import LEVELS, Calibration
 from autotune.compression.graph import GraphView, attribute
 from autotune.compression.kernels import KernelClass
+from autotune.compression.int8_constants import norm_arrays, operand_codes
+from autotune.compression.operators import WeightedNode, constant_operand, norm_as_convolution
 from autotune.compression.parts import Parts
 from autotune.compression.placement import Placement
-from autotune.compression.units import WeightedNode
 from autotune.compression.weight_only import (
     is_blocked,
     output_axis,
@@ -90,6 +91,8 @@ class GraphWriter:
                 self._layer(layer, precision)
             elif node.op_type == "HardSwish" and node.name in self._placement.int8:
                 self._int8_hard_swish(node)
+            elif node.op_type == "BatchNormalization" and node.name in self._placement.int8:
+                self._int8_norm(node)
             elif node.name in self._placement.int8:
                 self._int8_operator(node)
             else:
@@ -137,19 +140,12 @@ class GraphWriter:
 
     def _coded16_layer(self, layer: WeightedNode, precision: Precision) -> None:
         data = self._as_coded16(layer.input)
-        weight = self._view.array(layer.weight)
-        name, axis = _weight_prefix(layer.name, precision), output_axis(layer)
-
-        def make() -> Mapping[str, np.ndarray]:
-            quantized = quantize_weight(
-                weight, axis=axis, input_scale=1.0, bias=None, granularity=precision.granularity
-            )
-            return _triple(name, quantized.codes, quantized.scale)
-
-        self._parts.arrays((name,), make)
-        self._dequantize_constant(name, axis, is_scalar=precision.granularity is not None)
-        rest = [self._as_float(bias) for bias in layer.node.input[2:]]
-        self._float_node(layer.node, [data, f"{name}/dq", *rest])
+        if layer.input in self._placement.stored:
+            input_scale = self._meaning(layer.input).scale
+        else:
+            input_scale = self._meaning16(layer.input)[0]
+        rest = self._coded_weights(layer, precision, input_scale, shift=0.0, largest=INT8_MAX)
+        self._float_node(layer.node, [data, *rest])
 
     def _as_coded16(self, tensor: str) -> str:
         """The name under which a layer with 16-bit activations reads the tensor."""
@@ -162,15 +158,7 @@ class GraphWriter:
 
     def _round16(self, raw: str, tensor: str, out: str) -> None:
         """Q and DQ with 16-bit codes; ONNX has them since opset 21, onnxruntime always."""
-        held = self._range(tensor)
-        low, high = held
-        if tensor in self._symmetric:
-            largest = max(-low, high)
-            scale = float(np.float32(largest / (_LEVELS_16 // 2))) or 1.0
-            zero_point = (_LEVELS_16 + 1) // 2
-        else:
-            scale = float(np.float32((high - low) / _LEVELS_16)) or 1.0
-            zero_point = int(np.clip(round(-low / scale), 0, _LEVELS_16))
+        scale, zero_point = self._meaning16(tensor)
         names = [
             self._parts.constant(_scale_name(scale), scale, np.float32),
             self._parts.constant(f"zero_point16/{zero_point}", zero_point, np.uint16),
@@ -179,12 +167,54 @@ class GraphWriter:
         self._parts.node("QuantizeLinear", [raw, *names], [codes], codes, contrib=True)
         self._parts.node("DequantizeLinear", [codes, *names], [out], f"{codes}/dq", contrib=True)
 
+    def _meaning16(self, tensor: str) -> tuple[float, int]:
+        """Scale and zero point of the tensor's 16-bit codes."""
+        low, high = self._range(tensor)
+        if tensor in self._symmetric:
+            scale = float(np.float32(max(-low, high) / (_LEVELS_16 // 2))) or 1.0
+            return scale, (_LEVELS_16 + 1) // 2
+        scale = float(np.float32((high - low) / _LEVELS_16)) or 1.0
+        return scale, int(np.clip(round(-low / scale), 0, _LEVELS_16))
+
     # -- 8-bit codes ---------------------------------------------------------------------
 
     def _int8_operator(self, node: onnx.NodeProto) -> None:
-        inputs = [self._as_codes(name) for name in node.input]
+        operand = constant_operand(self._view, node)
+        inputs = [
+            self._operand(name) if name == operand else self._as_codes(name) for name in node.input
+        ]
         out = self._placement.writes.get(node.output[0], node.output[0])
         self._parts.copy(node, inputs, [_raw(out)])
+        self._quantize(_raw(out), out)
+
+    def _operand(self, name: str) -> str:
+        """An Add's or Mul's constant, with a range of its own."""
+        codes, held = operand_codes(self._view.array(name))
+        signed = self._plan.kernels.signed_activations
+        written = (codes - _SIGN_SHIFT).astype(np.int8) if signed else codes.astype(np.uint8)
+        self._parts.arrays((f"{name}/q",), lambda: {f"{name}/q": written})
+        if f"{name}/dq" not in self._made:
+            self._made.add(f"{name}/dq")
+            self._dequantize(name, name, held.scale, held.zero_point)
+        return f"{name}/dq"
+
+    def _int8_norm(self, node: onnx.NodeProto) -> None:
+        """A BatchNorm that no convolution precedes, as the depthwise one that it equals."""
+        folded = norm_as_convolution(self._view, node)
+        if folded is None:
+            raise CompressionError(f"norm {node.name!r} is not one of constants over images")
+        out = self._placement.writes.get(node.output[0], node.output[0])
+        data, scale = self._as_codes(node.input[0]), self._meaning(node.input[0]).scale
+        names = f"{node.name}.weight", f"{node.name}.bias"
+        largest = self._plan.kernels.largest_weight_code
+        self._parts.arrays(
+            (names[0], scale),
+            lambda: norm_arrays(names, *folded, input_scale=scale, largest_code=largest),
+        )
+        for name in names:
+            self._dequantize_constant(name, 0, is_scalar=False)
+        inputs = [data, *(f"{name}/dq" for name in names)]
+        self._parts.node("Conv", inputs, [_raw(out)], node.name, group=len(folded[1]))
         self._quantize(_raw(out), out)
 
     def _int8_hard_swish(self, node: onnx.NodeProto) -> None:
@@ -202,19 +232,32 @@ class GraphWriter:
     def _int8_layer(self, layer: WeightedNode, precision: Precision) -> None:
         out = self._placement.writes.get(layer.output, layer.output)
         inputs = [self._as_codes(layer.input)]
-        inputs += self._int8_weights(layer, precision, self._meaning(layer.input).scale, out)
+        inputs += self._coded_weights(
+            layer,
+            precision,
+            self._meaning(layer.input).scale,
+            shift=self._gate_shift(out),
+            largest=self._plan.kernels.largest_weight_code,
+        )
         if out in self._placement.stored:
             self._parts.copy(layer.node, inputs, [_raw(out)])
             self._quantize(_raw(out), out)
         else:
             self._parts.copy(layer.node, inputs, [out])
 
-    def _int8_weights(
-        self, layer: WeightedNode, precision: Precision, input_scale: float, out: str
+    def _coded_weights(
+        self,
+        layer: WeightedNode,
+        precision: Precision,
+        input_scale: float,
+        *,
+        shift: float,
+        largest: int,
     ) -> list[str]:
+        """8-bit weights and a 32-bit bias, each behind its DQ; `shift` is added to the bias."""
         weight = self._view.array(layer.weight)
         bias = self._view.array(layer.bias) if layer.bias else None
-        axis, shift = output_axis(layer), self._gate_shift(out)
+        axis = output_axis(layer)
         if shift:
             bias = (np.zeros(weight.shape[axis], np.float32) if bias is None else bias) + shift
         names = [_weight_prefix(layer.name, precision)]
@@ -228,7 +271,7 @@ class GraphWriter:
                 input_scale=input_scale,
                 bias=bias,
                 granularity=precision.granularity,
-                largest_code=self._plan.kernels.largest_weight_code,
+                largest_code=largest,
             )
             arrays = _triple(names[0], quantized.codes, quantized.scale)
             if bias is not None:
@@ -238,7 +281,7 @@ class GraphWriter:
                 )
             return arrays
 
-        self._parts.arrays((names[0], input_scale, shift), make)
+        self._parts.arrays((names[0], input_scale, shift, largest), make)
         for name, channel_axis in zip(names, (axis, 0), strict=False):
             self._dequantize_constant(
                 name, channel_axis, is_scalar=precision.granularity is not None
@@ -247,8 +290,9 @@ class GraphWriter:
 
     def _dequantize_constant(self, name: str, axis: int, *, is_scalar: bool) -> None:
         triple = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
-        attributes = {} if is_scalar else {"axis": axis}
-        self._parts.node("DequantizeLinear", triple, [f"{name}/dq"], f"{name}/dq", **attributes)
+        # The axis says nothing where there is one scale.
+        at = 0 if is_scalar else axis
+        self._parts.node("DequantizeLinear", triple, [f"{name}/dq"], f"{name}/dq", axis=at)
 
     # -- tensors -------------------------------------------------------------------------
 
@@ -318,6 +362,9 @@ class GraphWriter:
         held = self._plan.calibration.ranges.get(tensor)
         if held is None:
             raise CompressionError(f"tensor {tensor!r} was not calibrated")
+        joined = [self._plan.calibration.ranges[x] for x in self._placement.shared.get(tensor, ())]
+        if joined:
+            return min(x.low for x in joined), max(x.high for x in joined)
         taker = self._view.only_consumer(tensor)
         if taker is not None and taker.op_type == "HardSwish":
             # HardSwish is 0 below -3: codes spent there are wasted.
@@ -368,14 +415,23 @@ class GraphWriter:
 
 
 def _symmetric_roots(plan: Plan) -> set[str]:
-    """The tensors whose codes are symmetric around zero, because a layer wants them so."""
+    """The tensors whose codes are symmetric around zero, because a layer wants them so.
+
+    A tensor without negative values has zero at the end of its codes all the same, which
+    wastes none; and a range that replaces an activation must end where the activation does.
+    """
     roots: set[str] = set()
     for name, precision in plan.chosen.items():
-        if precision.activation_bits < 32 and precision.is_symmetric:
-            layer = plan.layers[name]
-            out = plan.placement.writes.get(layer.output, layer.output)
-            for tensor in (layer.input, out):
-                roots.add(plan.placement.stored.get(tensor, tensor))
+        if precision.is_half or precision.activation_bits == 32 or not precision.is_symmetric:
+            continue
+        layer = plan.layers[name]
+        out = plan.placement.writes.get(layer.output, layer.output)
+        for tensor in (layer.input, out):
+            root = plan.placement.stored.get(tensor, tensor)
+            held, producer = plan.calibration.ranges.get(root), plan.view.producer.get(root)
+            is_bound = producer is not None and producer.name in plan.placement.absorbed
+            if held is not None and held.low < 0 and not is_bound:
+                roots.add(root)
     return roots
 
 

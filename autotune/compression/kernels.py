@@ -7,8 +7,9 @@ accuracy holds there.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from search_spaces import Precision
 
@@ -71,6 +72,17 @@ def kernel_class(architecture: str, cpu_flags: Collection[str]) -> KernelClass:
             return ARM
         return ARM_DOT_HALF if flags & _ARM_HALF else ARM_DOT
     return OTHER
+
+
+def as_checked_here(kernels: KernelClass, *, architecture: str | None = None) -> KernelClass:
+    """The class whose file this machine's onnxruntime fuses as the device's own fuses its.
+
+    On x86 it leaves signed activations between Q and DQ where on Arm it takes both signs: what
+    will be fused on the device is seen on the unsigned twin. `architecture` is this machine's.
+    """
+    if kernel_class(architecture or platform.machine(), ()).signed_activations:
+        return kernels
+    return replace(kernels, signed_activations=False)
 
 
 def why_not_faster(

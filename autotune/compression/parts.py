@@ -97,7 +97,8 @@ class Parts:
     def constant(self, name: str, value: float, dtype: type[np.generic]) -> str:
         """Add a number under a name that no other value has; returns the name."""
         if name not in self.constants:
-            self.arrays((name,), lambda: {name: np.asarray(value, dtype=dtype)})
+            key = (name, dtype.__name__)
+            self.arrays(key, lambda: {name: np.asarray(value, dtype=dtype)})
         return name
 
     def source_constant(self, name: str) -> None:

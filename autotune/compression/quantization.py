@@ -39,6 +39,9 @@ from search_spaces import PerBlock, Precision
 
 __all__ = ["QuantizableGraph", "weight_codes"]
 
+KERNELS_KEY = "edge_autotune.kernel_class"
+"""The metadata entry of a file that names its kernel class: accuracy holds there alone."""
+
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -61,13 +64,17 @@ class QuantizableGraph:
         self.kernels = kernels
         self.units = {unit.name: unit for unit in find_units(self.view)}
         self.layers = {x.name: x for unit in self.units.values() for x in unit.layers}
-        self._shells = {False: shell(model), True: shell(_with_contrib(model))}
+        self._model = model
+        self._shells: dict[tuple[bool, str | None], tuple[bytes, bytes]] = {}
         self._kept = KeptParts()
 
-    def emit(self, precisions: Mapping[str, Precision]) -> bytes:
+    def emit(
+        self, precisions: Mapping[str, Precision], *, kernels: KernelClass | None = None
+    ) -> bytes:
         """The file in which each group has the precision given; the others stay FP32.
 
-        The same precisions give the same bytes in every process.
+        The same precisions and kernels give the same bytes in every process; `kernels` stands
+        in for the graph's own.
 
         Raises:
             CompressionError: an unknown group, or a precision that a group cannot take.
@@ -88,12 +95,26 @@ class QuantizableGraph:
             chosen=chosen,
             placement=placement,
             wide=place_wide(self.view, self.layers, chosen, placement),
-            kernels=self.kernels,
+            kernels=kernels or self.kernels,
         )
         parts = Parts(self.view, self._kept)
         GraphWriter(plan, parts).write()
-        outer, graph = self._shells[parts.needs_contrib]
+        has_int8 = any(precision.is_int8 for precision in chosen.values())
+        outer, graph = self._shell(parts.needs_contrib, plan.kernels.name if has_int8 else None)
         return assemble(outer, graph, (*parts.nodes, *parts.constants.values()))
+
+    def _shell(self, needs_contrib: bool, kernels: str | None) -> tuple[bytes, bytes]:
+        """The file around the graph; one with 8-bit layers says which kernels it is for."""
+        key = (needs_contrib, kernels)
+        if key not in self._shells:
+            outer = onnx.ModelProto()
+            outer.CopyFrom(self._model)
+            if needs_contrib:
+                outer.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
+            if kernels is not None:
+                outer.metadata_props.add(key=KERNELS_KEY, value=kernels)
+            self._shells[key] = shell(outer)
+        return self._shells[key]
 
     def _require_possible(self, unit: Unit, precision: Precision) -> None:
         for layer in unit.layers:
@@ -117,10 +138,3 @@ class QuantizableGraph:
                 f"layer group {group!r} cannot take fp16: {layer.name!r} has values up to "
                 f"{largest:g}, and 16-bit floats end at {_LARGEST_HALF:g}"
             )
-
-
-def _with_contrib(model: onnx.ModelProto) -> onnx.ModelProto:
-    outer = onnx.ModelProto()
-    outer.CopyFrom(model)
-    outer.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
-    return outer

@@ -119,14 +119,11 @@ def write_unpacked(parts: Parts, view: GraphView, layer: WeightedNode, precision
 
     parts.arrays((layer.name, precision.name), make)
     codes = f"{name}/q" if bits == 8 else _split_bytes(parts, name, bits, weight.size)
-    steps = (("Cast", [codes]), ("Sub", [f"{name}/zero_point"]), ("Mul", [f"{name}/scale"]))
-    value = ""
-    for operator, inputs in steps:
-        out = f"{name}/{operator.lower()}"
-        attributes = {"to": _FLOAT} if operator == "Cast" else {}
-        parts.node(operator, [value, *inputs] if value else inputs, [out], out, **attributes)
-        value = out
-    return value
+    value, zeroed, scaled = (f"{name}/{part}" for part in ("cast", "sub", "mul"))
+    parts.node("Cast", [codes], [value], value, to=_FLOAT)
+    parts.node("Sub", [value, f"{name}/zero_point"], [zeroed], zeroed)
+    parts.node("Mul", [zeroed, f"{name}/scale"], [scaled], scaled)
+    return scaled
 
 
 def _split_bytes(parts: Parts, name: str, bits: int, size: int) -> str:

@@ -167,19 +167,20 @@ def _code(
     """Codes, scales and zeros of each row; weight = (code - zero) * scale."""
     if bits == 1:
         return _binary(groups)
-    if not symmetric:
-        return _asymmetric(groups, bits)
-    codes, scale, zero = _symmetric(groups, bits, 1.0)
+    coder = _symmetric if symmetric else _asymmetric
+    best = coder(groups, bits, 1.0)
     if bits == 2:
-        least = _square_error(groups, codes, scale, zero)
+        least = _square_error(groups, *best)
         for shrink in _SHRINKS_OF_2_BITS:
-            other_codes, other_scale, _ = _symmetric(groups, bits, shrink)
-            error = _square_error(groups, other_codes, other_scale, zero)
+            tried = coder(groups, bits, shrink)
+            error = _square_error(groups, *tried)
             is_better = (error < least)[:, None]
             least = np.minimum(error, least)
-            codes = np.where(is_better, other_codes, codes)
-            scale = np.where(is_better, other_scale, scale)
-    return codes, scale, zero
+            codes, scale, zero = (
+                np.where(is_better, new, old) for new, old in zip(tried, best, strict=True)
+            )
+            best = codes, scale, zero
+    return best
 
 
 def _binary(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,14 +206,16 @@ def _symmetric(
     return codes, scale, np.full(scale.shape, offset, np.float32)
 
 
-def _asymmetric(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _asymmetric(
+    groups: np.ndarray, bits: int, shrink: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The row's range, widened to hold zero, over all codes."""
     top = 2**bits - 1
     low = np.minimum(groups.min(axis=1, keepdims=True), 0).astype(np.float64)
     high = np.maximum(groups.max(axis=1, keepdims=True), 0).astype(np.float64)
     width = np.where(high > low, high - low, top)
-    scale = (width / top).astype(np.float32)
-    zero = np.clip(np.rint(-low / scale), 0, top).astype(np.float32)
+    scale = (shrink * width / top).astype(np.float32)
+    zero = np.clip(np.rint(-shrink * low / scale), 0, top).astype(np.float32)
     codes = np.clip(np.rint(groups / scale) + zero, 0, top).astype(np.uint8)
     return codes, scale, zero
 

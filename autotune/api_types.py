@@ -31,12 +31,16 @@ class Interval(Shape):
 
 
 class GroupPrecision(Shape):
-    """What one layer group was asked to be and what the runtime really executes."""
+    """What one layer group was asked to be and what the runtime really executes.
+
+    `stored_bits` is what a weight takes in the file; None in trials of earlier releases.
+    """
 
     group: str
     planned: str
     effective: str
     reason: str | None = None
+    stored_bits: int | None = None
 
 
 class Trial(Shape):

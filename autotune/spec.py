@@ -24,6 +24,15 @@ JOB_VERSION: Literal[1] = 1
 # Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
+Importance = Literal["l1", "l2", "taylor", "batch_norm"]
+"""How pruning ranks channels; `compression/importance.py` says how each is computed.
+
+`taylor` is the default by measurement (digits at 64x64, every group at half of its channels,
+BatchNorm re-estimated, top-1 of 1,000 images for l1, l2, batch_norm, taylor): resnet18 59.8,
+66.5, 67.6, 71.7 %; mobilenet_v2 35.8, 39.2, 39.8, 60.0 %; mobilenet_v3_small 31.7, 29.4, 45.9,
+48.3 %. Molchanov et al. 2019 (arXiv:1906.10771) see it ahead of weight norms on ImageNet too.
+"""
+
 _UPLOAD = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
@@ -77,7 +86,7 @@ class SearchSpec(_Section):
     """Precisions that a layer group may take: `fp32`, `w8a8` (INT8), weight-only `w8` and `w4`."""
     prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
     """Shares of its channels that a prunable group may lose; `[0]` switches pruning off."""
-    prune_importance: Literal["l1", "l2", "taylor", "batch_norm"] = "taylor"
+    prune_importance: Importance = "taylor"
     """How pruning ranks channels: by the `l1` or `l2` norm of their weights, by the `taylor`
     expansion of the loss (gradients of training samples, or of calibration samples where there
     is no training data), or by the scale of their `batch_norm` (`l2` in groups without one)."""

@@ -25,22 +25,25 @@ import onnx
 from autotune.compression.calibration import Calibration
 from autotune.errors import CompressionError, DiskFull
 
-BASE_VERSION = 1
+BASE_VERSION = 2
 # Version 1 (2026-11-21): model.onnx, calibration.json, base.json with facts and the file's sha256.
+# Version 2 (2026-11-21): facts.pruning; the recovery says why it stopped.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseFacts:
     """What a pruned base is and what it cost; the empty ratios are the source model itself.
 
-    `macs` (one sample) and `parameters` count the layers with weights. `recovery` is the
-    recovery training's report, None where there was none; `note` says why.
+    `macs` (one sample) and `parameters` count the layers with weights. `pruning` says how
+    channels were ranked and rounded and how many stayed, None where nothing was pruned.
+    `recovery` is the recovery training's report, None where there was none; `note` says why.
     """
 
     digest: str
     prune_ratios: Mapping[str, float] = field(default_factory=dict)
     macs: int
     parameters: int
+    pruning: Mapping[str, Any] | None = None
     recovery_epochs: int = 0
     recovery_s: float = 0.0
     recovery: Mapping[str, Any] | None = None

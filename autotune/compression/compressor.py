@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -31,8 +31,11 @@ from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError, InvalidModel
-from autotune.spec import RecoverySpec
+from autotune.spec import Importance, RecoverySpec
 from search_spaces import Candidate
+
+if TYPE_CHECKING:
+    from autotune.compression.importance import ChannelScores
 
 __all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
 
@@ -247,7 +250,7 @@ class Compressor:
 
     def _score(self, teacher: torch.nn.Module) -> ChannelScores:
         """How much each channel matters; the same for every base, so judged once."""
-        from autotune.compression.importance import score_channels
+        from autotune.compression.importance import TAYLOR_SAMPLES, score_channels
         from autotune.compression.recovery import hold_back, torch_settings
 
         if self._scores is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from autotune.compression.coupling import (
     trainable_copy,
 )
 from autotune.errors import CompressionError
-
-Importance = Literal["l1", "l2", "taylor", "batch_norm"]
-"""What the measures are is said by `score_channels`."""
+from autotune.spec import Importance
 
 TAYLOR_SAMPLES = 256
 """Gradients over so many samples rank the channels; on digits 512 changed no accuracy."""

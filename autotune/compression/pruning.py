@@ -7,7 +7,7 @@ back. A source without a torch module is `onnx_pruning`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "MIN_CHANNELS",
     "MIN_PRUNABLE_CHANNELS",
     "Prunability",
+    "PruningReport",
     "describe_pruning",
     "find_prunable_groups",
     "kept_channels",
@@ -42,6 +43,48 @@ class Prunability:
 
     groups: tuple[PrunableGroup, ...]
     left_out: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruningReport:
+    """What a pruning did.
+
+    `channels` has, by group, how many there were and how many stayed. `importance` ranked
+    them; `ranked_by_l2` names pruned groups that it could not rank. `channel_multiple` is
+    what the numbers that stayed were rounded to.
+    """
+
+    importance: str
+    channel_multiple: int
+    channels: Mapping[str, tuple[int, int]]
+    ranked_by_l2: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        groups: Iterable[PrunableGroup],
+        ratios: Mapping[str, float],
+        *,
+        importance: str,
+        channel_multiple: int,
+        without_batch_norm: Collection[str] = (),
+    ) -> PruningReport:
+        """The report on pruning the named ones of `groups` by `ratios`."""
+        pruned = {group.name: group for group in groups if ratios.get(group.name, 0.0) > 0.0}
+        return cls(
+            importance=importance,
+            channel_multiple=channel_multiple,
+            channels={
+                name: (
+                    group.channels,
+                    kept_channels(
+                        group.channels, ratios[name], round_to=channel_multiple, block=group.block
+                    ),
+                )
+                for name, group in pruned.items()
+            },
+            ranked_by_l2=tuple(name for name in pruned if name in without_batch_norm),
+        )
 
 
 def describe_pruning(module: nn.Module, input_shape: tuple[int, ...]) -> Prunability:

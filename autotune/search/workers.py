@@ -122,6 +122,7 @@ class CompressionWorker:
     @cached_property
     def compressor(self) -> Compressor:
         """The compressor, with its graph and calibration warm."""
+        from autotune.compression.channels import channel_multiple
         from autotune.compression.compressor import Compressor
         from autotune.compression.kernels import OTHER, kernel_class
 
@@ -133,6 +134,8 @@ class CompressionWorker:
             self.splits,
             recovery=self._spec.recovery,
             cache_dir=self._cache_dir,
+            importance=self._spec.search.prune_importance,
+            channel_multiple=channel_multiple(self._device.cpu_flags if self._device else ()),
             seed=self._spec.seed,
             threads=1,
             kernels=kernels,

@@ -26,6 +26,7 @@ from search_spaces.layers import (
     LayerGroup,
     LayerInventory,
     LayerKind,
+    LayerPattern,
     PrunableGroup,
 )
 from search_spaces.space import SearchSpace
@@ -45,6 +46,7 @@ __all__ = [
     "LayerGroup",
     "LayerInventory",
     "LayerKind",
+    "LayerPattern",
     "PerBlock",
     "PerChannel",
     "PerTensor",

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-INVENTORY_VERSION = 3
+INVENTORY_VERSION = 4
 # Version 1 (2026-11-21): groups with their layers, prunable groups, float operators.
 # Version 2 (2026-11-21): a float operator has a reason. Version 1 is still read.
 # Version 3 (2026-11-21): a prunable group's block and BatchNorms; the layers left unpruned.
-# Versions 1 and 2 are still read.
+# Version 4 (2026-11-21): a group has a pattern; squeeze-and-excite blocks, Concats and attention
+# tie layers. Versions 1 to 3 are still read: their groups are of the pattern `layer`.
 
 
 class LayerKind(StrEnum):
@@ -23,8 +24,36 @@ class LayerKind(StrEnum):
 
     CONV = "conv"
     DEPTHWISE_CONV = "depthwise_conv"
+    CONV_TRANSPOSE = "conv_transpose"
     GEMM = "gemm"
     MATMUL = "matmul"
+
+
+class LayerPattern(StrEnum):
+    """Why the layers of a group belong together; what the group is in the network.
+
+    The first four tie several layers; where they overlap, the group is called by the one that
+    comes first here. The rest are single layers with what is fused into them.
+    """
+
+    RESIDUAL = "residual"
+    """The producers of residual Adds, which are computed on codes with all of them or not."""
+    CONCAT = "concat"
+    """The producers of a Concat, whose outputs share one scale so that joining them is a copy."""
+    ATTENTION = "attention"
+    """The projections of an attention: query, key, value (packed or not) and output."""
+    SQUEEZE_EXCITE = "squeeze_excite"
+    """The layers that compute a gate per channel from the channels' means."""
+    CLASSIFIER = "classifier"
+    """The layer that gives the scores."""
+    CONV = "conv_bn_act"
+    """A convolution with its BatchNorm and activation."""
+    LINEAR = "linear_act"
+    """A matrix product with its bias and activation."""
+    CONV_TRANSPOSE = "conv_transpose"
+    """A transposed convolution, for which the CPU has no 8-bit kernel."""
+    LAYER = "layer"
+    """Not recorded: the inventory was stored by an earlier version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +76,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGroup:
-    """Layers that the runtime fuses or that a residual Add ties: they share a precision.
+    """Layers that the runtime fuses or that a pattern ties: they share a precision.
 
     `nodes` names every graph node of the unit (the layers, their activations, the Adds).
     `precisions` lists the short names of the precisions that the unit can take at all, in
@@ -58,6 +87,7 @@ class LayerGroup:
     layers: tuple[Layer, ...]
     nodes: tuple[str, ...]
     precisions: tuple[str, ...]
+    pattern: LayerPattern = LayerPattern.LAYER
 
     @property
     def macs(self) -> int:
@@ -169,6 +199,7 @@ def _group(entry: Mapping[str, Any]) -> LayerGroup:
         layers=tuple(_layer(layer) for layer in entry["layers"]),
         nodes=tuple(entry["nodes"]),
         precisions=tuple(entry["precisions"]),
+        pattern=LayerPattern(entry.get("pattern", LayerPattern.LAYER)),
     )
 
 

@@ -6,6 +6,8 @@ Owns look-ups, and the one way a model becomes bytes. Cleaning a foreign graph i
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +19,8 @@ from onnx import helper, numpy_helper
 from autotune.errors import InvalidModel
 
 BATCH_AXIS = "N"
+_LARGEST_SHAPE = 64
+# Constants up to this many values may be shapes, axes or indices, which decide other shapes.
 _WEIGHT_SUFFIXES = (".weight", "_weight", "/weight", ".kernel", "/kernel", "_W", ".W")
 
 
@@ -69,6 +73,24 @@ class GraphView:
         """Number of axes with the batch axis; 0 where unknown."""
         return len(self._shapes.get(tensor, ()))
 
+    def sample_shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape for one sample, without the batch axis wherever it is; () where unknown.
+
+        An axis that holds the batch times something else stays, with one sample's extent:
+        `(17 * N, 768)` is `(17, 768)`.
+        """
+        single, double = (shapes.get(tensor, ()) for shapes in self._shapes_of_batches)
+        if len(single) != len(double):
+            return ()
+        pairs = zip(single, double, strict=True)
+        return tuple(one for one, two in pairs if (one, two) != (1, 2))
+
+    @functools.cached_property
+    def _shapes_of_batches(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+        """Every shape for one sample and for two."""
+        light = _without_large_constants(self.model)
+        return tuple(_shapes_for(light, batch) for batch in (1, 2))
+
     def element_type(self, tensor: str) -> int:
         """The `TensorProto.DataType` of a tensor or constant; UNDEFINED where unknown."""
         if tensor in self.initializers:
@@ -88,6 +110,32 @@ class GraphView:
                 if name:
                     takers[name].append(node)
         return dict(takers)
+
+
+def _without_large_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with its weights as inputs: shapes follow from theirs, not from their values."""
+    graph = model.graph
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.graph.name = graph.name
+    light.graph.node.extend(graph.node)
+    light.graph.input.extend(graph.input)
+    light.graph.output.extend(graph.output)
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) <= _LARGEST_SHAPE:
+            light.graph.initializer.append(tensor)
+        else:
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            light.graph.input.append(value)
+    return light
+
+
+def _shapes_for(light: onnx.ModelProto, batch: int) -> dict[str, tuple[int, ...]]:
+    for value in (light.graph.input[0], light.graph.output[0]):
+        if value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_value = batch
+    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    return {v.name: shape_of(v) for v in (*graph.value_info, *graph.input, *graph.output)}
 
 
 def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:

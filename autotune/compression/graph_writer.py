@@ -15,8 +15,8 @@ import onnx
 
 from autotune.compression.calibration import LEVELS, Calibration
 from autotune.compression.graph import GraphView, attribute
-from autotune.compression.kernels import KernelClass
 from autotune.compression.int8_constants import norm_arrays, operand_codes
+from autotune.compression.kernels import KernelClass
 from autotune.compression.operators import WeightedNode, constant_operand, norm_as_convolution
 from autotune.compression.parts import Parts
 from autotune.compression.placement import Placement

@@ -71,27 +71,40 @@ def _group(view: GraphView, unit: Unit) -> LayerGroup:
         layers=tuple(_layer(view, layer) for layer in unit.layers),
         nodes=unit.nodes,
         precisions=tuple(p.name for p in precisions_of(unit)),
+        pattern=unit.pattern,
     )
 
 
 def _layer(view: GraphView, layer: WeightedNode) -> Layer:
     weight = view.array(layer.weight)
-    bias = view.array(layer.bias) if layer.bias else None
-    output = view.shape(layer.output)
-    if layer.kind in (LayerKind.CONV, LayerKind.DEPTHWISE_CONV):
-        macs = math.prod(output) * math.prod(weight.shape[1:])
-    else:
-        macs = math.prod(output[:-1]) * weight.size
+    biases = [layer.bias] if layer.bias else []
+    if layer.bias_add is not None:
+        biases = [name for name in layer.bias_add.input if view.is_constant(name)]
+    shapes = view.sample_shape(layer.input), view.sample_shape(layer.output)
     return Layer(
         name=layer.name,
         kind=layer.kind,
         op_type=layer.node.op_type,
-        macs=int(macs),
-        parameters=int(weight.size + (0 if bias is None else bias.size)),
+        macs=_macs(layer, weight.shape, *shapes),
+        parameters=int(weight.size + sum(view.array(name).size for name in biases)),
         weight_shape=tuple(int(extent) for extent in weight.shape),
-        input_shape=view.shape(layer.input),
-        output_shape=output,
+        input_shape=shapes[0],
+        output_shape=shapes[1],
     )
+
+
+def _macs(
+    layer: WeightedNode,
+    weight: tuple[int, ...],
+    taken: tuple[int, ...],
+    made: tuple[int, ...],
+) -> int:
+    """Each output value sums over its filter; a transposed convolution spreads each input."""
+    if layer.kind is LayerKind.CONV_TRANSPOSE:
+        return math.prod(taken) * math.prod(weight[1:])
+    if layer.is_matrix_product:
+        return math.prod(made[:-1]) * math.prod(weight)
+    return math.prod(made) * math.prod(weight[1:])
 
 
 def _prunable(

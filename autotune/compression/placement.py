@@ -13,18 +13,27 @@ from dataclasses import dataclass, field
 import onnx
 
 from autotune.compression.graph import GraphView, attribute
-from autotune.compression.units import (
+from autotune.compression.operators import (
     ELEMENTWISE,
     INT8_OPERATORS,
+    NORMS,
     SAME_SCALE,
     WeightedNode,
     clip_bounds,
+    constant_operand,
+    norm_as_convolution,
 )
+from autotune.compression.sharing import share_concat_scales
 from search_spaces import LayerKind, Precision
 
 _GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
-# Behind a quantized matrix product these take its sums as float, without a Q/DQ in between.
-_TAKES_FLOAT_SUMS = frozenset({"Gemm", "MatMul", "Softmax", "LogSoftmax"})
+# onnxruntime fuses these into the Gemm before it looks for DQs (GemmActivationFusion, 1.31).
+_FUSED_INTO_GEMM = frozenset(
+    {
+        "Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
+        "Tanh", "ThresholdedRelu",
+    }
+)  # fmt: skip
 _TRANSPARENT_TO_Q = SAME_SCALE | {"Relu", "Clip"}
 
 
@@ -36,7 +45,8 @@ class Placement:
     codes to the tensor whose scale it has. `absorbed` maps an activation that its producer's
     output range replaces to that range's kind: `clip` or `gate` (HardSigmoid). `writes` maps
     a producer's tensor to the one it writes instead. `guarded` names the float nodes that
-    onnxruntime would quantize on its own.
+    onnxruntime would quantize on its own. `shared` maps a tensor to the Concat outputs whose
+    ranges together are its scale: equal scales make an 8-bit Concat a copy.
     """
 
     int8: set[str] = field(default_factory=set)
@@ -44,6 +54,7 @@ class Placement:
     absorbed: dict[str, str] = field(default_factory=dict)
     writes: dict[str, str] = field(default_factory=dict)
     guarded: set[str] = field(default_factory=set)
+    shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def place(
@@ -52,11 +63,26 @@ def place(
     """Decide for every node; layers that `chosen` does not name are FP32."""
     placement = Placement()
     quantized = {name for name, precision in chosen.items() if precision.is_int8}
-    rules = _Rules(view, layers, quantized, placement)
+    wanted = _wanted_as_codes(view, quantized)
+    rules = _Rules(view, layers, quantized, wanted, placement)
     for node in view.nodes:
         rules.visit(node)
+    placement.shared = share_concat_scales(
+        view, placement.int8, placement.stored, placement.absorbed
+    )
     _guard(view, placement)
     return placement
+
+
+def _wanted_as_codes(view: GraphView, quantized: set[str]) -> set[str]:
+    """The tensors from which codes could flow to a quantized layer."""
+    wanted: set[str] = set()
+    for node in reversed(view.nodes):
+        if node.name in quantized:
+            wanted.add(node.input[0])
+        elif node.op_type in INT8_OPERATORS and wanted.intersection(node.output):
+            wanted.update(view.data_inputs(node))
+    return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +90,7 @@ class _Rules:
     view: GraphView
     layers: Mapping[str, WeightedNode]
     quantized: set[str]
+    wanted: set[str]
     placement: Placement
 
     def visit(self, node: onnx.NodeProto) -> None:
@@ -81,37 +108,57 @@ class _Rules:
         if node.name not in self.quantized:
             return
         self.placement.int8.add(node.name)
-        # A matrix product may leave its int32 sums as float; a convolution has no such kernel.
-        if self._is_conv(node) or self._wanted(node.output[0]):
+        if self._gives_codes(self.layers[node.name]):
             self._store(node.output[0])
 
     def _clip(self, node: onnx.NodeProto) -> None:
         bounds = clip_bounds(self.view, node)
-        if bounds and bounds[0] <= 0.0 <= bounds[1] and self._can_absorb(node):
+        # Bounds that leave zero alone have no width that a scale could express.
+        is_range = bounds is not None and bounds[0] <= 0.0 <= bounds[1] != bounds[0]
+        if is_range and self._can_absorb(node):
             self._absorb(node, "clip")
 
     def _gate(self, node: onnx.NodeProto) -> None:
         producer = self.view.producer.get(node.input[0])
-        is_layer = producer is not None and producer.name in self.quantized
+        # A MatMul has no bias to hold what a whole zero point leaves over.
+        is_layer = (
+            producer is not None
+            and producer.name in self.quantized
+            and producer.op_type != "MatMul"
+        )
         rises = attribute(node, "alpha", 0.2) > 0 and 0 <= attribute(node, "beta", 0.5) <= 1
         if is_layer and rises and self._can_absorb(node):
             self._absorb(node, "gate")
 
     def _operator(self, node: onnx.NodeProto) -> None:
-        inputs = self.view.data_inputs(node)
-        stored = [name for name in inputs if name in self.placement.stored]
-        if node.op_type in ELEMENTWISE | {"Concat"}:
-            floats = [name for name in inputs if name not in self.placement.stored]
-            is_int8 = len(inputs) == len(node.input) and self._size(stored) > self._size(floats)
-        else:
-            is_int8 = node.input[0] in self.placement.stored
-        if not is_int8:
+        if not self._computes_on_codes(node):
             return
         self.placement.int8.add(node.name)
         if node.op_type in SAME_SCALE:
             self._store(node.output[0], root=self.placement.stored[node.input[0]])
         else:
             self._store(node.output[0])
+
+    def _computes_on_codes(self, node: onnx.NodeProto) -> bool:
+        """Most of the input is stored as codes, and nothing is gained from leaving them.
+
+        Where a float operand would have to be quantized for it, or a norm to be rounded,
+        somebody must want the result as codes.
+        """
+        is_wanted = node.output[0] in self.wanted
+        if node.op_type in NORMS:
+            is_possible = norm_as_convolution(self.view, node) is not None
+            return is_possible and is_wanted and node.input[0] in self.placement.stored
+        if node.op_type not in ELEMENTWISE | {"Concat"}:
+            return node.input[0] in self.placement.stored
+        inputs = self.view.data_inputs(node)
+        stored = [name for name in inputs if name in self.placement.stored]
+        floats = [name for name in inputs if name not in self.placement.stored]
+        if len(inputs) < len(node.input):
+            return bool(stored) and is_wanted and constant_operand(self.view, node) is not None
+        if floats and node.op_type == "Concat" and not is_wanted:
+            return False
+        return self._size(stored) > self._size(floats)
 
     def _can_absorb(self, node: onnx.NodeProto) -> bool:
         """Only the node takes the tensor, whose scale is nobody else's."""
@@ -130,22 +177,21 @@ class _Rules:
     def _store(self, tensor: str, *, root: str | None = None) -> None:
         self.placement.stored[tensor] = root or tensor
 
-    def _wanted(self, tensor: str) -> bool:
-        """Somebody computes on codes of the tensor, or the runtime would fuse him otherwise.
+    def _gives_codes(self, layer: WeightedNode) -> bool:
+        """A matrix product may leave its int32 sums as float; a convolution has no such kernel.
 
-        onnxruntime fuses a Gemm with the activation behind it before it looks for DQs.
+        It does where nobody wants codes, and where an Add brings the bias, which 8 bits would
+        round. A Gemm gives codes too where the runtime would fuse it with its activation.
         """
-        return any(
-            node.name in self.quantized or node.op_type not in _TAKES_FLOAT_SUMS
-            for node in self.view.consumers.get(tensor, [])
-        )
-
-    def _is_conv(self, node: onnx.NodeProto) -> bool:
-        kind = self.layers[node.name].kind
-        return kind in (LayerKind.CONV, LayerKind.DEPTHWISE_CONV)
+        if not layer.is_matrix_product:
+            return True
+        takers = self.view.consumers.get(layer.output, [])
+        if layer.kind is LayerKind.GEMM and any(t.op_type in _FUSED_INTO_GEMM for t in takers):
+            return True
+        return layer.bias_add is None and layer.output in self.wanted
 
     def _size(self, tensors: list[str]) -> int:
-        return sum(math.prod(self.view.shape(name)) for name in tensors)
+        return sum(math.prod(self.view.sample_shape(name)) for name in tensors)
 
 
 def _guard(view: GraphView, placement: Placement) -> None:

@@ -1,0 +1,203 @@
+"""What is known of the operators of a float graph: weights, activations, 8-bit kernels.
+
+Owns that knowledge, node by node (`INT8_OPERATORS` is read off onnxruntime's optimized
+graphs). Where 8-bit data begins and ends is `placement.py`'s decision, which layers share a
+precision `ties.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from autotune.compression.graph import GraphView, attribute
+from search_spaces import LayerKind
+
+ACTIVATIONS = frozenset({"Relu", "Clip", "HardSwish", "HardSigmoid", "LeakyRelu", "Sigmoid"})
+FLOAT_ACTIVATIONS = frozenset({"Elu", "Gelu", "Mish", "PRelu", "Selu", "Softplus", "Tanh"})
+# The output has the input's values, so both share one scale and the runtime drops the Q/DQ.
+SAME_SCALE = frozenset(
+    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "DepthToSpace"}
+)
+# An 8-bit kernel with an output scale of its own (onnxruntime 1.31, CPU provider: QLinear*).
+OWN_SCALE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+ELEMENTWISE = frozenset({"Add", "Mul"})
+# It has no 8-bit kernel, but it is a depthwise 1x1 convolution, which has one.
+NORMS = frozenset({"BatchNormalization"})
+INT8_OPERATORS = SAME_SCALE | OWN_SCALE | ELEMENTWISE | ACTIVATIONS | NORMS | {"Concat"}
+SHAPE_KEEPING = SAME_SCALE | OWN_SCALE | ACTIVATIONS
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedNode:
+    """A node with constant weights that can take another precision than FP32.
+
+    `bias_add` is the Add behind a MatMul that has the bias as its constant: exporters write a
+    linear layer on sequences so.
+    """
+
+    node: onnx.NodeProto
+    kind: LayerKind
+    bias_add: onnx.NodeProto | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer's name; it names the node too."""
+        return str(self.node.name)
+
+    @property
+    def input(self) -> str:
+        """The tensor that flows in."""
+        return str(self.node.input[0])
+
+    @property
+    def weight(self) -> str:
+        """The weights' initializer."""
+        return str(self.node.input[1])
+
+    @property
+    def bias(self) -> str | None:
+        """The bias' initializer, if the node itself adds one."""
+        return str(self.node.input[2]) if len(self.node.input) > 2 and self.node.input[2] else None
+
+    @property
+    def output(self) -> str:
+        """The tensor that the node itself makes."""
+        return str(self.node.output[0])
+
+    @property
+    def biased_output(self) -> str:
+        """The tensor with the bias added, by the node itself or by the Add behind it."""
+        return str(self.bias_add.output[0]) if self.bias_add is not None else self.output
+
+    @property
+    def is_matrix_product(self) -> bool:
+        """Weight-only precisions exist for it."""
+        return self.kind in (LayerKind.GEMM, LayerKind.MATMUL)
+
+
+def find_layers(view: GraphView) -> list[WeightedNode]:
+    """Every node whose precision may be chosen, in graph order."""
+    return [
+        WeightedNode(node=node, kind=kind, bias_add=_bias_add(view, node, kind))
+        for node in view.nodes
+        if (kind := _kind(view, node)) is not None
+    ]
+
+
+def is_residual_add(view: GraphView, node: onnx.NodeProto) -> bool:
+    """An Add of two computed tensors of the same shape."""
+    if node.op_type != "Add" or len(view.data_inputs(node)) != len(node.input):
+        return False
+    left, right = (view.shape(name) for name in node.input)
+    return left == right and len(left) > 0
+
+
+def is_swish(view: GraphView, node: onnx.NodeProto) -> bool:
+    """The product in x * Sigmoid(x), which exporters write for SiLU."""
+    return swish_input(view, node) is not None
+
+
+def swish_input(view: GraphView, node: onnx.NodeProto) -> str | None:
+    """The x of x * Sigmoid(x) or x * HardSigmoid(x); None for any other node."""
+    if node.op_type != "Mul" or len(node.input) != 2:
+        return None
+    for x, gate in (node.input, reversed(node.input)):
+        producer = view.producer.get(gate)
+        is_gate = producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid")
+        if producer is not None and is_gate and producer.input[0] == x:
+            return str(x)
+    return None
+
+
+def constant_operand(view: GraphView, node: onnx.NodeProto) -> str | None:
+    """The float constant that an Add or Mul applies to a computed tensor, if there is one."""
+    if node.op_type not in ELEMENTWISE or len(view.data_inputs(node)) != 1:
+        return None
+    return next((n for n in node.input if view.is_constant(n) and view.array(n).size), None)
+
+
+def norm_as_convolution(
+    view: GraphView, node: onnx.NodeProto
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Weights `(C, 1, 1, ...)` and bias `(C,)` of the depthwise convolution that it equals.
+
+    None where the node is no BatchNormalization of constants over images (3 to 5 axes).
+    """
+    if node.op_type not in NORMS or view.rank(node.input[0]) not in (3, 4, 5):
+        return None
+    if len(node.output) > 1 and any(node.output[1:]):
+        return None
+    if not all(view.is_constant(name) for name in node.input[1:5]):
+        return None
+    scale, shift, mean, variance = (view.array(n).astype(np.float64) for n in node.input[1:5])
+    gain = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+    spatial = [1] * (view.rank(node.input[0]) - 2)
+    weight = gain.reshape(-1, 1, *spatial).astype(np.float32)
+    return weight, (shift - mean * gain).astype(np.float32)
+
+
+def clip_bounds(view: GraphView, node: onnx.NodeProto) -> tuple[float, float] | None:
+    """The constant bounds of a Relu or Clip; None for anything else.
+
+    A missing bound is infinite.
+    """
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    if node.op_type != "Clip":
+        return None
+    bounds = [-math.inf, math.inf]
+    for side, name in enumerate(node.input[1:3]):
+        if not name:
+            continue
+        if not view.is_constant(name):
+            return None
+        bounds[side] = float(view.array(name))
+    return bounds[0], bounds[1]
+
+
+def _kind(view: GraphView, node: onnx.NodeProto) -> LayerKind | None:
+    if node.op_type not in _WEIGHTED or not view.is_constant(node.input[1]):
+        return None
+    if view.is_constant(node.input[0]) or len(view.consumers[node.input[1]]) > 1:
+        return None
+    if any(name and not view.is_constant(name) for name in node.input[2:]):
+        return None
+    rank = view.array(node.input[1]).ndim
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return _conv_kind(view, node) if rank in (3, 4, 5) else None
+    if rank != 2:
+        return None
+    if node.op_type == "MatMul":
+        return LayerKind.MATMUL
+    plain = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
+    bias_fits = len(node.input) < 3 or view.array(node.input[2]).ndim == 1
+    return LayerKind.GEMM if plain and bias_fits and not attribute(node, "transA", 0) else None
+
+
+def _conv_kind(view: GraphView, node: onnx.NodeProto) -> LayerKind:
+    if node.op_type == "ConvTranspose":
+        return LayerKind.CONV_TRANSPOSE
+    groups = attribute(node, "group", 1)
+    weight = view.array(node.input[1])
+    is_depthwise = groups > 1 and weight.shape[1] == 1
+    return LayerKind.DEPTHWISE_CONV if is_depthwise else LayerKind.CONV
+
+
+def _bias_add(
+    view: GraphView, node: onnx.NodeProto, kind: LayerKind | None
+) -> onnx.NodeProto | None:
+    """The Add behind a MatMul whose constant has one entry per output feature."""
+    if kind is not LayerKind.MATMUL:
+        return None
+    taker = view.only_consumer(node.output[0])
+    bias = constant_operand(view, taker) if taker is not None else None
+    if taker is None or bias is None or taker.op_type != "Add":
+        return None
+    features = view.array(node.input[1]).shape[1]
+    array = view.array(bias)
+    return taker if array.shape[-1:] == (features,) and array.size == features else None

@@ -11,50 +11,28 @@ from autotune.compression.racing import (
     Verdict,
     interval_at_any_time,
 )
-
-
-def population(total: int, *, lost: int, won: int) -> np.ndarray:
-    values = np.zeros(total)
-    values[:lost], values[lost : lost + won] = 1, -1
-    return values
-
-
-def raced(race: Race, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which rows end as worse, which as within, and the share of samples that each used."""
-    n, total = differences.shape
-    racing = Racing(race, total, n_candidates=n)
-    worse, within, used = np.zeros(n, bool), np.zeros(n, bool), np.ones(n)
-    for stop in range(race.block, total, race.block):
-        bad, good = racing.see(differences[:, stop - race.block : stop])
-        new = (bad | good) & ~(worse | within)
-        used[new] = stop / total
-        worse, within = worse | bad & new, within | good & new
-    return worse, within, used
-
-
-def shuffled(values: np.ndarray, n: int, *, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).permuted(np.tile(values, (n, 1)), axis=1)
+from tests.benchmarks.accuracy_per_image import agrees, candidates_with, raced
 
 
 @pytest.mark.parametrize("won", [0, 4, 20])
 @pytest.mark.parametrize("limit", [0.01, 0.05])
 def test_candidates_at_the_limit_are_seldom_called_worse(limit: float, won: int) -> None:
-    at_limit = population(400, lost=round(400 * limit) + won, won=won)
-    worse, _, _ = raced(Race(limit=limit), shuffled(at_limit, 2000))
+    at_limit = candidates_with(400, lost=round(400 * limit) + won, won=won, n=2000)
+    worse, _, _ = raced(Race(limit=limit), at_limit)
     assert worse.mean() <= 0.05
 
 
 @pytest.mark.parametrize("won", [0, 4, 20])
 @pytest.mark.parametrize("limit", [0.01, 0.05])
 def test_candidates_just_over_the_limit_are_seldom_called_within(limit: float, won: int) -> None:
-    over = population(400, lost=round(400 * limit) + won + 1, won=won)
-    _, within, _ = raced(Race(limit=limit), shuffled(over, 2000))
+    over = candidates_with(400, lost=round(400 * limit) + won + 1, won=won, n=2000)
+    _, within, _ = raced(Race(limit=limit), over)
     assert within.mean() <= 0.05
 
 
 def test_looking_with_an_ordinary_interval_would_be_wrong_far_more_often() -> None:
     """The reason for the correction: the same looks with a test made for one look."""
-    differences = shuffled(population(400, lost=40, won=20), 2000)
+    differences = candidates_with(400, lost=40, won=20, n=2000)
     looks = range(32, 400, 32)
     ends = np.zeros(2000, bool)
     for n in looks:
@@ -65,15 +43,15 @@ def test_looking_with_an_ordinary_interval_would_be_wrong_far_more_often() -> No
 
 
 def test_hopeless_and_harmless_candidates_end_early() -> None:
-    worse, _, used = raced(Race(limit=0.01), shuffled(population(1000, lost=300, won=0), 50))
+    worse, _, used = raced(Race(limit=0.01), candidates_with(1000, lost=300, won=0, n=50))
     assert worse.all() and used.max() <= 0.1
-    _, within, used = raced(Race(limit=0.03), shuffled(population(1000, lost=0, won=0), 50))
+    _, within, used = raced(Race(limit=0.03), candidates_with(1000, lost=0, won=0, n=50))
     assert within.all() and used.max() <= 0.3
 
 
 def test_a_race_without_a_limit_to_keep_ends_only_for_the_worse() -> None:
     race = Race(limit=0.03, ends_within=False)
-    worse, within, _ = raced(race, shuffled(population(1000, lost=0, won=0), 10))
+    worse, within, _ = raced(race, candidates_with(1000, lost=0, won=0, n=10))
     assert not worse.any() and not within.any()
 
 
@@ -84,7 +62,7 @@ def test_what_the_rest_can_no_longer_undo_is_certain() -> None:
 
 
 def test_candidates_side_by_side_race_as_each_alone() -> None:
-    rows = shuffled(population(320, lost=20, won=5), 6, seed=3)
+    rows = candidates_with(320, lost=20, won=5, n=6, seed=3)
     together = raced(Race(limit=0.02), rows)
     alone = [raced(Race(limit=0.02), row[None]) for row in rows]
     for part, parts in zip(together, zip(*alone, strict=True), strict=True):
@@ -132,3 +110,19 @@ def test_the_order_is_random_and_the_same_everywhere() -> None:
 def test_a_race_that_cannot_be_run_is_refused(changes: dict[str, float], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         Race(limit=0.01, **changes)
+
+
+@pytest.mark.parametrize(
+    ("stopped_early", "full_drop", "expected"),
+    [
+        (None, 0.5, True),
+        ("... the accuracy drop exceeds 1 points ...", 0.02, True),
+        ("... the accuracy drop exceeds 1 points ...", 0.01, False),
+        ("... the accuracy drop stays within 1 points ...", 0.01, True),
+        ("... the accuracy drop stays within 1 points ...", 0.02, False),
+    ],
+)
+def test_a_race_agrees_with_all_images_where_they_lie_on_the_same_side(
+    stopped_early: str | None, full_drop: float, expected: bool
+) -> None:
+    assert agrees(stopped_early, full_drop, 0.01) is expected

@@ -1,0 +1,297 @@
+"""Images evaluated per second, and how few of them a race needs: three keys.
+
+- `throughput_ratio`: images per second that all workers of a real pool evaluate together, over
+  (workers x a plain onnxruntime loop's), median of alternating rounds. Both sides start from
+  the artifact's bytes and end with accuracies; the loop runs on one thread, in batches of 16,
+  in a process of its own, and does nothing but load the file, run it and count. At least 0.9;
+- `racing_error_rate`: the share of wrong verdicts among simulated candidates, in the worst of
+  the scenarios: drops exactly at the limit (calling them worse is wrong) and one sample above
+  it (calling them within is wrong), with few and with many differences from FP32 that cancel
+  out. At most `alpha`;
+- `images_ratio`: images that random mixed candidates of a model trained on digits use in their
+  races, over all of them; a third of the candidates each on the FP32 base and on the job's
+  pruned ones. `raw` holds each race and whether all images say the same. `--quick` has no
+  pruned bases and too few images for a race to end before its last one.
+
+Two more put the first one into its place: `contention_ratio` is as many plain loops as workers
+at once over (workers x one alone), which is what the machine itself loses, and `loops_ratio`
+the pool over as many plain loops at once, which is what the evaluator and Ray lose.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autotune.compression.racing import ALPHA, Race, Racing
+from autotune.search import planner
+from autotune.search.conclusion import build_space
+from autotune.search.evaluation import race_of
+from autotune.search.workers import Call, WorkerPool, start_ray, stop_ray
+from autotune.spec import JobSpec, read_job
+from search_spaces import INT8, Candidate, LayerInventory, SearchSpace
+from tests.benchmarks.harness import CACHE, ROOT, Benchmark, Figure, median_figure, start
+from tests.benchmarks.main_job import QUICK_MODEL, full_job, quick_job
+
+ROUNDS, QUICK_ROUNDS = 20, 5
+SIMULATED, QUICK_SIMULATED = 10_000, 500
+CANDIDATES, QUICK_CANDIDATES = 45, 6
+BATCH = 16
+LEAST_WORK_S, QUICK_LEAST_WORK_S = 1.0, 0.3
+"""Evaluations per round are repeated until a plain loop would take about this long."""
+
+SCENARIOS: tuple[tuple[int, float, float], ...] = (
+    # samples, limit, share of samples that the candidate alone gets right
+    (450, 0.01, 0.0),
+    (450, 0.01, 0.05),
+    (450, 0.03, 0.0),
+    (450, 0.03, 0.1),
+    (900, 0.01, 0.01),
+    (2000, 0.005, 0.02),
+)
+
+
+def main() -> int:
+    benchmark = start("accuracy_per_image", "Evaluation speed, and the races of candidates.")
+    quick = benchmark.quick
+    job = quick_job(CACHE / "quick") if quick else full_job(QUICK_MODEL, CACHE / "digits")
+    n = QUICK_SIMULATED if quick else SIMULATED
+    benchmark.say(f"racing {n} simulated candidates in each of {2 * len(SCENARIOS)} scenarios")
+    benchmark.add("racing_error_rate", error_rate(benchmark, n))
+    with workers(read_job(job)) as (pool, spec, splits, n_workers):
+        inspection = call(pool, Call(method="inspect"))
+        pool.share_source()
+        candidate = Candidate(precisions={g.name: INT8 for g in inspection.inventory.groups})
+        artifact = call(pool, Call(method="build", arguments=(candidate,))).artifact
+        benchmark.say(f"{n_workers} workers against a plain loop")
+        measure_throughput(benchmark, pool, artifact, splits.search, n_workers)
+        benchmark.say("races of real candidates")
+        space = build_space(spec, inspection.inventory)
+        bases = [] if quick else pruned_bases(pool, spec, space, inspection.inventory)
+        candidates = mixed(space, [{}, *bases], QUICK_CANDIDATES if quick else CANDIDATES)
+        race_candidates(benchmark, pool, spec, candidates, len(splits.search))
+    benchmark.report()
+    return 0
+
+
+# -- the error rate ------------------------------------------------------------------------
+
+
+def error_rate(benchmark: Benchmark, n: int) -> Figure:
+    """The largest share of wrong verdicts over the scenarios, with its 95 % interval."""
+    from autotune.compression.accuracy import wilson_interval
+
+    rows = []
+    for total, limit, won_share in SCENARIOS:
+        won, at_limit = round(total * won_share), int(np.floor(total * limit + 1e-9))
+        for lost, wrong in ((at_limit + won, "worse"), (at_limit + won + 1, "within")):
+            differences = candidates_with(total, lost=lost, won=won, n=n, seed=len(rows))
+            worse, within, used = raced(Race(limit=limit), differences)
+            errors = int((worse if wrong == "worse" else within).sum())
+            rows.append(
+                {"samples": total, "limit": limit, "lost": lost, "won": won, "wrong": wrong}
+                | {"errors": errors, "candidates": n, "images_ratio": float(used.mean())}
+            )
+    benchmark.raw["simulated"] = rows
+    benchmark.raw["alpha"] = ALPHA
+    most = max(int(row["errors"]) for row in rows)
+    low, high = wilson_interval(most, n)
+    return Figure(value=most / n, low=low, high=high, n=n)
+
+
+def candidates_with(total: int, *, lost: int, won: int, n: int, seed: int = 0) -> np.ndarray:
+    """`n` candidates with those differences from FP32, each in a random order: `(n, total)`."""
+    values = np.zeros(total)
+    values[:lost], values[lost : lost + won] = 1, -1
+    return np.random.default_rng(seed).permuted(np.tile(values, (n, 1)), axis=1)
+
+
+def raced(race: Race, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows end as worse, which as within, and the share of samples that each used."""
+    n, total = differences.shape
+    racing = Racing(race, total, n_candidates=n)
+    worse, within, used = np.zeros(n, bool), np.zeros(n, bool), np.ones(n)
+    for stop in range(race.block, total, race.block):
+        bad, good = racing.see(differences[:, stop - race.block : stop])
+        new = (bad | good) & ~(worse | within)
+        used[new] = stop / total
+        worse, within = worse | bad & new, within | good & new
+    return worse, within, used
+
+
+# -- throughput ----------------------------------------------------------------------------
+
+
+@contextmanager
+def workers(spec: JobSpec) -> Iterator[tuple[WorkerPool, JobSpec, Any, int]]:
+    """The pool that a service on this machine would run for the job, and the job's data."""
+    from autotune.compression.data import split_data
+
+    n_workers = os.cpu_count() or 1
+    os.environ["PYTHONPATH"] = str(ROOT)
+    splits = split_data(spec.data, seed=spec.seed, trust_job_code=False)
+    with tempfile.TemporaryDirectory(prefix="accuracy-per-image-") as folder:
+        start_ray(n_workers=n_workers)
+        try:
+            pool = WorkerPool(
+                spec, splits, cache_dir=Path(folder), n_workers=n_workers, trust=False
+            )
+            yield pool, spec, splits, n_workers
+            pool.close()
+        finally:
+            stop_ray()
+
+
+def call(pool: WorkerPool, what: Call) -> Any:
+    """One call's result."""
+    ((_, result),) = pool.run([what])
+    return result
+
+
+def measure_throughput(
+    benchmark: Benchmark, pool: WorkerPool, artifact: bytes, data: Any, n_workers: int
+) -> None:
+    """Alternate the pool, one plain loop and a plain loop per worker; adds the two ratios."""
+    evaluate = Call(method="search_accuracy", arguments=(artifact,))
+    list(pool.run([evaluate] * 4 * n_workers))  # every worker evaluates FP32 first
+    context = get_context("spawn")
+    with ProcessPoolExecutor(
+        n_workers, mp_context=context, initializer=hold, initargs=(data.x, data.y)
+    ) as loops:
+        list(loops.map(plain_loop, [artifact] * 2 * n_workers, [1] * 2 * n_workers))
+        least_s = QUICK_LEAST_WORK_S if benchmark.quick else LEAST_WORK_S
+        repeats = max(1, round(least_s / loops.submit(plain_loop, artifact, 1).result()))
+        rounds = []
+        for _ in range(QUICK_ROUNDS if benchmark.quick else ROUNDS):
+            alone = len(data) * repeats / loops.submit(plain_loop, artifact, repeats).result()
+            started = time.perf_counter()
+            list(pool.run([evaluate] * repeats * n_workers))
+            together = len(data) * repeats * n_workers / (time.perf_counter() - started)
+            times = loops.map(plain_loop, [artifact] * n_workers, [repeats] * n_workers)
+            side_by_side = sum(len(data) * repeats / seconds for seconds in times)
+            rounds.append({"loop": alone, "pool": together, "loops": side_by_side})
+    benchmark.raw["images_per_s"] = rounds
+    benchmark.raw["workers"] = n_workers
+    benchmark.add(
+        "throughput_ratio", median_figure([r["pool"] / (n_workers * r["loop"]) for r in rounds])
+    )
+    benchmark.add("loops_ratio", median_figure([r["pool"] / r["loops"] for r in rounds]))
+    benchmark.add(
+        "contention_ratio", median_figure([r["loops"] / (n_workers * r["loop"]) for r in rounds])
+    )
+
+
+_held: dict[str, np.ndarray] = {}
+
+
+def hold(x: np.ndarray, y: np.ndarray) -> None:
+    """Keep the data in the loop's process, as workers keep theirs."""
+    _held.update(x=x, y=y)
+
+
+def plain_loop(model: bytes, repeats: int) -> float:
+    """Seconds for `repeats` evaluations the shortest way: load, run in batches, count."""
+    import onnxruntime
+
+    x, y = _held["x"], _held["y"]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    started = time.perf_counter()
+    for _ in range(repeats):
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        answers = [
+            session.run(None, {name: x[i : i + BATCH]})[0].argmax(axis=1)
+            for i in range(0, len(x), BATCH)
+        ]
+        (np.concatenate(answers) == y).mean()
+    return time.perf_counter() - started
+
+
+# -- races of real candidates --------------------------------------------------------------
+
+
+def pruned_bases(
+    pool: WorkerPool, spec: JobSpec, space: SearchSpace, inventory: LayerInventory
+) -> list[dict[str, float]]:
+    """The pruned bases that the job would search, made."""
+    wanted = planner.bases(space, inventory, rng=random.Random(spec.seed))
+    wanted = wanted[: spec.search.max_pruned_bases]
+    results(pool, [Call(method="prepare_base", arguments=(base,)) for base in wanted])
+    return wanted
+
+
+def race_candidates(
+    benchmark: Benchmark,
+    pool: WorkerPool,
+    spec: JobSpec,
+    candidates: Sequence[Candidate],
+    total: int,
+) -> None:
+    """Race random candidates, then show each one every image; adds `images_ratio`."""
+    race = race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed)
+    built = results(pool, [Call(method="build", arguments=(c, race)) for c in candidates])
+    built = [b for b in built if b.accuracy is not None]
+    full = results(pool, [Call(method="search_accuracy", arguments=(b.artifact,)) for b in built])
+    rows = [
+        {
+            "images": b.accuracy.n_samples,
+            "drop": b.accuracy.drop,
+            "stopped_early": b.accuracy.stopped_early,
+            "full_drop": whole.drop,
+            "agrees": agrees(b.accuracy.stopped_early, whole.drop, race.limit),
+        }
+        for b, whole in zip(built, full, strict=True)
+    ]
+    benchmark.raw["races"] = {"limit": race.limit, "images": total, "candidates": rows}
+    wrong = sum(not row["agrees"] for row in rows)
+    benchmark.say(f"{len(rows)} races, {wrong} against what all images say")
+    used = np.array([row["images"] / total for row in rows])
+    low, high = np.percentile(
+        np.random.default_rng(0).choice(used, size=(2000, len(used))).mean(axis=1), [2.5, 97.5]
+    )
+    benchmark.add(
+        "images_ratio",
+        Figure(value=float(used.mean()), low=float(low), high=float(high), n=len(used)),
+    )
+
+
+def agrees(stopped_early: str | None, full_drop: float, limit: float) -> bool:
+    """What a race said of the limit is what all images say; one run to its end says nothing."""
+    if stopped_early is None:
+        return True
+    return ("exceeds" in stopped_early) == (full_drop > limit)
+
+
+def mixed(
+    space: SearchSpace, bases: Sequence[Mapping[str, float]], n: int, *, seed: int = 0
+) -> list[Candidate]:
+    """Random precisions on each base in turn, no two candidates the same."""
+    rng = random.Random(seed)
+    found: dict[str, Candidate] = {}
+    while len(found) < n:
+        precisions = {group: rng.choice(offered) for group, offered in space.precisions.items()}
+        base = bases[len(found) % len(bases)]
+        candidate = Candidate(precisions=precisions, prune_ratios=base)
+        found[candidate.digest] = candidate
+    return list(found.values())
+
+
+def results(pool: WorkerPool, calls: Sequence[Call]) -> list[Any]:
+    """What the calls return, in their order."""
+    return [result for _, result in sorted(pool.run(calls), key=lambda pair: pair[0])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

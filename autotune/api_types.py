@@ -84,6 +84,11 @@ class Trial(Shape):
     groups: list[GroupPrecision] = []
     prune_ratios: dict[str, float] = {}
     recovery_s: float | None = None
+    pruned_base: dict[str, Any] | None = Field(
+        default=None,
+        description="the pruned model under the artifact: how channels were ranked and rounded, "
+        "how many stayed, what the recovery did and cost",
+    )
 
 
 class Progress(Shape):

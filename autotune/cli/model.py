@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,8 @@ def _summary(inventory: LayerInventory) -> list[str]:
     if inventory.prunable_groups:
         channels = sum(group.channels for group in inventory.prunable_groups)
         lines.append(f"{len(inventory.prunable_groups)} prunable groups, {channels} channels")
+        reasons = Counter(reason for _, reason in inventory.left_unpruned)
+        lines += [f"left unpruned: {n} layers, {why}" for why, n in reasons.most_common()]
     elif inventory.pruning_unavailable:
         lines.append(f"nothing can be pruned: {inventory.pruning_unavailable}")
     if inventory.float_operators:

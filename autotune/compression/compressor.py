@@ -106,7 +106,7 @@ class Compressor:
         self._splits = splits
         self._recovery = recovery
         self._importance: Importance = importance
-        self._channel_multiple = channel_multiple
+        self.channel_multiple = channel_multiple
         self._seed = seed
         self._threads = threads
         self._store = BaseStore(cache_dir)
@@ -161,6 +161,30 @@ class Compressor:
         """
         return self._base(candidate.prune_ratios).graph.emit(candidate.precisions)
 
+    def channel_scores(self) -> ChannelScores:
+        """How much each channel of the torch module matters; judged once, good for every base.
+
+        Raises:
+            CompressionError: the source has no torch module, or it cannot be traced.
+        """
+        from autotune.compression.importance import TAYLOR_SAMPLES, score_channels
+        from autotune.compression.recovery import hold_back, torch_settings
+
+        if self.source.module is None:
+            raise CompressionError("the source is an ONNX file: it has no torch module to rank")
+        if self._scores is None:
+            x, y, training = self._splits.calibration, None, self._splits.training
+            if training is not None:
+                # Not the samples by which the recovery judges its epochs.
+                chosen, _ = hold_back(len(training.x), seed=self._seed)
+                chosen = chosen[:TAYLOR_SAMPLES]
+                x, y = training.x[chosen], training.y[chosen]
+            with torch_settings(seed=self._seed, threads=self._threads):
+                self._scores = score_channels(
+                    self.source.module, self.source.input_shape, self._importance, x=x, y=y
+                )
+        return self._scores
+
     def _base(self, prune_ratios: Mapping[str, float]) -> _WarmBase:
         ratios = dict(Candidate(prune_ratios=prune_ratios).prune_ratios)
         digest = self._base_digest(ratios)
@@ -184,7 +208,7 @@ class Compressor:
             identity |= {
                 "prune_ratios": dict(ratios),
                 "importance": self._importance,
-                "channel_multiple": self._channel_multiple,
+                "channel_multiple": self.channel_multiple,
                 "recovery": self._recovery.model_dump(mode="json"),
                 "seed": self._seed,
                 "training": training and self._digest_of("training", training.x, training.y),
@@ -217,19 +241,19 @@ class Compressor:
                 f"prune ratios for {', '.join(ratios)} cannot be applied: "
                 f"{self.inventory.pruning_unavailable}"
             )
-        scores = self._score(teacher)
+        scores = self.channel_scores()
         student = prune_module(
             teacher,
             self.source.input_shape,
             ratios,
-            round_to=self._channel_multiple,
+            round_to=self.channel_multiple,
             scores=scores,
         )
         report = PruningReport.of(
             self.inventory.prunable_groups,
             ratios,
             importance=self._importance,
-            channel_multiple=self._channel_multiple,
+            channel_multiple=self.channel_multiple,
             without_batch_norm=scores.without_batch_norm,
         )
         facts: dict[str, Any] = {
@@ -247,24 +271,6 @@ class Compressor:
         except InvalidModel as error:
             raise CompressionError(f"the pruned model cannot be exported: {error}") from error
         return self._calibrated(model, digest=digest, **facts)
-
-    def _score(self, teacher: torch.nn.Module) -> ChannelScores:
-        """How much each channel matters; the same for every base, so judged once."""
-        from autotune.compression.importance import TAYLOR_SAMPLES, score_channels
-        from autotune.compression.recovery import hold_back, torch_settings
-
-        if self._scores is None:
-            x, y, training = self._splits.calibration, None, self._splits.training
-            if training is not None:
-                # Not the samples by which the recovery judges its epochs.
-                chosen, _ = hold_back(len(training.x), seed=self._seed)
-                chosen = chosen[:TAYLOR_SAMPLES]
-                x, y = training.x[chosen], training.y[chosen]
-            with torch_settings(seed=self._seed, threads=self._threads):
-                self._scores = score_channels(
-                    teacher, self.source.input_shape, self._importance, x=x, y=y
-                )
-        return self._scores
 
     def _recover(
         self, student: torch.nn.Module, teacher: torch.nn.Module, training: LabelledData

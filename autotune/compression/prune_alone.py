@@ -9,6 +9,7 @@ built from these figures get theirs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from autotune.compression.graph import GraphView
 from autotune.compression.source import SourceModel
 from autotune.errors import CompressionError
 from search_spaces import PrunableGroup
+
+if TYPE_CHECKING:
+    from autotune.compression.importance import ChannelScores
 
 REESTIMATION_SAMPLES = 128
 """Two batches of BatchNorm re-estimation: its statistics average over all pixels too."""
@@ -27,11 +31,13 @@ def pruned_outputs(
     *,
     calibration: np.ndarray,
     x: np.ndarray,
+    round_to: int = 8,
+    scores: ChannelScores | None = None,
 ) -> np.ndarray:
     """The outputs over `x`, float32 of shape `(n, classes)`, of the model pruned by `ratios`.
 
     BatchNorm statistics are re-estimated on `calibration`; nothing is trained. Without ratios
-    the source itself answers.
+    the source itself answers. `round_to` and `scores` are those of `pruning.prune_module`.
 
     Raises:
         CompressionError: the source cannot be pruned by them.
@@ -45,7 +51,9 @@ def pruned_outputs(
         )
     if not ratios:
         return logits(source.module, x)
-    pruned = prune_module(source.module, source.input_shape, ratios)
+    pruned = prune_module(
+        source.module, source.input_shape, ratios, round_to=round_to, scores=scores
+    )
     reestimate_batch_norm(pruned, calibration[:REESTIMATION_SAMPLES])
     return logits(pruned, x)
 

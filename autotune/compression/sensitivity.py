@@ -120,7 +120,12 @@ class SensitivityMeter:
         started = time.monotonic()
         source = self._compressor.source
         outputs = pruned_outputs(
-            source, {group: ratio}, calibration=self._calibration, x=self._data.x
+            source,
+            {group: ratio},
+            calibration=self._calibration,
+            x=self._data.x,
+            round_to=self._compressor.channel_multiple,
+            scores=None if source.module is None else self._compressor.channel_scores(),
         )
         entry = self.removal(group, ratio)
         return self._judged(entry, outputs, self._unpruned_outputs, started)

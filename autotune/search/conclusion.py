@@ -10,10 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from autotune.api_types import JobResult
+from autotune.compression.kernels import X86_VNNI, KernelClass, why_not_faster
 from autotune.errors import InvalidJob
 from autotune.search.front import Answer, answer, blocking_groups
 from autotune.spec import JobSpec
-from search_spaces import LayerInventory, Precision, RuntimeOptions, SearchSpace
+from search_spaces import (
+    LayerGroup,
+    LayerInventory,
+    Precision,
+    RuntimeOptions,
+    SearchSpace,
+    can_take,
+)
 from storage.records import JobRecord, TrialRecord
 
 CANCELLED_BY_HAND = "cancelled by hand"
@@ -25,17 +33,71 @@ _ONE_POINT = 0.01
 """What a user who allows no drop in particular would still want to see."""
 
 
-def build_space(spec: JobSpec, inventory: LayerInventory) -> SearchSpace:
-    """The job's choices applied to the model's inventory."""
+def build_space(
+    spec: JobSpec, inventory: LayerInventory, *, kernels: KernelClass = X86_VNNI
+) -> SearchSpace:
+    """The job's choices applied to the model's inventory, on a device with those kernels.
+
+    A precision that cannot be faster there is offered only where size is an objective.
+    """
     return SearchSpace.build(
         inventory,
         precisions=[Precision.parse(name) for name in spec.search.precisions],
         prune_ratios=spec.search.prune_ratios,
         runtimes=[RuntimeOptions(threads=threads) for threads in spec.search.threads or (1,)],
+        is_offered=lambda group, precision: _why_left_out(spec, group, precision, kernels) is None,
     )
 
 
-def limits(spec: JobSpec, inventory: LayerInventory, *, has_training: bool) -> list[str]:
+def left_out(
+    spec: JobSpec, inventory: LayerInventory, *, kernels: KernelClass = X86_VNNI
+) -> list[str]:
+    """Which of the job's precisions are not offered to which groups, and why; a sentence each."""
+    precisions = [Precision.parse(name) for name in spec.search.precisions]
+    causes: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for precision in dict.fromkeys(precisions):
+        by_reason: dict[str, list[str]] = {}
+        for group in inventory.groups:
+            reason = _why_left_out(spec, group, precision, kernels)
+            if not can_take(group, precision) and not precision.is_float:
+                reason = "they have no such form"
+            if reason is not None:
+                by_reason.setdefault(reason, []).append(group.name)
+        for reason, names in by_reason.items():
+            causes.setdefault((reason, tuple(names)), []).append(precision.name)
+    return [
+        f"{', '.join(named)} not offered to {_groups(names, inventory)}: {reason}"
+        for (reason, names), named in causes.items()
+    ]
+
+
+def _why_left_out(
+    spec: JobSpec, group: LayerGroup, precision: Precision, kernels: KernelClass
+) -> str | None:
+    if "size" in spec.search.objectives:
+        return None
+    slow = why_not_faster(precision, kernels, is_matrix_product=group.is_matrix_product)
+    if slow is None:
+        return None
+    return f"{slow}, so the file is only smaller; add size to search.objectives to have it"
+
+
+def _groups(names: Sequence[str], inventory: LayerInventory) -> str:
+    total = len(inventory.groups)
+    if len(names) == total:
+        return "any layer group"
+    if len(names) <= 3:
+        return f"layer group {', '.join(names)}"
+    return f"{len(names)} of {total} layer groups ({names[0]}, {names[1]}, ...)"
+
+
+def limits(
+    spec: JobSpec,
+    inventory: LayerInventory,
+    *,
+    has_training: bool,
+    kernels: KernelClass = X86_VNNI,
+) -> list[str]:
     """What the job asked for and this model or data cannot give, one sentence each.
 
     Raises:
@@ -55,10 +117,17 @@ def limits(spec: JobSpec, inventory: LayerInventory, *, has_training: bool) -> l
             "no training data: pruned candidates get BatchNorm re-estimation only, no recovery "
             "training; name data.training to change that"
         )
+    if asked and spec.search.prune_importance == "batch_norm":
+        without = [g.name for g in inventory.prunable_groups if not g.batch_norms]
+        if without:
+            notices.append(
+                f"{len(without)} of {len(inventory.prunable_groups)} prunable groups have no "
+                "BatchNorm: their channels are ranked by the L2 norm of their weights"
+            )
     if inventory.float_operators:
         listed = ", ".join(map(str, inventory.float_operators))
         notices.append(f"operators that stay in FP32: {listed}")
-    return notices
+    return notices + left_out(spec, inventory, kernels=kernels)
 
 
 def data_limits(spec: JobSpec, *, n_calibration: int, n_search: int, n_held_out: int) -> list[str]:

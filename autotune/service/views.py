@@ -6,9 +6,9 @@ Owns what a user sees of a record, and the progress figures that no record holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autotune import api_types
 from autotune.search.front import answer, hypervolume, is_feasible, non_dominated
@@ -72,7 +72,15 @@ def trial_view(
         groups=[api_types.GroupPrecision(**group) for group in compression.get("groups", ())],
         prune_ratios=dict(trial.candidate.prune_ratios),
         recovery_s=(compression.get("base") or {}).get("recovery_s"),
+        pruned_base=_pruned_base(compression.get("base") or {}),
     )
+
+
+def _pruned_base(base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is to be said of a base beside its digest and size; None where it is the source."""
+    if not base.get("pruning"):
+        return None
+    return {key: base.get(key) for key in ("pruning", "recovery", "note", "macs", "parameters")}
 
 
 def trial_views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[api_types.Trial]:

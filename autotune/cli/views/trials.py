@@ -32,6 +32,35 @@ def prune_summary(trial: Trial) -> str:
     return ", ".join(f"{amount} x {ratio:.0%}" for ratio, amount in sorted(counter.items()))
 
 
+def kept_channels(trial: Trial) -> str:
+    """How many channels of the pruned groups stayed, and how they were chosen."""
+    pruning = (trial.pruned_base or {}).get("pruning")
+    if not pruning:
+        return figures.MISSING
+    before, after = (sum(pair[side] for pair in pruning["channels"].values()) for side in (0, 1))
+    text = f"{after} of {before}, ranked by {pruning['importance']}"
+    if pruning["ranked_by_l2"]:
+        text += f" ({len(pruning['ranked_by_l2'])} groups by l2)"
+    return f"{text}, in multiples of {pruning['channel_multiple']}"
+
+
+def recovery_summary(trial: Trial) -> str:
+    """What the recovery training cost, why it stopped and what it brought."""
+    recovery = (trial.pruned_base or {}).get("recovery")
+    if not recovery:
+        return (trial.pruned_base or {}).get("note") or figures.MISSING
+    text = (
+        f"{figures.seconds(recovery['wall_s'])} for {recovery['epochs']} epochs of "
+        f"{recovery['samples']} samples; {recovery['stopped_because']}"
+    )
+    if recovery["recovered_accuracy"] is None:
+        return text
+    return (
+        f"{text}; {recovery['recovered_accuracy']:.1%} after epoch {recovery['kept_epoch']}, "
+        f"FP32 {recovery['teacher_accuracy']:.1%} (n={recovery['validation_samples']}, held back)"
+    )
+
+
 def threads(trial: Trial) -> int:
     """The runtime's threads; 1 where the candidate does not say."""
     return int(trial.candidate.get("runtime", {}).get("threads", 1))
@@ -169,7 +198,8 @@ TRIAL: View[Trial] = View(
         Column(title="threads", text=lambda t: str(threads(t))),
         Column(title="groups", text=group_counts),
         Column(title="pruned", text=prune_summary),
-        Column(title="recovery training", text=lambda t: figures.seconds(t.recovery_s)),
+        Column(title="channels kept", text=kept_channels),
+        Column(title="recovery training", text=recovery_summary),
         Column(title="artifact sha256", text=lambda t: t.artifact_sha256 or figures.MISSING),
         Column(title="candidate digest", text=lambda t: t.candidate_digest),
     ],

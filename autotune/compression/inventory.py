@@ -15,10 +15,14 @@ from autotune.compression.source import SourceModel
 from autotune.compression.units import Unit, WeightedNode, find_units
 from autotune.errors import CompressionError
 from search_spaces import (
+    FP16,
     FP32,
     INT8,
+    W1,
+    W2,
     W4,
     W8,
+    W8A16,
     Layer,
     LayerGroup,
     LayerInventory,
@@ -27,7 +31,7 @@ from search_spaces import (
     PrunableGroup,
 )
 
-_ORDER: tuple[Precision, ...] = (FP32, W8, W4, INT8)
+_ORDER: tuple[Precision, ...] = (FP32, W8, W4, W2, W1, FP16, W8A16, INT8)
 _ONNX_ONLY = (
     "the source is an ONNX file: pruning follows the dependencies of a torch module; give the "
     "model as torchvision: or python: to prune it"
@@ -59,10 +63,14 @@ def count_cost(view: GraphView) -> tuple[int, int]:
 
 
 def precisions_of(unit: Unit) -> tuple[Precision, ...]:
-    """What the unit can take: weight-only precisions exist for matrix products alone."""
-    if all(layer.is_matrix_product for layer in unit.layers):
-        return _ORDER
-    return FP32, INT8
+    """What the unit can take, in order of falling bits.
+
+    A transposed convolution has no kernel for quantized activations in any runtime known here.
+    Which of them can be fast is the device's business (`kernels.py`).
+    """
+    if any(layer.kind is LayerKind.CONV_TRANSPOSE for layer in unit.layers):
+        return tuple(p for p in _ORDER if p.is_float or p.is_half or p.is_weight_only)
+    return _ORDER
 
 
 def _group(view: GraphView, unit: Unit) -> LayerGroup:

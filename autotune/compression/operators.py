@@ -118,7 +118,7 @@ def constant_operand(view: GraphView, node: onnx.NodeProto) -> str | None:
     """The float constant that an Add or Mul applies to a computed tensor, if there is one."""
     if node.op_type not in ELEMENTWISE or len(view.data_inputs(node)) != 1:
         return None
-    return next((n for n in node.input if view.is_constant(n) and view.array(n).size), None)
+    return next((n for n in node.input if view.is_constant(n)), None)
 
 
 def norm_as_convolution(
@@ -167,7 +167,7 @@ def _kind(view: GraphView, node: onnx.NodeProto) -> LayerKind | None:
         return None
     if any(name and not view.is_constant(name) for name in node.input[2:]):
         return None
-    rank = view.array(node.input[1]).ndim
+    rank = len(view.initializers[node.input[1]].dims)
     if node.op_type in ("Conv", "ConvTranspose"):
         return _conv_kind(view, node) if rank in (3, 4, 5) else None
     if rank != 2:
@@ -175,7 +175,8 @@ def _kind(view: GraphView, node: onnx.NodeProto) -> LayerKind | None:
     if node.op_type == "MatMul":
         return LayerKind.MATMUL
     plain = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
-    bias_fits = len(node.input) < 3 or view.array(node.input[2]).ndim == 1
+    bias = view.initializers.get(node.input[2]) if len(node.input) > 2 else None
+    bias_fits = bias is None or len(bias.dims) == 1
     return LayerKind.GEMM if plain and bias_fits and not attribute(node, "transA", 0) else None
 
 
@@ -183,8 +184,7 @@ def _conv_kind(view: GraphView, node: onnx.NodeProto) -> LayerKind:
     if node.op_type == "ConvTranspose":
         return LayerKind.CONV_TRANSPOSE
     groups = attribute(node, "group", 1)
-    weight = view.array(node.input[1])
-    is_depthwise = groups > 1 and weight.shape[1] == 1
+    is_depthwise = groups > 1 and view.initializers[node.input[1]].dims[1] == 1
     return LayerKind.DEPTHWISE_CONV if is_depthwise else LayerKind.CONV
 
 
@@ -198,6 +198,6 @@ def _bias_add(
     bias = constant_operand(view, taker) if taker is not None else None
     if taker is None or bias is None or taker.op_type != "Add":
         return None
-    features = view.array(node.input[1]).shape[1]
-    array = view.array(bias)
-    return taker if array.shape[-1:] == (features,) and array.size == features else None
+    features = view.initializers[node.input[1]].dims[1]
+    dims = view.initializers[bias].dims
+    return taker if [*dims[-1:]] == [features] and math.prod(dims) == features else None

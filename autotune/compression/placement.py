@@ -156,9 +156,10 @@ class _Rules:
         floats = [name for name in inputs if name not in self.placement.stored]
         if len(inputs) < len(node.input):
             return bool(stored) and is_wanted and constant_operand(self.view, node) is not None
-        if floats and node.op_type == "Concat" and not is_wanted:
-            return False
-        return self._size(stored) > self._size(floats)
+        if not floats:
+            return bool(stored)
+        is_free = node.op_type != "Concat" or is_wanted
+        return is_free and self._size(stored) > self._size(floats)
 
     def _can_absorb(self, node: onnx.NodeProto) -> bool:
         """Only the node takes the tensor, whose scale is nobody else's."""

@@ -35,7 +35,7 @@ from autotune.compression.units import Unit, WeightedNode, find_units
 from autotune.compression.wide import place_wide
 from autotune.compression.wire import assemble, shell
 from autotune.errors import CompressionError
-from search_spaces import PerBlock, Precision
+from search_spaces import FP32, LayerKind, PerBlock, Precision
 
 __all__ = ["QuantizableGraph", "weight_codes"]
 
@@ -118,6 +118,11 @@ class QuantizableGraph:
 
     def _require_possible(self, unit: Unit, precision: Precision) -> None:
         for layer in unit.layers:
+            if layer.kind is LayerKind.CONV_TRANSPOSE and precision != FP32:
+                raise CompressionError(
+                    f"layer group {unit.name!r} cannot take {precision.name}: onnxruntime's CPU "
+                    f"provider computes a {layer.node.op_type} in FP32 alone; take fp32"
+                )
             if isinstance(precision.granularity, PerBlock) and not layer.is_matrix_product:
                 raise CompressionError(
                     f"layer group {unit.name!r} cannot take {precision.name}: its {layer.kind} "

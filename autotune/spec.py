@@ -22,6 +22,7 @@ from search_spaces.errors import InvalidChoice
 
 JOB_VERSION: Literal[1] = 1
 # Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
+# 2026-11-21: search.objectives, and precisions with options; a job without them means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
 Importance = Literal["l1", "l2", "taylor", "batch_norm"]
@@ -83,7 +84,13 @@ class SearchSpec(_Section):
     """
 
     precisions: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
-    """Precisions that a layer group may take: `fp32`, `w8a8` (INT8), weight-only `w8` and `w4`."""
+    """Precisions that a layer group may take: `fp32`, `fp16`, `w8a8` (INT8), `w8a16`, weight-only
+    `w8`, `w4`, `w2` and `w1` (binary). Behind a dash stands what shares a scale (`-tensor`,
+    `-channel`, `-block64`) and `-symmetric` or `-asymmetric` codes, as in `w4-block64`. One that
+    cannot be faster on the device is offered only where `size` is an objective."""
+    objectives: tuple[Literal["accuracy", "latency", "size"], ...] = ("accuracy", "latency")
+    """What the search improves. `accuracy` and `latency` always count; `size` adds the file's
+    bytes, and the precisions that make a file smaller without making it faster."""
     prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
     """Shares of its channels that a prunable group may lose; `[0]` switches pruning off."""
     prune_importance: Importance = "taylor"
@@ -100,6 +107,13 @@ class SearchSpec(_Section):
     """Pruned and recovered versions of the model that are made at most; each is trained once."""
     allow_without_pruning: bool = True
     """Go on where the model cannot be pruned; false makes that an error."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _complete(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not {"accuracy", "latency"} <= set(names):
+            raise ValueError("accuracy and latency are always objectives; size may be added")
+        return names
 
     @field_validator("precisions")
     @classmethod

@@ -29,7 +29,7 @@ from search_spaces.layers import (
     LayerPattern,
     PrunableGroup,
 )
-from search_spaces.space import SearchSpace
+from search_spaces.space import SearchSpace, can_take
 
 __all__ = [
     "FP16",
@@ -54,4 +54,5 @@ __all__ = [
     "PrunableGroup",
     "RuntimeOptions",
     "SearchSpace",
+    "can_take",
 ]

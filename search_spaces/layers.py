@@ -90,6 +90,11 @@ class LayerGroup:
     pattern: LayerPattern = LayerPattern.LAYER
 
     @property
+    def is_matrix_product(self) -> bool:
+        """All its layers multiply by a matrix, for which there are block-wise kernels."""
+        return all(layer.kind in (LayerKind.GEMM, LayerKind.MATMUL) for layer in self.layers)
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates for one sample, summed over the layers."""
         return sum(layer.macs for layer in self.layers)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from search_spaces.candidate import Candidate
-from search_spaces.choices import FP32, INT8, Precision, RuntimeOptions
+from search_spaces.choices import FP32, INT8, PerBlock, Precision, RuntimeOptions
 from search_spaces.errors import InvalidCandidate, InvalidChoice
-from search_spaces.layers import LayerInventory
+from search_spaces.layers import LayerGroup, LayerInventory
 
 SPACE_VERSION = 1
 # Version 1 (2026-11-21): precisions and prune ratios per group, runtimes.
@@ -37,10 +37,12 @@ class SearchSpace:
         precisions: Sequence[Precision],
         prune_ratios: Sequence[float] = (0.0,),
         runtimes: Sequence[RuntimeOptions] = (RuntimeOptions(),),
+        is_offered: Callable[[LayerGroup, Precision], bool] = lambda group, precision: True,
     ) -> SearchSpace:
         """The inventory times the choices; each group keeps those it can take.
 
         FP32 and a ratio of 0.0 are always offered: leaving a group alone is always possible.
+        Of the others a group gets those for which `is_offered` is true, too.
 
         Raises:
             InvalidChoice: a ratio is outside [0, 1), or there is no runtime.
@@ -50,12 +52,11 @@ class SearchSpace:
             raise InvalidChoice(f"prune ratio {wrong[0]} is not a fraction in [0, 1)")
         if not runtimes:
             raise InvalidChoice("a space needs at least one runtime option")
-        wanted = {FP32, *precisions}
         ratios = tuple(sorted({0.0, *prune_ratios}))
         return cls(
             precisions={
                 group.name: _descending(
-                    wanted & {FP32, *(Precision.parse(name) for name in group.precisions)}
+                    {FP32, *(p for p in precisions if can_take(group, p) and is_offered(group, p))}
                 )
                 for group in inventory.groups
             },
@@ -84,8 +85,15 @@ class SearchSpace:
         )
 
     def uniform_int8(self, runtime: RuntimeOptions | None = None) -> Candidate:
-        """What post-training quantization tools give by default."""
-        return self.uniform(INT8, runtime)
+        """What post-training quantization tools give by default.
+
+        A group that is offered INT8 with other granularity or symmetry alone takes that.
+        """
+        chosen = {
+            name: INT8 if INT8 in choices else next((p for p in choices if p.is_int8), FP32)
+            for name, choices in self.precisions.items()
+        }
+        return Candidate(precisions=chosen, runtime=runtime or self.runtimes[0])
 
     def uniform_prune_ratios(self, ratio: float) -> dict[str, float]:
         """Each prunable group at its largest offered ratio that does not exceed `ratio`."""
@@ -147,6 +155,12 @@ class SearchSpace:
             prune_ratios={n: tuple(c) for n, c in document["prune_ratios"].items()},
             runtimes=tuple(RuntimeOptions(**r) for r in document["runtimes"]),
         )
+
+
+def can_take(group: LayerGroup, precision: Precision) -> bool:
+    """The inventory lists the precision's bits, and blocks find a matrix product."""
+    is_blocked = isinstance(precision.granularity, PerBlock)
+    return precision.plain.name in group.precisions and (group.is_matrix_product or not is_blocked)
 
 
 def _descending(precisions: set[Precision]) -> tuple[Precision, ...]:

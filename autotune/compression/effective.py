@@ -20,7 +20,8 @@ import onnxruntime
 
 from autotune.compression.graph_writer import weight_codes
 from autotune.compression.kernels import X86_VNNI, KernelClass
-from autotune.compression.units import Unit, WeightedNode
+from autotune.compression.operators import WeightedNode
+from autotune.compression.units import Unit
 from autotune.compression.weight_only import is_blocked, packed_weight
 from autotune.errors import CompressionError
 from search_spaces import FP32, INT8, Precision

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from search_spaces import Precision
+from search_spaces import PerBlock, Precision
 
 _X86 = frozenset({"x86_64", "amd64", "i386", "i686", "x86"})
 _ARM = frozenset({"aarch64", "arm64", "armv7l", "armv8l", "armv6l", "arm"})
@@ -104,4 +104,6 @@ def why_not_faster(
         return "the runtime has no kernel for binary weights and computes in float"
     if not is_matrix_product:
         return "the runtime has no convolution for packed weights and computes in float"
+    if precision.granularity is not None and not isinstance(precision.granularity, PerBlock):
+        return "the runtime multiplies packed matrices with block-wise scales only"
     return None

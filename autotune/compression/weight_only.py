@@ -31,8 +31,8 @@ _FLOAT = 1  # TensorProto.FLOAT
 
 
 def output_axis(layer: WeightedNode) -> int:
-    """The axis of the weights along which the layer's outputs lie."""
-    if layer.kind is LayerKind.MATMUL:
+    """The axis of the weights along which the layer's outputs lie (of one group of them)."""
+    if layer.kind in (LayerKind.MATMUL, LayerKind.CONV_TRANSPOSE):
         return 1
     if layer.kind is LayerKind.GEMM:
         return 0 if attribute(layer.node, "transB", 0) else 1

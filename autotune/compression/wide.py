@@ -13,7 +13,7 @@ import onnx
 
 from autotune.compression.graph import GraphView
 from autotune.compression.placement import Placement
-from autotune.compression.units import SAME_SCALE, WeightedNode, clip_bounds
+from autotune.compression.operators import SAME_SCALE, WeightedNode, clip_bounds
 from search_spaces import Precision
 
 # Between float16 layers these stay float16: their result is no worse than a layer's own.
@@ -52,7 +52,7 @@ def place_wide(
     if halves:
         _place_half(view, halves, placement, wide)
     for name in coded:
-        wide.rounded.add(_behind_bounds(view, layers[name].output))
+        wide.rounded.add(_behind_bounds(view, layers[name].biased_output))
     if coded:
         _guard(view, coded, placement, wide)
     return wide

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from autotune.compression.kernels import KernelClass, kernel_class
 from autotune.errors import AutotuneError, DeviceUnavailable, DiskFull, JobNotReady
 from autotune.search import planner
 from autotune.search.conclusion import (
@@ -143,7 +144,12 @@ class Tuning:
             has_training = splits.training is not None
             for notice in (
                 *inspection.notices,
-                *limits(self._spec, inspection.inventory, has_training=has_training),
+                *limits(
+                    self._spec,
+                    inspection.inventory,
+                    has_training=has_training,
+                    kernels=self._kernels,
+                ),
                 *data_limits(
                     self._spec,
                     n_calibration=len(splits.calibration),
@@ -155,7 +161,7 @@ class Tuning:
         reference = self._store_reference(inspection.fp32)
         self._job = self._update(
             inventory=inspection.inventory,
-            space=build_space(self._spec, inspection.inventory),
+            space=build_space(self._spec, inspection.inventory, kernels=self._kernels),
             source={
                 "digest": inspection.source_digest,
                 "artifact_sha256": reference.sha256,
@@ -362,6 +368,11 @@ class Tuning:
         if isinstance(result, CallFailed):
             raise result.exception or AutotuneError(result.error)
         return result
+
+    @property
+    def _kernels(self) -> KernelClass:
+        description = self._device.description
+        return kernel_class(description.architecture, description.cpu_flags)
 
     @property
     def _workers(self) -> WorkerPool:

@@ -22,6 +22,7 @@ def _layer_kinds(group: LayerGroup) -> str:
 LAYER_GROUPS: View[LayerGroup] = View(
     columns=[
         Column(title="layer group", text=lambda g: g.name),
+        Column(title="pattern", text=lambda g: g.pattern.value),
         Column(title="layers", text=lambda g: str(len(g.layers)), right=True),
         Column(title="kinds", text=_layer_kinds),
         Column(title="MACs", text=lambda g: figures.count(g.macs), right=True),
@@ -42,6 +43,7 @@ LAYER_GROUPS: View[LayerGroup] = View(
     ],
     fields=[
         Field(name="group", value=lambda g: g.name),
+        Field(name="pattern", value=lambda g: g.pattern.value),
         Field(name="layers", value=lambda g: len(g.layers)),
         Field(name="kinds", value=_layer_kinds),
         Field(name="macs", value=lambda g: g.macs),

@@ -320,11 +320,18 @@ def _name_weights_and_nodes(model: onnx.ModelProto) -> None:
     names = []
     for node in model.graph.node:
         has_weight = node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in held
-        names.append(
-            layer_name(node.input[1]) if has_weight else f"{node.op_type}:{node.output[0]}"
-        )
+        names.append(_layer_of(node) if has_weight else f"{node.op_type}:{node.output[0]}")
     for node, name in zip(model.graph.node, unique_names(names), strict=True):
         node.name = name
+
+
+def _layer_of(node: onnx.NodeProto) -> str:
+    """The layer's name as its weights have it; where they have a mere number, as its node has it.
+
+    Files hold weights called `layer1.0.conv1.weight`, but also `onnx::Conv_193` or `W7`.
+    """
+    name = layer_name(node.input[1])
+    return node.name if name == node.input[1] and node.name else name
 
 
 def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -199,6 +199,8 @@ def _named_after_scopes(model: onnx.ModelProto) -> onnx.ModelProto:
             renamed[node.input[1]] = f"{path}.weight"
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
+        if any(name in held for name in node.input):
+            node.name = ""  # the exporter's count, which pruning would change
     for old, new in renamed.items():
         held[old].name = new
     return model
@@ -277,7 +279,7 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
                 f"onnx.save(onnx.load({path.name!r}), 'whole.onnx')"
             ) from error
         del tensor.external_data[:]
-        tensor.data_location = onnx.TensorProto.DEFAULT
+        tensor.ClearField("data_location")
 
 
 def _source(

@@ -37,12 +37,12 @@ class SearchSpace:
         precisions: Sequence[Precision],
         prune_ratios: Sequence[float] = (0.0,),
         runtimes: Sequence[RuntimeOptions] = (RuntimeOptions(),),
-        is_offered: Callable[[LayerGroup, Precision], bool] = lambda group, precision: True,
+        is_offered: Callable[[LayerGroup, Precision], bool] | None = None,
     ) -> SearchSpace:
         """The inventory times the choices; each group keeps those it can take.
 
         FP32 and a ratio of 0.0 are always offered: leaving a group alone is always possible.
-        Of the others a group gets those for which `is_offered` is true, too.
+        Of the others a group gets those for which `is_offered` is true (None: all).
 
         Raises:
             InvalidChoice: a ratio is outside [0, 1), or there is no runtime.
@@ -56,7 +56,15 @@ class SearchSpace:
         return cls(
             precisions={
                 group.name: _descending(
-                    {FP32, *(p for p in precisions if can_take(group, p) and is_offered(group, p))}
+                    {
+                        precision
+                        for precision in (FP32, *precisions)
+                        if precision == FP32
+                        or (
+                            can_take(group, precision)
+                            and (is_offered is None or is_offered(group, precision))
+                        )
+                    }
                 )
                 for group in inventory.groups
             },

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from search_spaces import PerBlock, Precision
 
@@ -72,6 +73,25 @@ def kernel_class(architecture: str, cpu_flags: Collection[str]) -> KernelClass:
             return ARM
         return ARM_DOT_HALF if flags & _ARM_HALF else ARM_DOT
     return OTHER
+
+
+class Processor(Protocol):
+    """What a device's description says of its processor."""
+
+    @property
+    def architecture(self) -> str:
+        """As `uname -m` gives it."""
+
+    @property
+    def cpu_flags(self) -> Collection[str]:
+        """Those that decide about kernels, as Linux names them."""
+
+
+def kernels_of(processor: Processor | None) -> KernelClass:
+    """The class of a described processor; None gets the codes that fit everywhere."""
+    if processor is None:
+        return OTHER
+    return kernel_class(processor.architecture, processor.cpu_flags)
 
 
 def as_checked_here(kernels: KernelClass, *, architecture: str | None = None) -> KernelClass:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import onnx
 
 from autotune.compression.graph import GraphView
-from autotune.compression.placement import Placement
 from autotune.compression.operators import SAME_SCALE, WeightedNode, clip_bounds
+from autotune.compression.placement import Placement
 from search_spaces import Precision
 
 # Between float16 layers these stay float16: their result is no worse than a layer's own.

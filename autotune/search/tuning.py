@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from autotune.compression.kernels import KernelClass, kernel_class
+from autotune.compression.kernels import kernels_of
 from autotune.errors import AutotuneError, DeviceUnavailable, DiskFull, JobNotReady
 from autotune.search import planner
 from autotune.search.conclusion import (
@@ -140,16 +140,12 @@ class Tuning:
             self._pool = self._host.make_pool(self._spec, splits, self._device.description)
             inspection: Inspection = self._call("inspect")
             self._workers.share_source()
+        inventory, kernels = inspection.inventory, kernels_of(self._device.description)
         if self._job.inventory is None:
             has_training = splits.training is not None
             for notice in (
                 *inspection.notices,
-                *limits(
-                    self._spec,
-                    inspection.inventory,
-                    has_training=has_training,
-                    kernels=self._kernels,
-                ),
+                *limits(self._spec, inventory, has_training=has_training, kernels=kernels),
                 *data_limits(
                     self._spec,
                     n_calibration=len(splits.calibration),
@@ -160,8 +156,8 @@ class Tuning:
                 self._notice(notice)
         reference = self._store_reference(inspection.fp32)
         self._job = self._update(
-            inventory=inspection.inventory,
-            space=build_space(self._spec, inspection.inventory, kernels=self._kernels),
+            inventory=inventory,
+            space=build_space(self._spec, inventory, kernels=kernels),
             source={
                 "digest": inspection.source_digest,
                 "artifact_sha256": reference.sha256,
@@ -368,11 +364,6 @@ class Tuning:
         if isinstance(result, CallFailed):
             raise result.exception or AutotuneError(result.error)
         return result
-
-    @property
-    def _kernels(self) -> KernelClass:
-        description = self._device.description
-        return kernel_class(description.architecture, description.cpu_flags)
 
     @property
     def _workers(self) -> WorkerPool:

@@ -124,11 +124,8 @@ class CompressionWorker:
         """The compressor, with its graph and calibration warm."""
         from autotune.compression.channels import channel_multiple
         from autotune.compression.compressor import Compressor
-        from autotune.compression.kernels import OTHER, kernel_class
+        from autotune.compression.kernels import kernels_of
 
-        kernels = OTHER
-        if self._device is not None:
-            kernels = kernel_class(self._device.architecture, self._device.cpu_flags)
         return Compressor(
             self.source,
             self.splits,
@@ -138,7 +135,7 @@ class CompressionWorker:
             channel_multiple=channel_multiple(self._device.cpu_flags if self._device else ()),
             seed=self._spec.seed,
             threads=1,
-            kernels=kernels,
+            kernels=kernels_of(self._device),
         )
 
     def share(self) -> SourceModel:

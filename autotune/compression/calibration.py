@@ -1,18 +1,17 @@
 """Ranges of the tensors that may be quantized, from one run of the FP32 graph.
 
-Owns what an activation's 8 bits stand for. It is done once per base; every candidate of
-that base derives its scales from the same ranges. They are least and largest value: narrower
-ones were tried on models trained on digits and multiplied the KL divergence of uniform INT8
-(mobilenet_v2: 0.00025 nats, 0.0025 with ranges of least square error, 0.0094 with 0.01 %
-percentiles; mobilenet_v3_small: 0.00075, 0.0010, 0.0015).
+Owns what an activation's 8 bits stand for. The graph runs once per base and leaves, per tensor,
+a histogram, its least and largest value, and those of each channel; every candidate of that
+base derives its scales from them. How a range follows from a histogram is `histograms.py`'s
+knowledge, how channels share a range `equalization.py`'s.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -20,14 +19,16 @@ import onnxruntime
 from onnx import helper
 
 from autotune.compression.graph import GraphView
+from autotune.compression.histograms import LEVELS, Histogram, choose_range
 from autotune.compression.units import INT8_OPERATORS, find_layers
 from autotune.errors import CompressionError
 
-LEVELS = 255
 _LEAST_WIDTH = 2.0**-50
 # A tensor whose values all lie within 1e-15 counts as zero: in steps of such a range a bias
 # would need a scale, (input scale x weight scale), that float32 rounds to 0.
 _MEMORY_BYTES = 256 * 1024 * 1024
+_COUNTED = 1 << 20
+"""Values per tensor and batch that go into its histogram, evenly spaced; extremes see all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +51,37 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelRange:
+    """The least and the largest value of each channel (the first axis after the batch)."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A range per tensor name, and how many samples it was seen on."""
+    """What the tensors hold, on how many samples.
+
+    `ranges` has a range per tensor, `methods` how it was chosen; `channels` the extremes of
+    each channel and `histograms` the distribution, from which other ranges can be derived.
+    """
 
     ranges: Mapping[str, Range]
     n_samples: int
+    methods: Mapping[str, str] = field(default_factory=dict)
+    channels: Mapping[str, ChannelRange] = field(default_factory=dict)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict, compare=False)
 
     def to_text(self) -> str:
         """JSON; floats are written exactly."""
-        pairs = {name: (r.low, r.high) for name, r in sorted(self.ranges.items())}
-        return json.dumps({"n_samples": self.n_samples, "ranges": pairs}, sort_keys=True)
+        document = {
+            "n_samples": self.n_samples,
+            "ranges": {name: (r.low, r.high) for name, r in self.ranges.items()},
+            "methods": dict(self.methods),
+            "channels": {name: (c.low, c.high) for name, c in self.channels.items()},
+            "histograms": {name: h.to_json() for name, h in self.histograms.items()},
+        }
+        return json.dumps(document, sort_keys=True)
 
     @classmethod
     def from_text(cls, text: str) -> Calibration:
@@ -68,11 +90,26 @@ class Calibration:
         return cls(
             n_samples=document["n_samples"],
             ranges={n: Range(low=a, high=b) for n, (a, b) in document["ranges"].items()},
+            methods=document["methods"],
+            channels={
+                n: ChannelRange(low=tuple(a), high=tuple(b))
+                for n, (a, b) in document["channels"].items()
+            },
+            histograms={n: Histogram.from_json(h) for n, h in document["histograms"].items()},
+        )
+
+    def min_max(self) -> Calibration:
+        """The same statistics, every range from the least to the largest value."""
+        ranges = {
+            name: _range(min(0.0, *c.low), max(0.0, *c.high)) for name, c in self.channels.items()
+        }
+        return replace(
+            self, ranges={**self.ranges, **ranges}, methods=dict.fromkeys(ranges, "min-max")
         )
 
 
 def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) -> Calibration:
-    """The range of every tensor that a candidate may quantize: its least and largest value.
+    """The range of every tensor that a candidate may quantize, by the method of least error.
 
     `samples` has shape `(n, ...)`. Batches are as large as 256 MiB of activations allow.
 
@@ -83,27 +120,65 @@ def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) 
         raise CompressionError("there are no calibration samples; give at least one")
     view = GraphView(model)
     names = quantizable_tensors(view)
-    session = _session(model, [n for n in names if n != view.input_name], threads)
-    per_sample = sum(4 * math.prod(view.shape(name)) for name in names)
-    batch = max(1, min(len(samples), _MEMORY_BYTES // max(per_sample, 1)))
-    low = dict.fromkeys(names, 0.0)
-    high = dict.fromkeys(names, 0.0)
-    outputs = [output.name for output in session.get_outputs()]
-    for start in range(0, len(samples), batch):
-        part = np.ascontiguousarray(samples[start : start + batch], dtype=np.float32)
-        values = {view.input_name: part}
-        if outputs:
-            results = session.run(outputs, {view.input_name: part})
-            values |= dict(zip(outputs, results, strict=True))
+    inner = [name for name in names if name != view.input_name]
+    seen = {name: _Seen() for name in names}
+    for values in tensor_batches(view, inner, samples, threads=threads):
         for name in names:
-            # numpy's minimum keeps a NaN, Python's loses it
-            low[name] = float(np.minimum(low[name], values[name].min()))
-            high[name] = float(np.maximum(high[name], values[name].max()))
-    _require_finite(low, high)
+            seen[name].add(name, values[name])
+    chosen = {name: seen[name].chosen_range() for name in names}
     return Calibration(
         n_samples=len(samples),
-        ranges={name: _range(low[name], high[name]) for name in names},
+        ranges={name: held for name, (_, held) in chosen.items()},
+        methods={name: method for name, (method, _) in chosen.items()},
+        channels={name: seen[name].channels() for name in names},
+        histograms={name: seen[name].histogram for name in names},
     )
+
+
+def tensor_batches(
+    view: GraphView, names: Sequence[str], samples: np.ndarray, *, threads: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Those inner tensors of the FP32 graph and its input, a few samples at a time."""
+    session = _session(view.model, names, threads)
+    per_sample = sum(4 * math.prod(view.shape(name)) for name in (*names, view.input_name))
+    batch = max(1, min(len(samples), _MEMORY_BYTES // max(per_sample, 1)))
+    for start in range(0, len(samples), batch):
+        part = np.ascontiguousarray(samples[start : start + batch], dtype=np.float32)
+        found = session.run(list(names), {view.input_name: part}) if names else []
+        yield {**dict(zip(names, found, strict=True)), view.input_name: part}
+
+
+class _Seen:
+    """What one tensor has held so far."""
+
+    def __init__(self) -> None:
+        self.histogram = Histogram()
+        self._low: np.ndarray | None = None
+        self._high: np.ndarray | None = None
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        others = (0, *range(2, value.ndim))
+        low, high = value.min(axis=others), value.max(axis=others)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise CompressionError(
+                f"tensor {name!r} becomes NaN or infinite on the calibration samples; check the "
+                "model's weights and the data"
+            )
+        self._low = low if self._low is None else np.minimum(self._low, low)
+        self._high = high if self._high is None else np.maximum(self._high, high)
+        self.histogram.add(value.ravel()[:: -(-value.size // _COUNTED)])
+
+    def chosen_range(self) -> tuple[str, Range]:
+        held = self.channels()
+        low, high = min(0.0, *held.low, 0.0), max(0.0, *held.high, 0.0)
+        if high - low < _LEAST_WIDTH:
+            return "min-max", _range(low, high)
+        method, (low, high) = choose_range(self.histogram, low, high)
+        return method, _range(low, high)
+
+    def channels(self) -> ChannelRange:
+        low, high = (np.atleast_1d(x) for x in (self._low, self._high))
+        return ChannelRange(low=tuple(float(x) for x in low), high=tuple(float(x) for x in high))
 
 
 def _range(low: float, high: float) -> Range:
@@ -139,12 +214,3 @@ def _session(
     return onnxruntime.InferenceSession(
         graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-
-
-def _require_finite(low: Mapping[str, float], high: Mapping[str, float]) -> None:
-    for name, value in low.items():
-        if not (math.isfinite(value) and math.isfinite(high[name])):
-            raise CompressionError(
-                f"tensor {name!r} becomes NaN or infinite on the calibration samples; check the "
-                "model's weights and the data"
-            )

@@ -32,6 +32,7 @@ from autotune.compression.requirements import (
     require_plain_float,
     require_usable_constants,
 )
+from autotune.compression.shapes import complete_shapes
 from autotune.errors import InvalidModel
 
 MIN_OPSET = 13
@@ -81,6 +82,7 @@ def clean_up(
     _free_taken_names(model)
     _name_weights_and_nodes(model)
     model = _with_shapes(model)
+    complete_shapes(model)
     require_float32_layers(model)
     return model
 

@@ -17,7 +17,12 @@ from autotune.compression.calibration import LEVELS, Calibration
 from autotune.compression.graph import GraphView, attribute
 from autotune.compression.int8_constants import norm_arrays, operand_codes
 from autotune.compression.kernels import KernelClass
-from autotune.compression.operators import WeightedNode, constant_operand, norm_as_convolution
+from autotune.compression.operators import (
+    ELEMENTWISE,
+    WeightedNode,
+    constant_operand,
+    norm_as_convolution,
+)
 from autotune.compression.parts import Parts
 from autotune.compression.placement import Placement
 from autotune.compression.weight_only import (
@@ -180,9 +185,13 @@ class GraphWriter:
 
     def _int8_operator(self, node: onnx.NodeProto) -> None:
         operand = constant_operand(self._view, node)
+        # Behind the data of a Reshape come shapes and axes, constant or computed.
+        n_data = len(node.input) if node.op_type in ELEMENTWISE | {"Concat"} else 1
         inputs = [
-            self._operand(name) if name == operand else self._as_codes(name) for name in node.input
+            self._operand(name) if name == operand else self._as_codes(name)
+            for name in node.input[:n_data]
         ]
+        inputs += [self._as_float(name) for name in node.input[n_data:]]
         out = self._placement.writes.get(node.output[0], node.output[0])
         self._parts.copy(node, inputs, [_raw(out)])
         self._quantize(_raw(out), out)
@@ -218,7 +227,8 @@ class GraphWriter:
         self._quantize(_raw(out), out)
 
     def _int8_hard_swish(self, node: onnx.NodeProto) -> None:
-        x, out = self._as_codes(node.input[0]), node.output[0]
+        x = self._as_codes(node.input[0])
+        out = self._placement.writes.get(node.output[0], node.output[0])
         three, total, gate = (f"{out}/{part}" for part in ("three", "sum", "gate"))
         self._code(f"{three}/q", LEVELS)
         self._dequantize(three, three, _HARD_SWISH_SHIFT / LEVELS, 0)

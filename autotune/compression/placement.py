@@ -162,10 +162,14 @@ class _Rules:
         return is_free and self._size(stored) > self._size(floats)
 
     def _can_absorb(self, node: onnx.NodeProto) -> bool:
-        """Only the node takes the tensor, whose scale is nobody else's."""
+        """Only the node takes the tensor, whose scale is nobody else's.
+
+        One range cannot stand for two activations in a row: it ends where one of them does.
+        """
         tensor = node.input[0]
         return (
             self.placement.stored.get(tensor) == tensor
+            and tensor not in self.placement.writes.values()
             and self.view.only_consumer(tensor) is not None
         )
 

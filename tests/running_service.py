@@ -69,6 +69,9 @@ class WaitingRunner:
     def wake(self, topic: str) -> None:
         self.topics.append(topic)
 
+    def end_cancelled(self, job_id: str) -> None:
+        """No job ends here."""
+
     def verify(self, job: JobRecord, model: bytes) -> VerificationOutcome:
         self.verified.append(model)
         if self.failure is not None:

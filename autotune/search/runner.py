@@ -71,6 +71,8 @@ class Runner:
         self._ray_address = ray_address
         self._owns_ray = make_pool is None
         self._starter = WorkerStarter()
+        self._choosing = threading.Lock()
+        self._current: str | None = None
         self._repository = repository
         self._artifacts = artifacts
         self._data_dir = data_dir
@@ -145,7 +147,9 @@ class Runner:
         while not self._stopping.is_set():
             self._woken.clear()
             try:
-                found = self._next_job()
+                with self._choosing:
+                    found = self._next_job()
+                    self._current = None if found is None else found[0].id
             except StorageError:
                 # The database may be back in a moment; this thread must be there then.
                 _log.exception("the next job could not be read")
@@ -155,6 +159,13 @@ class Runner:
                 self._woken.wait(_IDLE_S)
                 continue
             self._run(*found)
+
+    def end_cancelled(self, job_id: str) -> None:
+        """End a job that was cancelled while another one runs; its own run ends by itself."""
+        with self._choosing:
+            job = self._repository.get_job(job_id)
+            if job.cancel_requested and not job.state.is_final and job.id != self._current:
+                self._cancel(job)
 
     def _start_ray_early(self) -> None:
         """Before the first job asks for it, because starting takes some seconds."""

@@ -174,7 +174,9 @@ def _cancel(context: ServiceContext, reference: str) -> Job:
     job = context.repository.get_job(reference)
     if job.state.is_final:
         raise JobNotReady(f"job {job.id} is {job.state.value} already; there is nothing to stop")
-    return show(context, context.repository.request_cancel(job.id))
+    context.repository.request_cancel(job.id)
+    context.runner.end_cancelled(job.id)
+    return show(context, context.repository.get_job(job.id))
 
 
 def _resume(context: ServiceContext, reference: str, extra_trials: int | None) -> Job:

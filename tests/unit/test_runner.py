@@ -98,6 +98,30 @@ def test_a_job_that_waits_can_be_cancelled(loop: Loop) -> None:
     assert loop.wait_for(job, JobState.CANCELLED).result is None
 
 
+def test_a_job_that_is_cancelled_behind_another_ends_at_once(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_inside, is_free = threading.Event(), threading.Event()
+    inspect = FakePool._inspect
+
+    def wait_inside(pool: FakePool) -> Any:
+        is_inside.set()
+        is_free.wait(30)
+        return inspect(pool)
+
+    monkeypatch.setattr(FakePool, "_inspect", wait_inside)
+    with FakeAgent(loop.repository, loop.artifacts.read):
+        first, second = loop.job(), loop.job()
+        assert is_inside.wait(30)
+        for job in (first, second):
+            loop.repository.request_cancel(job.id)
+            loop.runner.end_cancelled(job.id)
+        states = [loop.repository.get_job(job.id).state for job in (first, second)]
+        is_free.set()
+        loop.wait_for(first, JobState.CANCELLED)
+    assert states == [JobState.RUNNING, JobState.CANCELLED]
+
+
 def test_an_error_nobody_foresaw_ends_that_job_only(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

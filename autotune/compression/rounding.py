@@ -1,0 +1,279 @@
+"""Which way each 8-bit weight is rounded, so that the layer's outputs change least.
+
+Owns second-order rounding: weights are rounded one input at a time, and the inputs still to
+come take up the error (Frantar et al. 2022, arXiv:2210.17323, algorithm 1, the Hessian being
+the second moment of the layer's inputs on the calibration samples); and empirical bias
+correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2, with means over calibration
+samples in place of BatchNorm's). `adaround.py` learns the rounding instead. Which scale a
+weight has is `weights.py`'s business.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autotune.compression.calibration import tensor_batches
+from autotune.compression.equalization import Stretched, folded_weight
+from autotune.compression.graph import GraphView, attribute
+from autotune.compression.units import WeightedNode, find_layers
+from autotune.compression.weights import INT8_MAX
+from search_spaces import LayerKind
+
+_LARGEST_BLOCK = 512
+# Inputs of a layer that take up each other's error; a Hessian over 4,608 inputs (a 3x3
+# convolution of 512 channels) costs a hundred times as much and 85 MB.
+_POSITIONS = 4096
+# Rows of input per layer for the Hessian: eight times as many as it has columns.
+_DAMPING = 0.01  # of the Hessian's mean diagonal (Frantar et al. 2022, section 3.3, step 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundedWeight:
+    """A layer's signed 8-bit codes in the weight's shape, in steps of `max / 127` per output.
+
+    `mean_error` is what the outputs are too large by on average, `(outputs,)` float32.
+    """
+
+    codes: np.ndarray
+    mean_error: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rounding:
+    """The rounded weights of a base by layer name.
+
+    `plain` are the model's own weights, `stretched` those behind a stretched input tensor;
+    the latter holds layers alone whose input can be stretched.
+    """
+
+    plain: Mapping[str, RoundedWeight] = field(default_factory=dict)
+    stretched: Mapping[str, RoundedWeight] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """An npz file; the same rounding gives the same bytes."""
+        arrays = {}
+        for kind, layers in (("plain", self.plain), ("stretched", self.stretched)):
+            for name, rounded in sorted(layers.items()):
+                arrays[f"{kind}|{name}|codes"] = rounded.codes
+                arrays[f"{kind}|{name}|mean_error"] = rounded.mean_error
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Rounding:
+        """The rounding that `to_bytes` wrote."""
+        found: dict[str, dict[str, RoundedWeight]] = {"plain": {}, "stretched": {}}
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                kind, name, part = key.split("|")
+                if part == "codes":
+                    found[kind][name] = RoundedWeight(
+                        codes=arrays[key], mean_error=arrays[f"{kind}|{name}|mean_error"]
+                    )
+        return cls(**found)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Moments:
+    """Sums over positions: outer products per block `(groups, k, k)`, and the inputs' sum."""
+
+    products: list[np.ndarray]
+    total: np.ndarray
+    n: int = 0
+
+
+def round_weights(
+    view: GraphView,
+    samples: np.ndarray,
+    stretched: Mapping[str, Stretched],
+    *,
+    threads: int = 1,
+) -> Rounding:
+    """Every layer's 8-bit weights after one run over the samples.
+
+    `stretched` are the tensors that uniform INT8 stretches.
+    """
+    layers = [layer for layer in find_layers(view) if _is_supported(layer)]
+    moments = {layer.name: _empty(view, layer) for layer in layers}
+    inner = dict.fromkeys(layer.input for layer in layers if layer.input != view.input_name)
+    rng = np.random.default_rng(0)
+    for values in tensor_batches(view, list(inner), samples, threads=threads):
+        for layer in layers:
+            rows = input_rows(view, layer, values[layer.input], rng, n_samples=len(samples))
+            _add(moments[layer.name], rows)
+    plain, behind = {}, {}
+    for layer in layers:
+        plain[layer.name] = _rounded(view, layer, moments[layer.name], None)
+        if layer.input in stretched:
+            factors = stretched[layer.input].factors
+            behind[layer.name] = _rounded(view, layer, moments[layer.name], factors)
+    return Rounding(plain=plain, stretched=behind)
+
+
+def weight_rows(view: GraphView, layer: WeightedNode, factors: np.ndarray | None) -> np.ndarray:
+    """The weight as `(groups, outputs per group, inputs per output)`, float64.
+
+    `factors` are those of the input's channels, None where they are all 1.
+    """
+    weight = folded_weight(view.array(layer.weight), layer, before=factors, after=None)
+    weight = weight.T if is_transposed(layer) else weight
+    groups = attribute(layer.node, "group", 1)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def weight_like(view: GraphView, layer: WeightedNode, rows: np.ndarray) -> np.ndarray:
+    """`weight_rows` undone: the rows in the shape of the layer's weight."""
+    shape = view.array(layer.weight).shape
+    return np.ascontiguousarray(
+        rows.reshape(shape[::-1]).T if is_transposed(layer) else rows.reshape(shape)
+    )
+
+
+def input_rows(
+    view: GraphView,
+    layer: WeightedNode,
+    value: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    n_samples: int,
+) -> np.ndarray:
+    """What the layer multiplies at some of its positions: `(positions, groups, inputs)`, float32.
+
+    Of each sample as many positions as make up some 4,096 over all `n_samples`.
+    """
+    each = max(1, _POSITIONS // n_samples)
+    if layer.is_matrix_product:
+        flat = value.reshape(-1, value.shape[-1])
+        if len(flat) > each * len(value):
+            flat = flat[np.sort(rng.choice(len(flat), each * len(value), replace=False))]
+        return flat[:, None, :]
+    window = view.array(layer.weight).shape[2:]
+    strides = attribute(layer.node, "strides", [1] * len(window))
+    dilations = attribute(layer.node, "dilations", [1] * len(window))
+    pads = attribute(layer.node, "pads", [0] * 2 * len(window))
+    axes = list(zip(pads[: len(window)], pads[len(window) :], strict=True))
+    padded = np.pad(value, [(0, 0), (0, 0), *axes])
+    extents = [
+        (padded.shape[2 + i] - (window[i] - 1) * dilations[i] - 1) // strides[i] + 1
+        for i in range(len(window))
+    ]
+    count = math.prod(extents)
+    chosen = np.sort(rng.choice(count, min(each, count), replace=False))
+    starts = np.stack(np.unravel_index(chosen, extents)) * np.array(strides)[:, None]
+    patches = []
+    for offset in np.ndindex(*window):
+        at = starts + (np.array(offset) * np.array(dilations))[:, None]
+        patches.append(padded[(slice(None), slice(None), *at)])
+    # (samples, channels, positions, window) to (samples x positions, groups, channels x window)
+    stacked = np.stack(patches, axis=-1).transpose(0, 2, 1, 3)
+    groups = attribute(layer.node, "group", 1)
+    return stacked.reshape(stacked.shape[0] * stacked.shape[1], groups, -1)
+
+
+def int8_scales(rows: np.ndarray) -> np.ndarray:
+    """The step of each output channel's codes, float32 `(groups, outputs)`: max / 127."""
+    scale = np.abs(rows).max(axis=2) / INT8_MAX
+    return np.where(scale > 0, scale, 1.0).astype(np.float32)
+
+
+def _rounded(
+    view: GraphView, layer: WeightedNode, moments: _Moments, factors: np.ndarray | None
+) -> RoundedWeight:
+    rows = weight_rows(view, layer, factors)
+    spread = _per_input(factors, rows.shape)
+    scale = int8_scales(rows)[..., None].astype(np.float64)
+    parts, start, n = [], 0, max(moments.n, 1)
+    for products in moments.products:
+        end = start + products.shape[-1]
+        gain = spread[:, start:end]
+        scaled = products / n * (gain[:, :, None] * gain[:, None, :])
+        parts.append(second_order_codes(rows[:, :, start:end] / scale, scaled))
+        start = end
+    codes = np.concatenate(parts, axis=2)
+    # Section 4.2: the weights' error times the mean input is the outputs' mean error.
+    mean_error = np.einsum("goi,gi->go", codes * scale - rows, moments.total / n * spread)
+    return RoundedWeight(
+        codes=weight_like(view, layer, codes).astype(np.int8),
+        mean_error=mean_error.reshape(-1).astype(np.float32),
+    )
+
+
+def _per_input(factors: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The factor of each column of the rows, `(groups, inputs)`."""
+    groups, _, inputs = shape
+    if factors is None:
+        return np.ones((groups, inputs))
+    by_group = factors.reshape(groups, -1)
+    return by_group.repeat(inputs // by_group.shape[1], axis=1)
+
+
+def second_order_codes(steps: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Whole numbers near `steps` `(groups, outputs, k)` whose products with inputs stay nearest.
+
+    `products` `(groups, k, k)` is the inputs' second moment. Column by column in order of
+    importance; each rounding error is taken up by the columns that follow, in proportion to
+    the inverse moment's Cholesky factor (Frantar et al. 2022, equations 2 and 3).
+    """
+    k = products.shape[-1]
+    diagonal = np.einsum("gii->gi", products)
+    order = np.argsort(-diagonal.mean(axis=0), kind="stable")
+    damped = products[:, order][:, :, order].astype(np.float64)
+    damped[:, np.arange(k), np.arange(k)] += _DAMPING * diagonal.mean(axis=1)[:, None] + 1e-12
+    inverse = np.linalg.inv(damped)
+    inverse = (inverse + inverse.transpose(0, 2, 1)) / 2
+    upper = np.linalg.cholesky(inverse).transpose(0, 2, 1)
+    rest = steps[:, :, order].copy()
+    codes = np.empty_like(rest)
+    for start in range(0, k, 32):
+        end = min(start + 32, k)
+        errors = np.empty((*rest.shape[:2], end - start))
+        for i in range(start, end):
+            codes[:, :, i] = np.clip(np.rint(rest[:, :, i]), -INT8_MAX, INT8_MAX)
+            error = (rest[:, :, i] - codes[:, :, i]) / upper[:, i, i, None]
+            errors[:, :, i - start] = error
+            rest[:, :, i + 1 : end] -= error[..., None] * upper[:, None, i, i + 1 : end]
+        rest[:, :, end:] -= errors @ upper[:, start:end, end:]
+    restored = np.empty_like(codes)
+    restored[:, :, order] = codes
+    return restored
+
+
+def _empty(view: GraphView, layer: WeightedNode) -> _Moments:
+    groups, _, inputs = weight_rows(view, layer, None).shape
+    window = math.prod(view.array(layer.weight).shape[2:]) if not layer.is_matrix_product else 1
+    # A block holds whole channels.
+    width = max(_LARGEST_BLOCK // window, 1) * window
+    widths = [min(width, inputs - start) for start in range(0, inputs, width)]
+    return _Moments(
+        products=[np.zeros((groups, w, w), np.float32) for w in widths],
+        total=np.zeros((groups, inputs)),
+    )
+
+
+def _add(moments: _Moments, rows: np.ndarray) -> None:
+    by_group = rows.transpose(1, 0, 2)
+    start = 0
+    for products in moments.products:
+        part = by_group[:, :, start : start + products.shape[-1]]
+        products += part.transpose(0, 2, 1) @ part
+        start += products.shape[-1]
+    moments.total += by_group.sum(axis=1, dtype=np.float64)
+    moments.n += len(rows)
+
+
+def is_transposed(layer: WeightedNode) -> bool:
+    """The weight is `(inputs, outputs)`."""
+    return layer.kind is LayerKind.MATMUL or (
+        layer.kind is LayerKind.GEMM and not attribute(layer.node, "transB", 0)
+    )
+
+
+def _is_supported(layer: WeightedNode) -> bool:
+    """Convolutions with explicit padding, and matrix products."""
+    return layer.is_matrix_product or attribute(layer.node, "auto_pad", b"NOTSET") == b"NOTSET"

@@ -1,69 +1,66 @@
 """One group pruned alone: its outputs without an export, and a cheap guess of the damage.
 
 Owns the step from prune ratios to outputs for a source of either kind: a torch module is
-pruned and run as a module, because an export costs more than all the rest. What is coupled
-and which channels go is `pruning.py`'s; recovery is left out on purpose, the bases that are
-built from these figures get theirs.
+pruned and run as a module, because an export costs more than all the rest; an ONNX graph as
+a graph. Which channels go is the compressor's choice, the same as in a base. Recovery is left
+out on purpose: the bases that are chosen by these figures get theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autotune.compression.graph import GraphView
-from autotune.compression.source import SourceModel
+from autotune.compression.channels import kept_channels
+from autotune.compression.compressor import Compressor
+from autotune.compression.graph import GraphView, model_bytes
+from autotune.compression.prefix import BATCH
+from autotune.compression.slices import open_session
 from autotune.errors import CompressionError
 from search_spaces import PrunableGroup
-
-if TYPE_CHECKING:
-    from autotune.compression.importance import ChannelScores
 
 REESTIMATION_SAMPLES = 128
 """Two batches of BatchNorm re-estimation: its statistics average over all pixels too."""
 
 
 def pruned_outputs(
-    source: SourceModel,
-    ratios: Mapping[str, float],
-    *,
-    calibration: np.ndarray,
-    x: np.ndarray,
-    round_to: int = 8,
-    scores: ChannelScores | None = None,
+    compressor: Compressor, ratios: Mapping[str, float], *, calibration: np.ndarray, x: np.ndarray
 ) -> np.ndarray:
     """The outputs over `x`, float32 of shape `(n, classes)`, of the model pruned by `ratios`.
 
-    BatchNorm statistics are re-estimated on `calibration`; nothing is trained. Without ratios
-    the source itself answers. `round_to` and `scores` are those of `pruning.prune_module`.
+    Statistics are re-estimated on `calibration`; nothing is trained. Without ratios the
+    source itself answers.
 
     Raises:
         CompressionError: the source cannot be pruned by them.
     """
+    if compressor.source.module is None:
+        return _graph_outputs(compressor, ratios, calibration[:REESTIMATION_SAMPLES], x)
     from autotune.compression.pruning import prune_module
     from autotune.compression.recovery import logits, reestimate_batch_norm
 
-    if source.module is None:
-        raise CompressionError(
-            f"prune ratios for {', '.join(ratios)} need a torch module, the source is an ONNX file"
-        )
     if not ratios:
-        return logits(source.module, x)
+        return logits(compressor.source.module, x)
     pruned = prune_module(
-        source.module, source.input_shape, ratios, round_to=round_to, scores=scores
+        compressor.source.module,
+        compressor.source.input_shape,
+        ratios,
+        round_to=compressor.channel_multiple,
+        scores=compressor.channel_scores(),
     )
     reestimate_batch_norm(pruned, calibration[:REESTIMATION_SAMPLES])
     return logits(pruned, x)
 
 
-def removed_share(view: GraphView, group: PrunableGroup, ratio: float) -> float | None:
-    """The fraction of the group's squared weights in its least important channels.
+def removed_share(
+    view: GraphView, group: PrunableGroup, ratio: float, *, round_to: int
+) -> float | None:
+    """The fraction of the group's squared weights that lies in its smallest channels.
 
-    Every layer of the group counts the same, as its own total is 1 (Li et al. 2017,
-    arXiv:1608.08710, rank filters by their norm). None where a layer's weights are not found
-    under its name.
+    As many as the ratio removes. Every layer of the group counts the same, its own total
+    being 1 (Li et al. 2017, arXiv:1608.08710, rank filters by their norm). None where a
+    layer's weights are not found under its name.
     """
     shares = np.zeros(group.channels)
     for layer in group.layers:
@@ -77,5 +74,29 @@ def removed_share(view: GraphView, group: PrunableGroup, ratio: float) -> float 
         others = tuple(axis for axis in range(weight.ndim) if axis != axes[0])
         norms = np.square(weight, dtype=np.float64).sum(axis=others)
         shares += norms / max(norms.sum(), np.finfo(np.float64).tiny)
-    kept_last = np.sort(shares)[: round(ratio * group.channels)]
-    return float(kept_last.sum() / max(shares.sum(), np.finfo(np.float64).tiny))
+    kept = kept_channels(group.channels, ratio, round_to=round_to, block=group.block)
+    removed = np.sort(shares)[: group.channels - kept]
+    return float(removed.sum() / max(shares.sum(), np.finfo(np.float64).tiny))
+
+
+def _graph_outputs(
+    compressor: Compressor, ratios: Mapping[str, float], calibration: np.ndarray, x: np.ndarray
+) -> np.ndarray:
+    from autotune.compression.onnx_pruning import prune_graph
+
+    source = compressor.source
+    graph = source.graph
+    if ratios:
+        graph = prune_graph(
+            graph, ratios, samples=calibration, round_to=compressor.channel_multiple
+        )
+    session = open_session(model_bytes(graph), threads=1)
+    try:
+        parts = [
+            session.run(None, {source.input_name: np.ascontiguousarray(x[i : i + BATCH])})[0]
+            for i in range(0, len(x), BATCH)
+        ]
+    except Exception as error:
+        # onnxruntime's exceptions share no public base class
+        raise CompressionError(f"onnxruntime cannot run the pruned graph: {error}") from error
+    return np.concatenate(parts)

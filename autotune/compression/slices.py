@@ -23,6 +23,7 @@ from autotune.errors import CompressionError
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 2, 5, 11, 12
 _TENSOR_NAME = 8
+_LONGEST_VARINT = 10  # bytes of a 64-bit number
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,8 @@ class FileGraph:
             graph.input.append(helper.make_tensor_value_info(name, element, shape))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         taken = {name for node in kept for name in node.taken}
-        parts: list[bytes | memoryview] = [_field(_GRAPH_NODE, node.encoded) for node in kept]
-        parts += [field for name, field in self.constants.items() if name in taken]
+        parts = [_field(_GRAPH_NODE, node.encoded) for node in kept]
+        parts += [bytes(field) for name, field in self.constants.items() if name in taken]
         return assemble(self.shell, graph.SerializeToString(deterministic=True), parts)
 
 
@@ -267,14 +268,12 @@ def _fields(payload: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]
 
 def _varint(payload: memoryview, at: int) -> tuple[int, int]:
     """The number at that place, and the place behind it."""
-    value = shift = 0
-    while True:
-        byte = payload[at]
-        value |= (byte & 0x7F) << shift
-        at += 1
+    value = 0
+    for place, byte in enumerate(payload[at : at + _LONGEST_VARINT]):
+        value |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
-            return value, at
-        shift += 7
+            return value, at + place + 1
+    raise CompressionError("this is no ONNX file: a number in it does not end")
 
 
 def _tensor_name(payload: memoryview) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from autotune.compression.calibration import LEVELS, Calibration
+from autotune.compression.calibration import Calibration
 from autotune.compression.graph import GraphView, attribute
+from autotune.compression.histograms import LEVELS
 from autotune.compression.int8_constants import norm_arrays, operand_codes
 from autotune.compression.kernels import KernelClass
 from autotune.compression.operators import (
@@ -64,6 +65,9 @@ class Plan:
     placement: Placement
     wide: WidePlacement
     kernels: KernelClass
+    stretched: Mapping[str, Stretched] = dataclasses.field(default_factory=dict)
+    """Tensors whose codes stand for stretched channels in this candidate."""
+    rounding: Rounding = dataclasses.field(default_factory=Rounding)
 
 
 def weight_codes(layer: str, precision: Precision) -> str:
@@ -265,13 +269,17 @@ class GraphWriter:
         largest: int,
     ) -> list[str]:
         """8-bit weights and a 32-bit bias, each behind its DQ; `shift` is added to the bias."""
-        weight = self._view.array(layer.weight)
-        bias = self._view.array(layer.bias) if layer.bias else None
-        axis = output_axis(layer)
-        if shift:
-            bias = (np.zeros(weight.shape[axis], np.float32) if bias is None else bias) + shift
+        form = EightBitForm(
+            weight=self._view.array(layer.weight),
+            bias=self._view.array(layer.bias) if layer.bias else None,
+            axis=output_axis(layer),
+            before=self._plan.stretched.get(layer.input),
+            after=self._plan.stretched.get(layer.output),
+            shift=shift,
+        )
+        bias = form.bias
         names = [_weight_prefix(layer.name, precision)]
-        if bias is not None:
+        if form.has_bias:
             names.append(names[0].replace(f"{layer.name}.weight", f"{layer.name}.bias"))
 
         def make() -> Mapping[str, np.ndarray]:
@@ -369,10 +377,8 @@ class GraphWriter:
 
     def _range(self, tensor: str) -> tuple[float, float]:
         """The least and the largest value of the tensor that matter."""
-        held = self._plan.calibration.ranges.get(tensor)
-        if held is None:
-            raise CompressionError(f"tensor {tensor!r} was not calibrated")
-        joined = [self._plan.calibration.ranges[x] for x in self._placement.shared.get(tensor, ())]
+        held = self._held(tensor)
+        joined = [self._held(x) for x in self._placement.shared.get(tensor, ())]
         if joined:
             return min(x.low for x in joined), max(x.high for x in joined)
         taker = self._view.only_consumer(tensor)
@@ -380,6 +386,15 @@ class GraphWriter:
             # HardSwish is 0 below -3: codes spent there are wasted.
             return max(held.low, -_HARD_SWISH_SHIFT), held.high
         return held.low, held.high
+
+    def _held(self, tensor: str) -> Range:
+        """The tensor's own range, its channels stretched where they are in this candidate."""
+        if tensor in self._plan.stretched:
+            return self._plan.stretched[tensor].held
+        held = self._plan.calibration.ranges.get(tensor)
+        if held is None:
+            raise CompressionError(f"tensor {tensor!r} was not calibrated")
+        return held
 
     def _gate(self, tensor: str) -> _Codes | None:
         """How a layer's output is quantized so that its codes are HardSigmoid's output.

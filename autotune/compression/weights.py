@@ -154,10 +154,10 @@ def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
     """
     per_byte = 8 // bits
     flat = codes.reshape(-1)
-    flat = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
-    packed = np.zeros(len(flat), np.uint8)
+    by_byte = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
+    packed = np.zeros(len(by_byte), np.uint8)
     for position in range(per_byte):
-        packed |= flat[:, position] << np.uint8(position * bits)
+        packed |= by_byte[:, position] << np.uint8(position * bits)
     return packed
 
 

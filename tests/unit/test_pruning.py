@@ -19,7 +19,7 @@ from autotune.compression.torchvision_repair import import_torchvision
 from autotune.errors import CompressionError
 
 SHAPE = (3, 64, 64)
-MODELS = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
+MODELS = ("resnet18", "mobilenet_v3_small")
 
 
 def make_model(name: str) -> nn.Module:
@@ -52,22 +52,6 @@ def out_channels(module: nn.Module) -> dict[str, int]:
         for name, layer in module.named_modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear))
     }
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def test_every_group_reaches_its_ratio_within_rounding(model: nn.Module) -> None:
-    groups = find_prunable_groups(model, SHAPE)
-    pruned = prune_module(model, SHAPE, {group.name: 0.5 for group in groups})
-    channels = out_channels(pruned)
-    for group in groups:
-        kept = {channels[layer] for layer in group.layers}
-        assert len(kept) == 1
-        assert abs(kept.pop() - group.channels / 2) <= 4
-    assert parameters(pruned) < 0.4 * parameters(model)
-    assert pruned(torch.zeros(2, *SHAPE)).shape == (2, 10)
 
 
 def test_groups_that_are_not_named_keep_their_channels(model: nn.Module) -> None:

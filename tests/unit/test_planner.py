@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from autotune.search import planner
 from search_spaces import FP32, INT8, Candidate
 from tests.unit.records import trial
@@ -65,6 +67,48 @@ def test_the_largest_ratio_and_the_mixture_come_first_among_the_bases() -> None:
         {"stem": 0.25, "body": 0.5},
         {"stem": 0.25, "body": 0.25},
     ]
+
+
+PRUNE_DAMAGE = {
+    ("stem", 0.25): 0.5,
+    ("stem", 0.5): 2.0,
+    ("body", 0.25): 0.01,
+    ("body", 0.5): 0.02,
+}
+
+
+def test_with_prune_damage_the_second_base_spares_the_group_that_hurts() -> None:
+    found = planner.bases(space(), inventory(), rng=random.Random(0), damage=PRUNE_DAMAGE)
+    assert found[0] == {"stem": 0.5, "body": 0.5}
+    assert found[1] == {"stem": 0.0, "body": 0.5}
+    hurt = planner.mildest_base(
+        space(), inventory(), PRUNE_DAMAGE, like={"stem": 0.5, "body": 0.25}
+    )
+    assert hurt == {"stem": 0.0, "body": 0.5}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mildest_base_saves_as_much_with_no_more_damage(seed: int) -> None:
+    rng = random.Random(seed)
+    like = {name: rng.choice((0.0, 0.25, 0.5)) for name in ("stem", "body")}
+    found = planner.mildest_base(space(), inventory(), PRUNE_DAMAGE, like=like)
+    macs = {"stem": 1050, "body": 9000}
+    saved = [sum(macs[n] * ratio for n, ratio in base.items()) for base in (found, like)]
+    hurt = [sum(PRUNE_DAMAGE.get(c, 0.0) for c in base.items()) for base in (found, like)]
+    assert saved[0] >= 0.95 * saved[1]
+    assert hurt[0] <= hurt[1]
+
+
+def test_a_group_of_unknown_damage_keeps_its_ratio() -> None:
+    known = {key: kl for key, kl in PRUNE_DAMAGE.items() if key[0] == "body"}
+    like = {"stem": 0.25, "body": 0.25}
+    assert planner.mildest_base(space(), inventory(), known, like=like) == like
+
+
+def test_bases_of_earlier_trials_come_first() -> None:
+    earlier = trial(0, 1.0, 0.9, candidate=Candidate(prune_ratios={"body": 0.25}))
+    found = planner.after_earlier([{"stem": 0.5}, {"body": 0.25}], [earlier])
+    assert found == [{"body": 0.25}, {"stem": 0.5}]
 
 
 def test_the_first_candidates_lie_in_the_space_and_differ() -> None:

@@ -22,6 +22,7 @@ from autotune.compression.graph import (
     shape_of,
     unique_names,
 )
+from autotune.compression.padding import fold_pads
 from autotune.compression.requirements import (
     WEIGHTED,
     called,
@@ -76,6 +77,7 @@ def clean_up(
     _drop_dead_nodes(model)
     _free_batch_axis(model)
     require_usable_constants(model.graph)
+    fold_pads(model)
     _fold_batch_norms(model)
     _means_to_pools(model)
     _drop_unused_initializers(model)

@@ -15,7 +15,6 @@ from autotune.search.screening import pruned_macs
 from search_spaces import FP32, INT8, Candidate, LayerInventory, LayerKind, SearchSpace
 from storage.records import TrialRecord
 
-
 _SAVING_SHARE = 0.95
 """Of the saving aimed at: the last twentieth would take a group that saves little and hurts."""
 
@@ -68,10 +67,11 @@ def mildest_base(
 ) -> dict[str, float]:
     """The base that saves about as much as `like` at the least sum of damages, greedily.
 
-    Saved is a group's multiply-accumulates times its ratio; about is `_SAVING_SHARE`. From the unpruned model the step
-    with the least further damage per further saving is taken until the saving is reached:
-    the greedy solution of the multiple-choice knapsack problem (Sinha and Zoltners 1979), at
-    most one step from the best. A group without a known damage takes the ratio of `like`.
+    Saved is a group's multiply-accumulates times its ratio; about is `_SAVING_SHARE`. From
+    the unpruned model the step with the least further damage per further saving is taken
+    until the saving is reached: the greedy solution of the multiple-choice knapsack problem
+    (Sinha and Zoltners 1979), at most one step from the best. A group without a known damage
+    takes the ratio of `like`.
     """
     macs = pruned_macs(inventory)
     known = {

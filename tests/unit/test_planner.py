@@ -77,14 +77,21 @@ PRUNE_DAMAGE = {
 }
 
 
-def test_with_prune_damage_the_second_base_spares_the_group_that_hurts() -> None:
-    found = planner.bases(space(), inventory(), rng=random.Random(0), damage=PRUNE_DAMAGE)
-    assert found[0] == {"stem": 0.5, "body": 0.5}
-    assert found[1] == {"stem": 0.0, "body": 0.5}
-    hurt = planner.mildest_base(
-        space(), inventory(), PRUNE_DAMAGE, like={"stem": 0.5, "body": 0.25}
+def test_the_mildest_base_spares_the_group_that_hurts() -> None:
+    like = {"stem": 0.5, "body": 0.25}
+    found = planner.mildest_base(space(), inventory(), PRUNE_DAMAGE, like=like)
+    assert found == {"stem": 0.0, "body": 0.5}
+
+
+def test_with_prune_damage_the_second_base_is_the_mildest_of_its_saving() -> None:
+    mild_stem = {("stem", 0.25): 0.01, ("stem", 0.5): 0.02, ("body", 0.25): 0.5, ("body", 0.5): 2.0}
+    plain, guided = (
+        planner.bases(space(), inventory(), rng=random.Random(0), damage=known)
+        for known in (None, mild_stem)
     )
-    assert hurt == {"stem": 0.0, "body": 0.5}
+    assert guided[0] == plain[0]
+    mildest = planner.mildest_base(space(), inventory(), mild_stem, like=plain[1])
+    assert mildest in guided and plain[1] not in guided
 
 
 @pytest.mark.parametrize("seed", range(5))

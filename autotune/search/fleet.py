@@ -27,7 +27,8 @@ from storage.records import DeviceRecord, JobRecord, MeasurementRecord, Measurem
 from storage.repository import Repository
 
 ONLINE_WITHIN_S = 10.0
-"""A device counts as online this long after its last heartbeat: three heartbeats of 3 s."""
+"""A device counts as online this long after its last heartbeat: three heartbeats of 3 s, which
+is the default; a service with a longer heartbeat says so."""
 
 _OF_THE_MOMENT = (
     Outcome.UNSTABLE,
@@ -89,10 +90,19 @@ class Fleet:
         repository: where requests are queued and reports appear.
         host_id: this host's id, to know an agent that measures on it.
         window: the host's quiet window, shared with the workers.
+        online_within_s: how long after its last heartbeat a device counts as online.
     """
 
-    def __init__(self, repository: Repository, *, host_id: str | None, window: QuietWindow) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        host_id: str | None,
+        window: QuietWindow,
+        online_within_s: float = ONLINE_WITHIN_S,
+    ) -> None:
         self._repository = repository
+        self._online_within_s = online_within_s
         self._host_id = host_id
         self._window = window
         self._changed = threading.Condition()
@@ -119,9 +129,14 @@ class Fleet:
             named = [d for d in devices if selector in (d.id, d.name)]
             devices = named or [d for d in devices if d.pool == selector]
         else:
-            devices = [d for d in devices if is_online(d)]
+            devices = [d for d in devices if self.is_online(d)]
         newest_first = sorted(devices, key=lambda d: d.last_seen_at, reverse=True)
         return next(iter(newest_first), None)
+
+    def is_online(self, device: DeviceRecord) -> bool:
+        """The device's agent was heard of lately."""
+        silent_s = (datetime.now(UTC) - device.last_seen_at).total_seconds()
+        return silent_s <= self._online_within_s
 
     def shares_host(self, device: DeviceRecord) -> bool:
         """The device is the host that the workers compute on."""
@@ -204,7 +219,7 @@ class Fleet:
             record = self._repository.get_measurement(record.id)
             if record.state is MeasurementState.DONE:
                 break
-            if not is_online(self._repository.get_device(device.id)):
+            if not self.is_online(self._repository.get_device(device.id)):
                 raise DeviceAway(absence(device.name, device))
             self.wait_for_change(seen)
         return record
@@ -220,11 +235,6 @@ def absence(selector: str | None, device: DeviceRecord | None) -> str:
         f"no device or pool is called {selector!r}; enrol it (`autotune device enroll`) and the "
         "job goes on, or cancel the job"
     )
-
-
-def is_online(device: DeviceRecord) -> bool:
-    """The device's agent was heard of within the last three heartbeats."""
-    return (datetime.now(UTC) - device.last_seen_at).total_seconds() <= ONLINE_WITHIN_S
 
 
 def _speaks_of_the_moment(record: MeasurementRecord) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotune.search.conclusion import conclude_cancelled
-from autotune.search.fleet import Fleet, QuietWindow, absence, is_online
+from autotune.search.fleet import ONLINE_WITHIN_S, Fleet, QuietWindow, absence
 from autotune.search.host import Host
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Tuning
@@ -48,6 +48,7 @@ class Runner:
         host_id: this host's id, to open a quiet window for an agent on it.
         ray_address: a Ray cluster to join; None starts Ray on this host.
         make_pool: how a job gets its workers; None takes Ray's.
+        online_within_s: how long after its last heartbeat a device counts as online.
     """
 
     def __init__(
@@ -61,9 +62,15 @@ class Runner:
         host_id: str | None = None,
         ray_address: str | None = None,
         make_pool: Callable[[JobSpec, DataSplits, DeviceDescription], WorkerPool] | None = None,
+        online_within_s: float = ONLINE_WITHIN_S,
     ) -> None:
         self._window = QuietWindow()
-        self._fleet = Fleet(repository, host_id=host_id, window=self._window)
+        self._fleet = Fleet(
+            repository,
+            host_id=host_id,
+            window=self._window,
+            online_within_s=online_within_s,
+        )
         self._stopping = threading.Event()
         self._woken = threading.Event()
         self._thread: threading.Thread | None = None
@@ -186,7 +193,7 @@ class Runner:
                 continue
             selector = job.device_id or job.spec.get("device")
             device = self._fleet.find_device(selector)
-            if device is not None and is_online(device):
+            if device is not None and self._fleet.is_online(device):
                 return job, device
             self._wait(job, absence(selector, device))
         return None

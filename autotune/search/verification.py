@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from autotune.errors import BundleError, DeviceUnavailable, JobNotReady
 from autotune.search.evaluation import measurement_plan
-from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow, is_online
+from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.interruption import DeviceAway
 from autotune.spec import parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
@@ -68,7 +68,7 @@ def verify(
         sha256=job.source["artifact_sha256"], size_bytes=job.source["artifact_size_bytes"]
     )
     device = repository.get_device(job.device_id)
-    if not is_online(device):
+    if not fleet.is_online(device):
         raise DeviceUnavailable(
             f"device {device.name} is offline; start its agent again and repeat the call"
         )

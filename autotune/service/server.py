@@ -54,7 +54,9 @@ def default_runner(
     repository: Repository, artifacts: ArtifactStore, settings: Settings
 ) -> JobRunner:
     """The runner that really tunes; imports the search, and Ray with it."""
+    from autotune.search.fleet import ONLINE_WITHIN_S
     from autotune.search.runner import Runner
+    from autotune.service.views import ONLINE_HEARTBEATS
     from device_agents.device import host_id
 
     return Runner(
@@ -64,6 +66,7 @@ def default_runner(
         workers=settings.workers,
         trust_job_code=settings.trust_job_code,
         host_id=host_id(),
+        online_within_s=max(ONLINE_WITHIN_S, ONLINE_HEARTBEATS * settings.heartbeat_s),
     )
 
 

@@ -212,7 +212,7 @@ def test_a_device_that_goes_away_leaves_the_job_waiting_and_it_goes_on_later(
 ) -> None:
     job = bench.job()
     online = True
-    monkeypatch.setattr("autotune.search.fleet.is_online", lambda device: online)
+    monkeypatch.setattr("autotune.search.fleet.Fleet.is_online", lambda self, device: online)
     with _agent(bench) as agent:
         agent.limit = after
 

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-INVENTORY_VERSION = 4
+INVENTORY_VERSION = 5
 # Version 1 (2026-11-21): groups with their layers, prunable groups, float operators.
 # Version 2 (2026-11-21): a float operator has a reason. Version 1 is still read.
 # Version 3 (2026-11-21): a prunable group's block and BatchNorms; the layers left unpruned.
 # Version 4 (2026-11-21): a group has a pattern; squeeze-and-excite blocks, Concats and attention
 # tie layers. Versions 1 to 3 are still read: their groups are of the pattern `layer`.
+# Version 5 (2026-11-21): why pruning cannot be followed by recovery training. Versions 1 to 4
+# are still read: what could be pruned then could be trained.
 
 
 class LayerKind(StrEnum):
@@ -109,7 +111,8 @@ class LayerGroup:
 class PrunableGroup:
     """Output channels that must be removed together, across the layers named.
 
-    `layers` are torch module names; the first one is the root whose output channels count.
+    `layers` are torch module names, or in a source without a module the names of its layers
+    with weights; the first one is the root whose output channels count.
     The channels go in neighbouring blocks of `block` (the groups of a grouped convolution).
     `batch_norms` names the BatchNorm layers that scale them.
     """
@@ -143,7 +146,8 @@ class LayerInventory:
 
     `float_operators` lists the operators that stay FP32, once per operator and reason;
     `pruning_unavailable` says why no group can be pruned, if none can; `left_unpruned` says
-    of each layer outside the prunable groups why (layer, reason).
+    of each layer outside the prunable groups why (layer, reason); `recovery_unavailable` says
+    why a pruned model cannot be trained, if it cannot.
     """
 
     model_digest: str
@@ -152,6 +156,7 @@ class LayerInventory:
     float_operators: tuple[FloatOperator, ...] = ()
     pruning_unavailable: str | None = None
     left_unpruned: tuple[tuple[str, str], ...] = ()
+    recovery_unavailable: str | None = None
 
     def group(self, name: str) -> LayerGroup:
         """The group of that name.
@@ -187,6 +192,7 @@ class LayerInventory:
             float_operators=tuple(_float_operator(e) for e in document["float_operators"]),
             pruning_unavailable=document["pruning_unavailable"],
             left_unpruned=tuple((str(n), str(r)) for n, r in document.get("left_unpruned", ())),
+            recovery_unavailable=document.get("recovery_unavailable"),
         )
 
 

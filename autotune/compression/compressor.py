@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
 
 _WARM_BASES = 4
+GRAPH_PRUNING_VERSION = 1
+# Version 1 (2026-11-21): slices of coupled channels, scale and shift re-estimated. It is part of
+# the digest of a base without a torch module: the same graph with one is pruned differently.
 _NO_TRAINING = (
     "no training data: BatchNorm was re-estimated on the calibration samples, without recovery "
     "training"
@@ -162,28 +165,31 @@ class Compressor:
         return self._base(candidate.prune_ratios).graph.emit(candidate.precisions)
 
     def channel_scores(self) -> ChannelScores:
-        """How much each channel of the torch module matters; judged once, good for every base.
+        """How much each prunable channel matters; judged once, good for every base.
 
         Raises:
-            CompressionError: the source has no torch module, or it cannot be traced.
+            CompressionError: the torch module cannot be traced.
         """
+        if self._scores is None:
+            self._scores = self._score()
+        return self._scores
+
+    def _score(self) -> ChannelScores:
         from autotune.compression.importance import TAYLOR_SAMPLES, score_channels
+        from autotune.compression.onnx_pruning import score_graph_channels
         from autotune.compression.recovery import hold_back, torch_settings
 
-        if self.source.module is None:
-            raise CompressionError("the source is an ONNX file: it has no torch module to rank")
-        if self._scores is None:
-            x, y, training = self._splits.calibration, None, self._splits.training
-            if training is not None:
-                # Not the samples by which the recovery judges its epochs.
-                chosen, _ = hold_back(len(training.x), seed=self._seed)
-                chosen = chosen[:TAYLOR_SAMPLES]
-                x, y = training.x[chosen], training.y[chosen]
-            with torch_settings(seed=self._seed, threads=self._threads):
-                self._scores = score_channels(
-                    self.source.module, self.source.input_shape, self._importance, x=x, y=y
-                )
-        return self._scores
+        module = self.source.module
+        if module is None:
+            return score_graph_channels(self.source.graph, self._importance)
+        x, y, training = self._splits.calibration, None, self._splits.training
+        if training is not None:
+            # Not the samples by which the recovery judges its epochs.
+            chosen, _ = hold_back(len(training.x), seed=self._seed)
+            chosen = chosen[:TAYLOR_SAMPLES]
+            x, y = training.x[chosen], training.y[chosen]
+        with torch_settings(seed=self._seed, threads=self._threads):
+            return score_channels(module, self.source.input_shape, self._importance, x=x, y=y)
 
     def _base(self, prune_ratios: Mapping[str, float]) -> _WarmBase:
         ratios = dict(Candidate(prune_ratios=prune_ratios).prune_ratios)
@@ -214,6 +220,8 @@ class Compressor:
                 "training": training and self._digest_of("training", training.x, training.y),
                 "torch": torch.__version__,
             }
+            if self.source.module is None:
+                identity["sliced"] = GRAPH_PRUNING_VERSION
         text = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -232,23 +240,18 @@ class Compressor:
         return self._calibrated(self.source.graph, digest=digest)
 
     def _make_pruned(self, digest: str, ratios: Mapping[str, float]) -> Base:
-        from autotune.compression.pruning import PruningReport, prune_module
-        from autotune.compression.recovery import reestimate_batch_norm
+        from autotune.compression.pruning import PruningReport
 
-        teacher = self.source.module
-        if teacher is None or self.inventory.pruning_unavailable:
+        if self.inventory.pruning_unavailable:
             raise CompressionError(
                 f"prune ratios for {', '.join(ratios)} cannot be applied: "
                 f"{self.inventory.pruning_unavailable}"
             )
         scores = self.channel_scores()
-        student = prune_module(
-            teacher,
-            self.source.input_shape,
-            ratios,
-            round_to=self.channel_multiple,
-            scores=scores,
-        )
+        if self.source.module is None:
+            model, facts = self._slice(ratios, scores)
+        else:
+            model, facts = self._prune_module(self.source.module, ratios, scores)
         report = PruningReport.of(
             self.inventory.prunable_groups,
             ratios,
@@ -256,10 +259,40 @@ class Compressor:
             channel_multiple=self.channel_multiple,
             without_batch_norm=scores.without_batch_norm,
         )
-        facts: dict[str, Any] = {
-            "prune_ratios": dict(ratios),
-            "pruning": dataclasses.asdict(report),
-        }
+        facts |= {"prune_ratios": dict(ratios), "pruning": dataclasses.asdict(report)}
+        return self._calibrated(model, digest=digest, **facts)
+
+    def _slice(
+        self, ratios: Mapping[str, float], scores: ChannelScores
+    ) -> tuple[onnx.ModelProto, dict[str, Any]]:
+        """The pruned graph of a source without a torch module, and what is to be said of it."""
+        from autotune.compression.onnx_pruning import NO_MODULE, prune_graph
+
+        model = prune_graph(
+            self.source.graph,
+            ratios,
+            samples=self._splits.calibration,
+            round_to=self.channel_multiple,
+            scores=scores,
+            threads=self._threads,
+        )
+        return model, {"note": NO_MODULE}
+
+    def _prune_module(
+        self, teacher: torch.nn.Module, ratios: Mapping[str, float], scores: ChannelScores
+    ) -> tuple[onnx.ModelProto, dict[str, Any]]:
+        """The pruned and recovered module as a graph, and what the recovery cost."""
+        from autotune.compression.pruning import prune_module
+        from autotune.compression.recovery import reestimate_batch_norm
+
+        student = prune_module(
+            teacher,
+            self.source.input_shape,
+            ratios,
+            round_to=self.channel_multiple,
+            scores=scores,
+        )
+        facts: dict[str, Any] = {}
         if self._splits.training is None:
             reestimate_batch_norm(student, self._splits.calibration)
             facts["note"] = _NO_TRAINING
@@ -267,10 +300,9 @@ class Compressor:
             facts |= self._recover(student, teacher, self._splits.training)
         student.eval()
         try:
-            model = export_module(student, self.source.input_shape)
+            return export_module(student, self.source.input_shape), facts
         except InvalidModel as error:
             raise CompressionError(f"the pruned model cannot be exported: {error}") from error
-        return self._calibrated(model, digest=digest, **facts)
 
     def _recover(
         self, student: torch.nn.Module, teacher: torch.nn.Module, training: LabelledData

@@ -32,9 +32,9 @@ from search_spaces import (
 )
 
 _ORDER: tuple[Precision, ...] = (FP32, W8, W4, W2, W1, FP16, W8A16, INT8)
-_ONNX_ONLY = (
-    "the source is an ONNX file: pruning follows the dependencies of a torch module; give the "
-    "model as torchvision: or python: to prune it"
+_NO_MODULE = (
+    "the source is an ONNX graph: training needs a torch module; give the model as torchvision: "
+    "or python: to train it after pruning"
 )
 
 
@@ -53,6 +53,7 @@ def build_inventory(source: SourceModel) -> LayerInventory:
         float_operators=find_float_operators(view, units),
         pruning_unavailable=reason,
         left_unpruned=left_unpruned,
+        recovery_unavailable=_NO_MODULE if source.module is None else None,
     )
 
 
@@ -119,12 +120,14 @@ def _prunable(
     source: SourceModel,
 ) -> tuple[tuple[PrunableGroup, ...], tuple[tuple[str, str], ...], str | None]:
     """The groups, the layers left out with their reasons, and why there is no group at all."""
-    if source.module is None:
-        return (), (), _ONNX_ONLY
+    from autotune.compression.onnx_pruning import describe_graph_pruning
     from autotune.compression.pruning import describe_pruning
 
     try:
-        found = describe_pruning(source.module, source.input_shape)
+        if source.module is None:
+            found = describe_graph_pruning(source.graph)
+        else:
+            found = describe_pruning(source.module, source.input_shape)
     except CompressionError as error:
         return (), (), str(error)
     reason = None if found.groups else "no channel of this model can be removed"

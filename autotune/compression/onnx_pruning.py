@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,10 +17,12 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from autotune.compression.graph import GraphView, attribute, model_bytes, shape_of, unique_names
+from autotune.compression.importance import ChannelScores
 from autotune.compression.onnx_coupling import ChannelCouplings, Coupling, couple_channels
 from autotune.compression.onnx_reestimation import reestimate_statistics
 from autotune.compression.pruning import MIN_PRUNABLE_CHANNELS, Prunability, kept_channels
 from autotune.errors import CompressionError
+from autotune.spec import Importance
 
 NO_MODULE = (
     "the source is an ONNX file: recovery training needs the torch module behind it; the "
@@ -44,21 +45,36 @@ def describe_graph_pruning(graph: onnx.ModelProto) -> Prunability:
     return Prunability(groups=tuple(c.group for c in found.couplings), left_out=found.left_out)
 
 
+def score_graph_channels(graph: onnx.ModelProto, importance: Importance) -> ChannelScores:
+    """The importance of every channel of every prunable group of the graph.
+
+    `l1` and `l2` are those of `importance.score_channels`, with BatchNorms folded into the
+    weights where the graph has them so. `taylor` needs gradients and `batch_norm` the scales
+    of the BatchNorms as they were: groups are ranked by L2 norms instead, and said to be.
+    """
+    view = GraphView(graph)
+    found = couple_channels(view, min_channels=MIN_PRUNABLE_CHANNELS)
+    norms = _label_norms(view, found, p=1 if importance == "l1" else 2)
+    scores = {c.group.name: np.repeat(norms[c.labels], c.group.block) for c in found.couplings}
+    return ChannelScores(
+        by_group=scores, without_batch_norm=() if importance in ("l1", "l2") else tuple(scores)
+    )
+
+
 def prune_graph(
     graph: onnx.ModelProto,
     ratios: Mapping[str, float],
     *,
     samples: np.ndarray,
     round_to: int = 8,
-    importance: Literal["l1", "l2"] = "l2",
+    scores: ChannelScores | None = None,
     threads: int = 1,
 ) -> onnx.ModelProto:
     """A copy without the least important channels of each named group, statistics moved.
 
-    `ratios` and `round_to` are those of `pruning.prune_module`; the importance of a channel
-    is the norm of the weights that make and read it, as a geometric mean over the coupled
-    layers, judged on the unpruned weights. `samples`, shape `(n, ...)` float32, are
-    inputs such as the model will see; without any the statistics stay as they are.
+    `ratios`, `round_to` and `scores` are those of `pruning.prune_module`. `samples`, shape
+    `(n, ...)` float32, are inputs such as the model will see; without any the statistics
+    stay as they are.
 
     Raises:
         CompressionError: no group has that name, a ratio is not a fraction, or the pruned
@@ -66,7 +82,8 @@ def prune_graph(
     """
     view = GraphView(graph)
     found = couple_channels(view, min_channels=MIN_PRUNABLE_CHANNELS)
-    kept = choose_channels(view, found, ratios, round_to=round_to, importance=importance)
+    scores = scores or score_graph_channels(graph, "l2")
+    kept = choose_channels(found, ratios, scores, round_to=round_to)
     if kept.all():
         return copy.deepcopy(graph)
     pruned = slice_channels(view, found, kept)
@@ -78,12 +95,11 @@ def prune_graph(
 
 
 def choose_channels(
-    view: GraphView,
     found: ChannelCouplings,
     ratios: Mapping[str, float],
+    scores: ChannelScores,
     *,
     round_to: int = 8,
-    importance: Literal["l1", "l2"] = "l2",
 ) -> np.ndarray:
     """Which labels stay, bool of shape `(n_labels,)`; ties fall to the first channel.
 
@@ -92,14 +108,13 @@ def choose_channels(
     """
     couplings = {c.group.name: c for c in found.couplings}
     _require_known(ratios, couplings)
-    scores = _label_scores(view, found, p=1 if importance == "l1" else 2)
     kept = np.ones(found.n_labels, dtype=bool)
     for name, ratio in sorted(ratios.items()):
-        coupling = couplings[name]
-        group = coupling.group
+        labels, group = couplings[name].labels, couplings[name].group
         stay = kept_channels(group.channels, ratio, round_to=round_to, block=group.block)
-        order = np.argsort(scores[coupling.labels], kind="stable")
-        kept[coupling.labels[order[: (group.channels - stay) // group.block]]] = False
+        by_block = scores.by_group[name].reshape(-1, group.block).mean(axis=1)
+        order = np.argsort(by_block, kind="stable")
+        kept[labels[order[: (group.channels - stay) // group.block]]] = False
     return kept
 
 
@@ -186,7 +201,7 @@ def _set_attribute(node: onnx.NodeProto, name: str, value: int | None) -> None:
         node.attribute.append(helper.make_attribute(name, value))
 
 
-def _label_scores(view: GraphView, found: ChannelCouplings, *, p: int) -> np.ndarray:
+def _label_norms(view: GraphView, found: ChannelCouplings, *, p: int) -> np.ndarray:
     """Logarithm of the p-norms (to the power p) of all weights at a label, summed over them.
 
     The geometric mean up to a factor: only the order means anything. BatchNormalization's

@@ -112,12 +112,23 @@ def limits(
                 "search.allow_without_pruning to true, or search.prune_ratios to [0]"
             )
         notices.append(f"going on without pruning: {inventory.pruning_unavailable}")
+    elif asked and inventory.recovery_unavailable:
+        notices.append(
+            "pruned candidates get re-estimated statistics only, no recovery training: "
+            f"{inventory.recovery_unavailable}"
+        )
+        if spec.search.prune_importance not in ("l1", "l2"):
+            notices.append(
+                f"prune_importance {spec.search.prune_importance} needs a torch module: channels "
+                "are ranked by the L2 norm of their weights"
+            )
     elif asked and not has_training:
         notices.append(
             "no training data: pruned candidates get BatchNorm re-estimation only, no recovery "
             "training; name data.training to change that"
         )
-    if asked and spec.search.prune_importance == "batch_norm":
+    trainable = inventory.recovery_unavailable is None
+    if asked and trainable and spec.search.prune_importance == "batch_norm":
         without = [g.name for g in inventory.prunable_groups if not g.batch_norms]
         if without:
             notices.append(

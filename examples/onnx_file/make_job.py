@@ -1,7 +1,8 @@
 """Writes the job file for an ONNX model: `python -m examples.onnx_file.make_job`.
 
-An ONNX file has no torch module behind it, so nothing is pruned and nothing is trained: the
-search decides the precision of each layer group. Without `--model` the demo's trained
+An ONNX file has no torch module behind it, so nothing is trained, and pruning costs accuracy
+that nothing brings back: this job leaves it out (`prune_ratios` switches it on) and searches
+the precision of each layer group. Without `--model` the demo's trained
 network is exported first, to have a file to start from.
 """
 

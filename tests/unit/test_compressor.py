@@ -16,7 +16,7 @@ from autotune.compression.calibration import Calibration, Range
 from autotune.compression.compressor import Compressor
 from autotune.errors import CompressionError, DiskFull
 from autotune.spec import RecoverySpec
-from search_spaces import INT8, W4, Candidate, RuntimeOptions
+from search_spaces import INT8, W4, Candidate, Precision, RuntimeOptions
 from tests.unit.compression_models import run, samples, tiny_source, tiny_splits
 
 RATIOS = {"block1.expand.0": 0.5}
@@ -26,7 +26,7 @@ def compressor(folder: Path, *, training: bool = True, **changes: object) -> Com
     return Compressor(
         changes.pop("source", tiny_source()),  # type: ignore[arg-type]
         tiny_splits(training=training),
-        recovery=RecoverySpec(epochs=1, batch_size=16),
+        recovery=changes.pop("recovery", RecoverySpec(epochs=1, batch_size=16)),  # type: ignore[arg-type]
         cache_dir=folder,
         **changes,  # type: ignore[arg-type]
     )
@@ -102,10 +102,47 @@ def test_what_a_base_depends_on_is_in_its_digest(tmp_path: Path) -> None:
     assert base._base_digest({}) == other_seed._base_digest({})
 
 
-def test_an_onnx_source_cannot_be_pruned_and_says_why(tmp_path: Path) -> None:
+def test_ranking_rounding_and_early_stopping_make_another_base(tmp_path: Path) -> None:
+    variants = [
+        compressor(tmp_path),
+        compressor(tmp_path, importance="l1"),
+        compressor(tmp_path, channel_multiple=16),
+        compressor(tmp_path, recovery=RecoverySpec(epochs=1, batch_size=16, patience=1)),
+    ]
+    assert len({variant._base_digest(RATIOS) for variant in variants}) == len(variants)
+    assert len({variant._base_digest({}) for variant in variants}) == 1
+
+
+def test_a_base_says_how_it_was_pruned_and_rounds_as_the_device_likes(tmp_path: Path) -> None:
+    coarse = compressor(tmp_path, importance="batch_norm", channel_multiple=16)
+    ratios = {"stem.0": 0.25, "mix.0": 0.25, "hidden": 0.4}
+    pruning = coarse.prepare_base(ratios).pruning
+    assert pruning == {
+        "importance": "batch_norm",
+        "channel_multiple": 16,
+        "channels": {"stem.0": (16, 16), "mix.0": (32, 32), "hidden": (64, 32)},
+        "ranked_by_l2": ("hidden",),
+    }
+
+
+def test_all_precisions_share_one_pruned_base(
+    warm: Compressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm.prepare_base(RATIOS)
+    monkeypatch.setattr(Compressor, "_make", lambda *_: pytest.fail("pruned again"))
+    choices: list[dict[str, Precision]] = [{}, {"head": INT8}, {"head": INT8, "hidden": W4}]
+    built = [warm.build(Candidate(precisions=c, prune_ratios=RATIOS)) for c in choices]
+    assert len({artifact.base.digest for artifact in built}) == 1
+    assert len({artifact.sha256 for artifact in built}) == len(choices)
+
+
+def test_an_onnx_source_is_pruned_without_training_and_says_so(tmp_path: Path) -> None:
     source = dataclasses.replace(tiny_source(), module=None)
-    with pytest.raises(CompressionError, match=r"block1.expand.0 cannot be applied: .*ONNX file"):
-        compressor(tmp_path, source=source).prepare_base(RATIOS)
+    facts = compressor(tmp_path, source=source).prepare_base(RATIOS)
+    assert facts.macs < compressor(tmp_path, source=source).prepare_base({}).macs
+    assert (facts.recovery_epochs, facts.recovery) == (0, None)
+    assert facts.note is not None
+    assert "recovery training needs the torch module" in facts.note
 
 
 def test_unknown_groups_are_named(warm: Compressor) -> None:

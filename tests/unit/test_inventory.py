@@ -14,7 +14,7 @@ from autotune.compression.graph import GraphView
 from autotune.compression.inventory import build_inventory, count_cost
 from autotune.compression.source import export_module
 from autotune.compression.units import find_units
-from search_spaces import INT8, LayerInventory, LayerKind, SearchSpace
+from search_spaces import INT8, LayerInventory, LayerKind, LayerPattern, SearchSpace
 from tests.unit.compression_models import SHAPE, tiny_module, tiny_source, torchvision_source
 
 
@@ -31,11 +31,18 @@ def test_a_residual_add_ties_its_producers_through_a_pool() -> None:
 def test_everything_else_is_a_group_of_its_own() -> None:
     inventory = build_inventory(tiny_source())
     names = [group.name for group in inventory.groups]
-    assert names[:5] == [
-        "stem.0", "block1.expand.0", "block1.depthwise", "block1.fc1", "block1.fc2",
-    ]  # fmt: skip
+    assert names[:4] == ["stem.0", "block1.expand.0", "block1.depthwise", "block1.fc1"]
     assert names[-2:] == ["hidden", "head"]
-    assert all(len(g.layers) == 1 for g in inventory.groups if g.name not in ("stem.0", "mix.0"))
+    tied = ("stem.0", "mix.0", "block1.fc1", "block2.fc1")
+    assert all(len(g.layers) == 1 for g in inventory.groups if g.name not in tied)
+
+
+def test_every_group_says_what_it_is() -> None:
+    patterns = {g.name: g.pattern for g in build_inventory(tiny_source()).groups}
+    assert patterns["stem.0"] == LayerPattern.RESIDUAL
+    assert patterns["block1.fc1"] == LayerPattern.SQUEEZE_EXCITE
+    assert patterns["block1.depthwise"] == LayerPattern.CONV
+    assert (patterns["hidden"], patterns["head"]) == (LayerPattern.LINEAR, LayerPattern.CLASSIFIER)
 
 
 def test_every_weight_is_in_exactly_one_group() -> None:
@@ -47,8 +54,14 @@ def test_every_weight_is_in_exactly_one_group() -> None:
 
 def test_activations_and_adds_belong_to_the_unit() -> None:
     nodes = build_inventory(tiny_source()).group("stem.0").nodes
-    kinds = [name.split(":")[0] for name in nodes]
-    assert kinds == ["stem.0", "Relu", "Add", "block1.project.0"]
+    assert [name.split(":")[0] for name in nodes] == ["stem.0", "Relu", "block1.project.0", "Add"]
+
+
+def test_a_squeeze_and_excite_block_is_one_unit_with_its_mean_and_its_product() -> None:
+    nodes = build_inventory(tiny_source()).group("block1.fc1").nodes
+    assert [name.split(":")[0] for name in nodes] == [
+        "GlobalAveragePool", "block1.fc1", "Relu", "block1.fc2", "HardSigmoid", "Mul",
+    ]  # fmt: skip
 
 
 def test_costs_are_those_of_the_textbook() -> None:
@@ -82,14 +95,17 @@ def test_the_inventory_survives_json() -> None:
     assert LayerInventory.from_json(json.loads(json.dumps(inventory.to_json()))) == inventory
 
 
-def test_a_torch_source_can_be_pruned_and_an_onnx_source_says_why_not() -> None:
+def test_an_onnx_source_has_the_prunable_groups_of_its_module_but_no_training() -> None:
     import dataclasses
 
-    assert build_inventory(tiny_source()).prunable_groups
+    with_module = build_inventory(tiny_source())
     onnx_only = build_inventory(dataclasses.replace(tiny_source(), module=None))
-    assert onnx_only.prunable_groups == ()
-    assert onnx_only.pruning_unavailable is not None
-    assert "ONNX file" in onnx_only.pruning_unavailable
+    named = [(g.name, g.channels, set(g.layers)) for g in with_module.prunable_groups]
+    found = [(g.name, g.channels, set(g.layers)) for g in onnx_only.prunable_groups]
+    assert found == named
+    assert with_module.recovery_unavailable is None
+    assert onnx_only.recovery_unavailable is not None
+    assert "torch module" in onnx_only.recovery_unavailable
 
 
 def test_a_module_exported_again_has_the_same_groups() -> None:
@@ -102,8 +118,8 @@ def test_a_module_exported_again_has_the_same_groups() -> None:
     [
         ("resnet18", 13, 3),
         ("mobilenet_v2", 43, 4),
-        ("mobilenet_v3_small", 48, 3),
-        ("efficientnet_b0", 73, 4),
+        ("mobilenet_v3_small", 39, 3),
+        ("efficientnet_b0", 57, 4),
     ],
 )
 def test_the_groups_of_known_models(name: str, groups: int, largest: int) -> None:

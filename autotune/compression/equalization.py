@@ -235,7 +235,7 @@ def equalizing_factors(
         if taker is not None and clip_bounds(view, taker) is not None:
             continue
         seen = calibration.channels[name]
-        widths = np.maximum(seen.high, -seen.low)
+        widths = np.maximum(np.array(seen.high), -np.array(seen.low))
         largest = float(widths.max())
         if largest <= 0:
             continue
@@ -301,7 +301,8 @@ def _stretched(
 ) -> Stretched:
     values = np.array([factors.get(int(n), 1.0) for n in numbers])
     seen = calibration.channels[name]
-    low, high = float((seen.low * values).min()), float((seen.high * values).max())
+    low = float((np.array(seen.low) * values).min())
+    high = float((np.array(seen.high) * values).max())
     if name in free.bounds:
         # No factor is below 1: where the range ends at the bound, no channel passes it.
         low, high = max(low, free.bounds[name][0]), min(high, free.bounds[name][1])

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from autotune.compression.calibration import Calibration
+from autotune.compression.calibration import Calibration, Range
+from autotune.compression.equalization import Stretched
 from autotune.compression.graph import GraphView, attribute
 from autotune.compression.histograms import LEVELS
 from autotune.compression.int8_constants import norm_arrays, operand_codes
 from autotune.compression.kernels import KernelClass
+from autotune.compression.layer_codes import layer_codes
 from autotune.compression.operators import (
     ELEMENTWISE,
     WeightedNode,
@@ -26,6 +28,7 @@ from autotune.compression.operators import (
 )
 from autotune.compression.parts import Parts
 from autotune.compression.placement import Placement
+from autotune.compression.rounding import Rounding
 from autotune.compression.weight_only import (
     is_blocked,
     output_axis,
@@ -33,7 +36,7 @@ from autotune.compression.weight_only import (
     write_blocked,
     write_unpacked,
 )
-from autotune.compression.weights import INT8_MAX, quantize_bias, quantize_weight
+from autotune.compression.weights import INT8_MAX
 from autotune.compression.wide import WidePlacement
 from autotune.errors import CompressionError
 from search_spaces import INT8, Precision
@@ -269,37 +272,34 @@ class GraphWriter:
         largest: int,
     ) -> list[str]:
         """8-bit weights and a 32-bit bias, each behind its DQ; `shift` is added to the bias."""
-        form = EightBitForm(
-            weight=self._view.array(layer.weight),
-            bias=self._view.array(layer.bias) if layer.bias else None,
-            axis=output_axis(layer),
-            before=self._plan.stretched.get(layer.input),
-            after=self._plan.stretched.get(layer.output),
-            shift=shift,
-        )
-        bias = form.bias
+        bias = self._view.array(layer.bias) if layer.bias else None
+        axis, before = output_axis(layer), self._plan.stretched.get(layer.input)
+        after = self._plan.stretched.get(layer.output)
         names = [_weight_prefix(layer.name, precision)]
-        if form.has_bias:
+        if bias is not None or shift:
             names.append(names[0].replace(f"{layer.name}.weight", f"{layer.name}.bias"))
 
         def make() -> Mapping[str, np.ndarray]:
-            quantized = quantize_weight(
-                weight,
+            found = layer_codes(
+                layer,
+                self._view.array(layer.weight),
+                bias,
                 axis=axis,
                 input_scale=input_scale,
-                bias=bias,
+                shift=shift,
                 granularity=precision.granularity,
                 largest_code=largest,
+                before=before,
+                after=after,
+                rounding=self._plan.rounding,
             )
-            arrays = _triple(names[0], quantized.codes, quantized.scale)
-            if bias is not None:
-                arrays |= _triple(
-                    names[1],
-                    *quantize_bias(bias, input_scale=input_scale, weight_scale=quantized.scale),
-                )
+            arrays = _triple(names[0], found.weight.codes, found.weight.scale)
+            if found.bias is not None:
+                arrays |= _triple(names[1], *found.bias)
             return arrays
 
-        self._parts.arrays((names[0], input_scale, shift, largest), make)
+        stretches = before is not None, after is not None
+        self._parts.arrays((names[0], input_scale, shift, largest, *stretches), make)
         for name, channel_axis in zip(names, (axis, 0), strict=False):
             self._dequantize_constant(
                 name, channel_axis, is_scalar=precision.granularity is not None

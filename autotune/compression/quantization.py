@@ -26,11 +26,13 @@ import onnx
 from onnx import helper
 
 from autotune.compression.calibration import Calibration
+from autotune.compression.equalization import Equalization
 from autotune.compression.graph import GraphView
 from autotune.compression.graph_writer import GraphWriter, Plan, weight_codes
 from autotune.compression.kernels import X86_VNNI, KernelClass
 from autotune.compression.parts import CONTRIB_DOMAIN, KeptParts, Parts
 from autotune.compression.placement import place
+from autotune.compression.rounding import Rounding
 from autotune.compression.units import Unit, WeightedNode, find_units
 from autotune.compression.wide import place_wide
 from autotune.compression.wire import assemble, shell
@@ -58,10 +60,13 @@ class QuantizableGraph:
         calibration: Calibration,
         *,
         kernels: KernelClass = X86_VNNI,
+        rounding: Rounding | None = None,
     ) -> None:
         self.view = GraphView(model)
         self.calibration = calibration
         self.kernels = kernels
+        self.rounding = rounding or Rounding()
+        self.equalization = Equalization(self.view, calibration)
         self.units = {unit.name: unit for unit in find_units(self.view)}
         self.layers = {x.name: x for unit in self.units.values() for x in unit.layers}
         self._model = model
@@ -96,6 +101,8 @@ class QuantizableGraph:
             placement=placement,
             wide=place_wide(self.view, self.layers, chosen, placement),
             kernels=kernels or self.kernels,
+            stretched=self.equalization.in_force(placement),
+            rounding=self.rounding,
         )
         parts = Parts(self.view, self._kept)
         GraphWriter(plan, parts).write()

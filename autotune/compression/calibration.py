@@ -157,6 +157,8 @@ class _Seen:
         self._high: np.ndarray | None = None
 
     def add(self, name: str, value: np.ndarray) -> None:
+        if not value.size:
+            return  # a Slice may leave nothing over
         others = (0, *range(2, value.ndim))
         low, high = value.min(axis=others), value.max(axis=others)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -177,6 +179,8 @@ class _Seen:
         return method, _range(low, high)
 
     def channels(self) -> ChannelRange:
+        if self._low is None or self._high is None:
+            return ChannelRange(low=(0.0,), high=(0.0,))
         low, high = (np.atleast_1d(x) for x in (self._low, self._high))
         return ChannelRange(low=tuple(float(x) for x in low), high=tuple(float(x) for x in high))
 

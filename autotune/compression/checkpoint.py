@@ -76,7 +76,7 @@ def load_weights(
     if faults:
         raise InvalidModel(
             f"the weights {where!r} do not fit {model!r}: {'; '.join(faults)}. "
-            + _advice(len(own), len(missing), reshaped)
+            + _advice(any(key in state for key in own), missing, reshaped)
         )
     for key, tensor in own.items():
         if not tensor.is_floating_point() or key not in state:
@@ -90,10 +90,10 @@ def load_weights(
     module.load_state_dict({key: state.get(key, tensor) for key, tensor in own.items()})
 
 
-def _advice(n_keys: int, n_missing: int, reshaped: Sequence[str]) -> str:
-    if n_missing == n_keys:
+def _advice(is_similar: bool, missing: Sequence[str], reshaped: Sequence[str]) -> str:
+    if not is_similar:
         return "Not one key agrees: they belong to another model, or carry a prefix to remove"
-    if len(reshaped) <= 2 and not n_missing:
+    if len(reshaped) <= 2 and not missing:
         return "Give the num_classes with which they were trained, or the weights of this model"
     return "Name the model that they were saved from, or give the weights of this one"
 

@@ -8,8 +8,10 @@ that do not fit). Never unpickles. What is computed from the samples is `calibra
 from __future__ import annotations
 
 import importlib
+import struct
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from autotune.compression.source import SourceModel
 
 _IMAGE_SIZE = 224
+# What numpy and zipfile raise for archives that are cut, altered or of another kind.
+_DAMAGED = (
+    ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError, SyntaxError,
+    RuntimeError, MemoryError, OverflowError, struct.error,
+)  # fmt: skip
 # torchvision's own evaluation preset (`ImageClassification`): mean and spread of ImageNet.
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32).reshape(3, 1, 1)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32).reshape(3, 1, 1)
@@ -185,8 +192,12 @@ def _stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _checked(x: Any, y: Any, *, where: str) -> LabelledData:
-    x, y = np.asarray(x), np.asarray(y)
-    if x.dtype == object or y.dtype == object or x.dtype.kind not in "fiub":
+    try:
+        x, y = np.asarray(x), np.asarray(y)
+    except (ValueError, TypeError, RuntimeError) as error:
+        # rows of different lengths; tensors that need gradients or lie on a device
+        raise InvalidData(f"{where}: x and y must be arrays of numbers: {error}") from error
+    if x.dtype == object or y.dtype.kind not in "fiub" or x.dtype.kind not in "fiub":
         raise InvalidData(
             f"{where}: x must be numbers and y class numbers, not {x.dtype}/{y.dtype}"
         )
@@ -196,12 +207,16 @@ def _checked(x: Any, y: Any, *, where: str) -> LabelledData:
         )
     if len(x) == 0:
         raise InvalidData(f"{where}: there are no samples")
-    x = np.ascontiguousarray(x, dtype=np.float32)
+    if x.size == 0:
+        raise InvalidData(f"{where}: x has shape {x.shape}; a sample holds not one value")
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, dtype=np.float32)
     finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
     if not finite.all():
         raise InvalidData(
-            f"{where}: {int((~finite).sum())} of {len(x)} samples hold NaN or infinite values, "
-            f"the first one at position {int(np.argmin(finite))}; remove or repair them"
+            f"{where}: {int((~finite).sum())} of {len(x)} samples hold NaN or infinite values "
+            "(float32 ends at 3.4e38), the first one at position "
+            f"{int(np.argmin(finite))}; remove or repair them"
         )
     if y.dtype.kind not in "iu" and not np.array_equal(y, np.floor(y.astype(np.float64))):
         raise InvalidData(f"{where}: labels must be whole class numbers")
@@ -221,7 +236,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return archive["x"], archive["y"]
     except OSError as error:
         raise InvalidData(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise InvalidData(
             f"{path} is not an .npz file of plain arrays (truncated or pickled?): {error}; write "
             "it with numpy.savez(path, x=..., y=...)"

@@ -82,6 +82,10 @@ def test_calibration_comes_out_of_the_training_data(tmp_path: Path) -> None:
         ({"x": np.zeros((2, 3)), "y": np.array([0.0, 0.5])}, "whole class numbers"),
         ({"x": np.zeros((2, 3))}, "has no array 'y'; it holds x"),
         ({"x": np.array([["a"], ["b"]]), "y": np.zeros(2, int)}, "x must be numbers"),
+        ({"x": np.zeros((2, 3)), "y": np.array(["cat", "dog"])}, "y class numbers, not .*<U3"),
+        ({"x": np.zeros((2, 0, 3)), "y": np.zeros(2, int)}, r"\(2, 0, 3\); a sample holds not one"),
+        ({"x": np.array([[1.0], [1e300]]), "y": np.zeros(2, int)}, "float32 ends at 3.4e38"),
+        ({"x": np.zeros((2, 3)), "y": np.array([0.0, np.nan])}, "whole class numbers"),
     ],
 )
 def test_unusable_data_is_refused(
@@ -105,6 +109,32 @@ def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InvalidData, match=r"not an \.npz file"):
         load_labelled_data(f"npz:{tmp_path}/d.npz")
+
+
+def test_a_damaged_archive_is_read_or_refused_but_never_crashes(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, **numbered(50))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refusals = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for position in rng.integers(0, len(whole), 3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load_labelled_data(f"npz:{path}")
+        except InvalidData:
+            refusals += 1
+    assert refusals > 200
+
+
+def test_what_a_function_returns_must_be_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tests.unit.compression_models as module
+
+    for returned in (([[1.0], [1.0, 2.0]], [0, 1]), ([[1.0]], [object()])):
+        monkeypatch.setattr(module, "ragged", lambda value=returned: value, raising=False)
+        with pytest.raises(InvalidData, match="numbers"):
+            load_labelled_data("python:tests.unit.compression_models:ragged", trust_job_code=True)
 
 
 def test_too_few_samples_to_split_are_refused(tmp_path: Path) -> None:

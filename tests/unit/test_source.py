@@ -247,6 +247,48 @@ def test_weights_that_do_not_fit_name_the_key(tmp_path: Path) -> None:
         assert repr(name) in message
 
 
+def test_weights_of_another_model_list_a_few_keys_of_each_fault(tmp_path: Path) -> None:
+    state = {f"blocks.{i}.weight": torch.zeros(1) for i in range(9)}
+    torch.save(state, tmp_path / "w.pt")
+    message = refused(PYTHON_SOURCE, weights=str(tmp_path / "w.pt"))
+    assert "they have no 'stem.0.weight', 'stem.1.weight', 'stem.1.bias' and " in message
+    assert (
+        "the model does not have 'blocks.0.weight', 'blocks.1.weight', 'blocks.2.weight' and 6"
+        in (message)
+    )
+    assert "Not one key agrees: they belong to another model" in message
+
+
+def test_weights_for_other_classes_say_so(tmp_path: Path) -> None:
+    state = dict(tiny_module().state_dict())
+    state |= {"head.weight": torch.zeros(9, 64), "head.bias": torch.zeros(9)}
+    torch.save(state, tmp_path / "w.pt")
+    message = refused(PYTHON_SOURCE, weights=str(tmp_path / "w.pt"))
+    assert "'head.weight' has shape (9, 64), the model needs (5, 64)" in message
+    assert "Give the num_classes with which they were trained" in message
+
+
+def test_weights_that_are_nan_or_no_tensors_name_their_key(tmp_path: Path) -> None:
+    state = dict(tiny_module().state_dict())
+    for value, said in (
+        (torch.full((5,), float("nan")), "'head.bias' holds 5 values that are NaN or infinite"),
+        ("five", "no state_dict: head.bias are not tensors"),
+    ):
+        torch.save(state | {"head.bias": value}, tmp_path / "w.pt")
+        assert said in refused(PYTHON_SOURCE, weights=str(tmp_path / "w.pt"))
+
+
+def test_no_message_about_weights_is_torchs_own(tmp_path: Path) -> None:
+    torch.save(tiny_module().state_dict(), tmp_path / "w.pt")
+    save_file(tiny_module().state_dict(), tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-50])
+        message = refused(PYTHON_SOURCE, weights=str(path))
+        assert "copy or save it again" in message
+        assert not any(word in message for word in ("PytorchStream", "weights_only", "Error"))
+
+
 def test_pickled_weights_are_not_unpickled(tmp_path: Path) -> None:
     torch.save({"model": tiny_module()}, tmp_path / "w.pt")
     message = refused(PYTHON_SOURCE, weights=str(tmp_path / "w.pt"))

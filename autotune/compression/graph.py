@@ -21,6 +21,8 @@ from autotune.errors import InvalidModel
 BATCH_AXIS = "N"
 _LARGEST_SHAPE = 64
 # Constants up to this many values may be shapes, axes or indices, which decide other shapes.
+_HELD_BYTES = 64 * 1024
+# Weights are in the graph already; copies of all of them would double a worker's memory.
 _WEIGHT_SUFFIXES = (".weight", "_weight", "/weight", ".kernel", "/kernel", "_W", ".W")
 
 
@@ -45,10 +47,14 @@ class GraphView:
         self._arrays: dict[str, np.ndarray] = {}
 
     def array(self, name: str) -> np.ndarray:
-        """The constant of that name, read once."""
-        if name not in self._arrays:
-            self._arrays[name] = numpy_helper.to_array(self.initializers[name])
-        return self._arrays[name]
+        """The constant of that name; a small one is read once, a large one held by nobody."""
+        held = self._arrays.get(name)
+        if held is not None:
+            return held
+        array = numpy_helper.to_array(self.initializers[name])
+        if array.nbytes <= _HELD_BYTES:
+            self._arrays[name] = array
+        return array
 
     def is_constant(self, name: str) -> bool:
         """The tensor is an initializer."""

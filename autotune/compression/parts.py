@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autotune.compression.graph import GraphView
-from autotune.compression.wire import initializer_field, node_field
+from autotune.compression.wire import Part, initializer_field, node_field, source_field
 
 CONTRIB_DOMAIN = "com.microsoft"
 
@@ -24,6 +24,13 @@ class KeptParts:
     def __init__(self) -> None:
         self._parts: dict[tuple[object, ...], bytes] = {}
         self._arrays: dict[tuple[object, ...], Mapping[str, bytes]] = {}
+        self._source: dict[str, Part] = {}
+
+    def source(self, name: str, tensor: onnx.TensorProto) -> Part:
+        """A constant of the source model, whose data stays where it is."""
+        if name not in self._source:
+            self._source[name] = source_field(tensor)
+        return self._source[name]
 
     def part(self, key: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
         """The serialized part with that key, made once."""
@@ -51,7 +58,7 @@ class Parts:
 
     def __init__(self, view: GraphView, kept: KeptParts) -> None:
         self.nodes: list[bytes] = []
-        self.constants: dict[str, bytes] = {}
+        self.constants: dict[str, Part] = {}
         self.needs_contrib = False
         self._view = view
         self._kept = kept
@@ -105,4 +112,4 @@ class Parts:
         """Add a constant of the source model; nothing happens where it is none."""
         if name in self._view.initializers and name not in self.constants:
             tensor = self._view.initializers[name]
-            self.constants[name] = self._kept.part((name,), lambda: initializer_field(tensor))
+            self.constants[name] = self._kept.source(name, tensor)

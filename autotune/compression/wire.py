@@ -8,14 +8,20 @@ Buffers documentation: tag = number << 3 | 2 for bytes, then a varint length).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import onnx
 
-# Field numbers of onnx.proto: ModelProto.graph, GraphProto.node and GraphProto.initializer.
+# Field numbers of onnx.proto: ModelProto.graph, GraphProto.node, GraphProto.initializer,
+# TensorProto.raw_data.
 _MODEL_GRAPH = 7
 _GRAPH_NODE = 1
 _GRAPH_INITIALIZER = 5
+_TENSOR_RAW_DATA = 9
+_LEAST_SOURCE_BYTES = 4096
 
 
 def node_field(node: onnx.NodeProto) -> bytes:
@@ -28,22 +34,66 @@ def initializer_field(tensor: onnx.TensorProto) -> bytes:
     return _field(_GRAPH_INITIALIZER, tensor.SerializeToString(deterministic=True))
 
 
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A constant of the source model: all but its data as bytes, the data where it is.
+
+    Keeping it as bytes would hold the model's weights twice.
+    """
+
+    head: bytes
+    tensor: onnx.TensorProto
+    size: int
+
+
+Part = bytes | memoryview | SourceTensor
+
+
+def source_field(tensor: onnx.TensorProto) -> bytes | SourceTensor:
+    """A source model's constant as a part of a graph; small ones are bytes at once."""
+    size = len(tensor.raw_data)
+    if size < _LEAST_SOURCE_BYTES:
+        return initializer_field(tensor)
+    rest = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type, name=tensor.name)
+    inner = rest.SerializeToString(deterministic=True) + _tag(_TENSOR_RAW_DATA, size)
+    head = _tag(_GRAPH_INITIALIZER, len(inner) + size) + inner
+    return SourceTensor(head=head, tensor=tensor, size=size)
+
+
 def shell(model: onnx.ModelProto) -> tuple[bytes, bytes]:
     """The model without its graph, and the graph without nodes, constants and shapes."""
-    outer = onnx.ModelProto()
-    outer.CopyFrom(model)
-    graph = onnx.GraphProto()
-    graph.CopyFrom(model.graph)
-    outer.ClearField("graph")
-    for name in ("node", "initializer", "value_info"):
-        graph.ClearField(name)
+    outer, graph = onnx.ModelProto(), onnx.GraphProto()
+    _copy_fields(model, outer, {"graph"})
+    _copy_fields(model.graph, graph, {"node", "initializer", "value_info"})
     return outer.SerializeToString(deterministic=True), graph.SerializeToString(deterministic=True)
 
 
-def assemble(outer: bytes, graph: bytes, parts: Iterable[bytes]) -> bytes:
+def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
     """The file: `shell`'s two halves with nodes and constants in the given order."""
-    body = b"".join((graph, *parts))
-    return b"".join((outer, _tag(_MODEL_GRAPH, len(body)), body))
+    held = list(parts)
+    length = len(graph) + sum(
+        len(part.head) + part.size if isinstance(part, SourceTensor) else len(part) for part in held
+    )
+    # One piece after the other into one buffer: the file exists once, its parts not at all.
+    file = io.BytesIO()
+    for part in (outer, _tag(_MODEL_GRAPH, length), graph, *held):
+        if isinstance(part, SourceTensor):
+            file.write(part.head)
+            file.write(part.tensor.raw_data)
+        else:
+            file.write(part)
+    return file.getvalue()
+
+
+def _copy_fields(source: Any, target: Any, without: set[str]) -> None:
+    """Copy a message's fields but some, without touching the weights in those."""
+    for field, value in source.ListFields():
+        if field.name in without:
+            continue
+        if hasattr(value, "MergeFrom"):
+            getattr(target, field.name).MergeFrom(value)
+        else:
+            setattr(target, field.name, value)
 
 
 def _field(number: int, payload: bytes) -> bytes:

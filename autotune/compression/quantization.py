@@ -51,7 +51,8 @@ class QuantizableGraph:
     """One FP32 graph with its calibration, from which candidates are written.
 
     Quantized weights and serialized nodes are kept, so the next candidate costs little more
-    than joining bytes. Not thread-safe.
+    than joining bytes. Not thread-safe. `equalize` lets 8-bit neighbours share out the ranges
+    of their channels.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class QuantizableGraph:
         *,
         kernels: KernelClass = X86_VNNI,
         rounding: Rounding | None = None,
+        equalize: bool = True,
     ) -> None:
         self.view = GraphView(model)
         self.calibration = calibration
@@ -69,6 +71,7 @@ class QuantizableGraph:
         self.equalization = Equalization(self.view, calibration)
         self.units = {unit.name: unit for unit in find_units(self.view)}
         self.layers = {x.name: x for unit in self.units.values() for x in unit.layers}
+        self._equalize = equalize
         self._model = model
         self._shells: dict[tuple[bool, str | None], tuple[bytes, bytes]] = {}
         self._kept = KeptParts()
@@ -101,7 +104,7 @@ class QuantizableGraph:
             placement=placement,
             wide=place_wide(self.view, self.layers, chosen, placement),
             kernels=kernels or self.kernels,
-            stretched=self.equalization.in_force(placement),
+            stretched=self.equalization.in_force(placement) if self._equalize else {},
             rounding=self.rounding,
         )
         parts = Parts(self.view, self._kept)

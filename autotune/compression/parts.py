@@ -6,6 +6,7 @@ again. What the parts say is `graph_writer.py`'s business; joining them is `wire
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -19,11 +20,17 @@ CONTRIB_DOMAIN = "com.microsoft"
 
 
 class KeptParts:
-    """Serialized nodes and constants of earlier candidates, by what shapes them."""
+    """Serialized nodes and constants of earlier candidates, by what shapes them.
 
-    def __init__(self) -> None:
+    A layer's codes depend on its input's scale, so that they come in variants; those used
+    longest ago go once all of them take more than `limit_bytes`.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._n_bytes = 0
         self._parts: dict[tuple[object, ...], bytes] = {}
-        self._arrays: dict[tuple[object, ...], Mapping[str, bytes]] = {}
+        self._arrays: OrderedDict[tuple[object, ...], Mapping[str, bytes]] = OrderedDict()
         self._source: dict[str, Part] = {}
 
     def source(self, name: str, tensor: onnx.TensorProto) -> Part:
@@ -42,15 +49,25 @@ class KeptParts:
     def arrays(
         self, key: tuple[object, ...], make: Callable[[], Mapping[str, np.ndarray]]
     ) -> Mapping[str, bytes]:
-        """The serialized constants with that key, made once."""
+        """The serialized constants with that key, made anew only where they had to go."""
         parts = self._arrays.get(key)
-        if parts is None:
-            parts = {
-                name: initializer_field(numpy_helper.from_array(array, name))
-                for name, array in make().items()
-            }
-            self._arrays[key] = parts
+        if parts is not None:
+            self._arrays.move_to_end(key)
+            return parts
+        parts = {
+            name: initializer_field(numpy_helper.from_array(array, name))
+            for name, array in make().items()
+        }
+        self._arrays[key] = parts
+        self._n_bytes += _size(parts)
+        while self._n_bytes > self._limit_bytes and len(self._arrays) > 1:
+            _, oldest = self._arrays.popitem(last=False)
+            self._n_bytes -= _size(oldest)
         return parts
+
+
+def _size(parts: Mapping[str, bytes]) -> int:
+    return sum(len(part) for part in parts.values())
 
 
 class Parts:

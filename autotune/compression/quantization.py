@@ -19,6 +19,7 @@ fuses (checked on its optimized graphs by `effective.py`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,6 +44,9 @@ __all__ = ["QuantizableGraph", "weight_codes"]
 
 KERNELS_KEY = "edge_autotune.kernel_class"
 """The metadata entry of a file that names its kernel class: accuracy holds there alone."""
+
+_KEPT_SHARE = 1.6
+"""Bytes of quantized constants kept per weight: one 8-bit set of all layers, and half another."""
 
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
@@ -74,7 +78,9 @@ class QuantizableGraph:
         self._equalize = equalize
         self._model = model
         self._shells: dict[tuple[bool, str | None], tuple[bytes, bytes]] = {}
-        self._kept = KeptParts()
+        self._kept = KeptParts(
+            int(_KEPT_SHARE * sum(math.prod(i.dims) for i in model.graph.initializer))
+        )
 
     def emit(
         self, precisions: Mapping[str, Precision], *, kernels: KernelClass | None = None

@@ -74,14 +74,19 @@ def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
     length = len(graph) + sum(
         len(part.head) + part.size if isinstance(part, SourceTensor) else len(part) for part in held
     )
-    # One piece after the other into one buffer: the file exists once, its parts not at all.
+    pieces = (outer, _tag(_MODEL_GRAPH, length), graph, *held)
+    # One buffer of the right size, filled piece by piece: the file exists once, and what a
+    # growing buffer leaves behind would stay with the process.
     file = io.BytesIO()
-    for part in (outer, _tag(_MODEL_GRAPH, length), graph, *held):
-        if isinstance(part, SourceTensor):
-            file.write(part.head)
-            file.write(part.tensor.raw_data)
+    file.seek(len(outer) + len(pieces[1]) + length - 1)
+    file.write(b"\0")
+    file.seek(0)
+    for piece in pieces:
+        if isinstance(piece, SourceTensor):
+            file.write(piece.head)
+            file.write(piece.tensor.raw_data)
         else:
-            file.write(part)
+            file.write(piece)
     return file.getvalue()
 
 

@@ -38,6 +38,12 @@ _FINITE_CONSTANTS = WEIGHTED | {
     "RMSNormalization", "PRelu", "Mul", "Div",
 }  # fmt: skip
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+# Domains whose operators onnxruntime brings along (its `OperatorKernels.md`, CPU provider).
+_KNOWN_DOMAINS = frozenset(
+    {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
+)
+# What every runtime release since onnxruntime 1.23 loads.
+_NEWEST_COMMON_OPSET = 24
 _GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -50,7 +56,7 @@ def called(node: onnx.NodeProto) -> str:
 
 
 def require_plain_float(model: onnx.ModelProto) -> None:
-    """Refuse what is quantized already, branches or loops, or answers at random.
+    """Refuse what is quantized already, branches or loops, is custom, or answers at random.
 
     Raises:
         InvalidModel: naming the node.
@@ -66,6 +72,11 @@ def require_plain_float(model: onnx.ModelProto) -> None:
             raise InvalidModel(
                 f"{called(node)} is control flow, which cannot be tuned; export the model with "
                 "fixed control flow (torch.onnx.export with dynamo=True unrolls loops)"
+            )
+        if node.domain not in _KNOWN_DOMAINS:
+            raise InvalidModel(
+                f"{called(node)} is of the domain {node.domain!r}, which onnxruntime does not "
+                "have; export the model without custom operators"
             )
         if node.op_type in _RANDOM:
             raise InvalidModel(
@@ -221,6 +232,17 @@ def require_float32_layers(model: onnx.ModelProto) -> None:
                 f"{called(node)} computes in {onnx.TensorProto.DataType.Name(kind)}; give the "
                 "model in FP32, from which every other precision is made"
             )
+
+
+def why_it_does_not_load(model: onnx.ModelProto) -> str | None:
+    """What a runtime that refuses the model most likely lacks, with a way out; None if unclear."""
+    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if version > _NEWEST_COMMON_OPSET:
+        return (
+            f"its opset {version} is newer than this runtime; export it with a lower "
+            f"opset_version, such as {_NEWEST_COMMON_OPSET}"
+        )
+    return None
 
 
 def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:

@@ -28,7 +28,7 @@ from onnx import external_data_helper, numpy_helper
 from autotune.compression.checkpoint import load_weights, read_weights
 from autotune.compression.cleanup import clean_up
 from autotune.compression.graph import BATCH_AXIS, model_bytes, shape_of
-from autotune.compression.requirements import dynamic_sample_axes
+from autotune.compression.requirements import dynamic_sample_axes, why_it_does_not_load
 from autotune.compression.torchvision_repair import import_torchvision
 from autotune.errors import InvalidModel, UntrustedCode
 from autotune.spec import ModelSpec
@@ -276,7 +276,7 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
                 f"{path} keeps its weights {tensor.name!r} in the file {location!r}, which is "
                 "not beside it, is cut short or lies outside its folder; put the file there, or "
                 "write the model as one file, as an upload must be: "
-                f"onnx.save(onnx.load({path.name!r}), 'whole.onnx')"
+                "onnx.save(onnx.load('model.onnx'), 'whole.onnx')"
             ) from error
         del tensor.external_data[:]
         tensor.ClearField("data_location")
@@ -336,7 +336,7 @@ def _require_batches(spec: ModelSpec, data: bytes, graph: onnx.ModelProto) -> No
         # onnxruntime's exceptions share no public base class
         raise InvalidModel(
             f"{spec.source!r} does not run in onnxruntime {onnxruntime.__version__}: "
-            f"{_first_line(error)}"
+            f"{why_it_does_not_load(graph) or _first_line(error)}"
         ) from error
     if not _answers(graph, x, np.concatenate([single, session.run(None, {value.name: x[1:]})[0]])):
         raise InvalidModel(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from autotune.api_types import JobResult
 from autotune.compression.kernels import X86_VNNI, KernelClass, why_not_faster
-from autotune.errors import InvalidJob
+from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.front import Answer, answer, blocking_groups
 from autotune.spec import JobSpec
 from search_spaces import (
@@ -102,8 +102,15 @@ def limits(
 
     Raises:
         InvalidJob: pruning was asked for, is impossible, and may not be left out.
+        InvalidModel: the model holds nothing that could be quantized or pruned.
     """
     notices = []
+    if not inventory.groups and not inventory.prunable_groups:
+        listed = ", ".join(map(str, inventory.float_operators)) or "none"
+        raise InvalidModel(
+            "nothing in the model can be tuned: it has no convolution or matrix product with "
+            f"constant weights (operators that compute in float: {listed})"
+        )
     asked = any(ratio > 0 for ratio in spec.search.prune_ratios)
     if asked and inventory.pruning_unavailable:
         if not spec.search.allow_without_pruning:

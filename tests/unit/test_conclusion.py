@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from autotune.errors import InvalidModel
 from autotune.search.conclusion import data_limits, limits
 from autotune.spec import JobSpec, parse_job
-from search_spaces import FloatOperator, LayerInventory
+from search_spaces import FloatOperator, LayerGroup, LayerInventory, PrunableGroup
 
 
 def job(**keys: object) -> JobSpec:
@@ -46,12 +49,34 @@ def test_operators_that_stay_float_are_listed_once_with_their_reason() -> None:
         FloatOperator(operator="Erf", count=12, reason="it has no 8-bit kernel"),
         FloatOperator(operator="org.acme:Whiten", count=1, reason="nothing is known of it"),
     )
-    inventory = LayerInventory(model_digest="0" * 64, groups=(), float_operators=operators)
-    (notice,) = limits(job(search={"prune_ratios": [0.0]}), inventory, has_training=False)
-    assert notice == (
+    layer_group = LayerGroup(name="fc", layers=(), nodes=("fc",), precisions=("fp32",))
+    inventory = LayerInventory(
+        model_digest="0" * 64, groups=(layer_group,), float_operators=operators
+    )
+    notices = limits(job(search={"prune_ratios": [0.0]}), inventory, has_training=False)
+    assert (
         "operators that stay in FP32: 12 Erf (it has no 8-bit kernel), 1 org.acme:Whiten "
         "(nothing is known of it)"
+    ) in notices
+
+
+def test_groups_that_batch_norm_cannot_rank_are_counted() -> None:
+    groups = tuple(
+        PrunableGroup(name=name, channels=32, layers=(name,), batch_norms=norms)
+        for name, norms in (("a", ("a_norm",)), ("b", ()), ("c", ()))
     )
+    inventory = LayerInventory(model_digest="0" * 64, groups=(), prunable_groups=groups)
+    spec = job(search={"prune_importance": "batch_norm"})
+    (notice,) = limits(spec, inventory, has_training=True)
+    assert "2 of 3 prunable groups have no BatchNorm" in notice
+    assert limits(job(), inventory, has_training=True) == []
+
+
+def test_a_model_without_a_layer_is_refused_with_what_it_has() -> None:
+    softmax = FloatOperator(operator="Softmax", count=1, reason="it has no 8-bit kernel")
+    empty = LayerInventory(model_digest="0" * 64, groups=(), float_operators=(softmax,))
+    with pytest.raises(InvalidModel, match=r"nothing in the model can be tuned.*1 Softmax"):
+        limits(job(), empty, has_training=True)
 
 
 def test_an_inventory_of_the_first_version_is_still_read() -> None:

@@ -14,7 +14,7 @@ from autotune.compression.inventory import build_inventory, precisions_of
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, load_source_model
 from autotune.errors import CompressionError, InvalidModel
-from autotune.spec import ModelSpec
+from autotune.spec import ModelSpec, name_uploads, parse_job, resolve_uploads
 from search_spaces import INT8
 from tests.unit.compression_models import CLASSES, SHAPE, run, samples, save
 
@@ -309,6 +309,28 @@ def test_external_weights_that_are_missing_cut_or_elsewhere_are_refused(tmp_path
     onnx.external_data_helper.set_external_data(tensor, "../outside.data")
     tensor.ClearField("raw_data")
     assert "lies outside its folder" in refused(outside, tmp_path)
+
+
+def test_an_upload_that_left_its_weights_behind_is_named_by_the_jobs_key(tmp_path: Path) -> None:
+    path = tmp_path / "split.onnx"
+    onnx.save(model(), path, save_as_external_data=True, location="w.data", size_threshold=0)
+    stored = path.rename(tmp_path / ("ab" * 32))
+    (tmp_path / "w.data").unlink()
+    keys = {"data": {"evaluation": "npz:e.npz"}}
+    submitted = parse_job({"model": {"source": f"onnx:sha256:{'ab' * 32}"}, **keys})
+    resolved = resolve_uploads(submitted, lambda digest: stored)
+    with pytest.raises(InvalidModel) as caught:
+        load_source_model(resolved.model, input_shape=SHAPE)
+    message = name_uploads(str(caught.value), submitted, resolved)
+    assert message.startswith("model.source keeps its weights 'conv.weight' in the file 'w.data'")
+    assert "as one file, as an upload must be" in message
+
+
+def test_what_the_runtime_does_not_know_is_named(tmp_path: Path) -> None:
+    whiten = helper.make_node("Whiten", ["r"], ["s"], "wash", domain="org.acme")
+    message = refused(model(chain([whiten]), domains=("org.acme",)), tmp_path)
+    assert "node 'wash' (Whiten) is of the domain 'org.acme'" in message
+    assert "its opset 28 is newer than this runtime" in refused(model(opset=28), tmp_path)
 
 
 QUANTIZED = {

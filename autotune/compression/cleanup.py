@@ -140,6 +140,8 @@ def _constants_to_initializers(model: onnx.ModelProto) -> None:
         tensor.CopyFrom(value)
         tensor.name = node.output[0]
     _replace_nodes(graph, kept)
+    # Before IR version 4 every initializer had to be an input too.
+    model.ir_version = max(model.ir_version, 4)
     held = {i.name for i in graph.initializer}
     inputs = [i for i in graph.input if i.name not in held]
     del graph.input[:]

@@ -34,9 +34,9 @@ def fold_pads(model: onnx.ModelProto) -> None:
         taker.attribute.append(helper.make_attribute("pads", summed))
         taker.input[0] = node.input[0]
         folded.add(node.output[0])
-    kept_nodes = [node for node in view.nodes if node.output[0] not in folded]
-    del model.graph.node[:]
-    model.graph.node.extend(kept_nodes)
+    for index in reversed(range(len(view.nodes))):
+        if view.nodes[index].output[0] in folded:
+            del model.graph.node[index]
 
 
 def _spatial_zeros(view: GraphView, node: onnx.NodeProto, conv: onnx.NodeProto) -> list[int] | None:

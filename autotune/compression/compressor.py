@@ -259,7 +259,7 @@ class Compressor:
             channel_multiple=self.channel_multiple,
             without_batch_norm=scores.without_batch_norm,
         )
-        facts |= {"prune_ratios": dict(ratios), "pruning": dataclasses.asdict(report)}
+        facts |= {"prune_ratios": dict(ratios), "pruning": report.to_json()}
         return self._calibrated(model, digest=digest, **facts)
 
     def _slice(

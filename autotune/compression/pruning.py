@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,15 @@ class PruningReport:
     channel_multiple: int
     channels: Mapping[str, tuple[int, int]]
     ranked_by_l2: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, the same before and after it was stored."""
+        return {
+            "importance": self.importance,
+            "channel_multiple": self.channel_multiple,
+            "channels": {name: list(pair) for name, pair in self.channels.items()},
+            "ranked_by_l2": list(self.ranked_by_l2),
+        }
 
     @classmethod
     def of(

@@ -120,8 +120,8 @@ def test_a_base_says_how_it_was_pruned_and_rounds_as_the_device_likes(tmp_path: 
     assert pruning == {
         "importance": "batch_norm",
         "channel_multiple": 16,
-        "channels": {"stem.0": (16, 16), "mix.0": (32, 32), "hidden": (64, 32)},
-        "ranked_by_l2": ("hidden",),
+        "channels": {"stem.0": [16, 16], "mix.0": [32, 32], "hidden": [64, 32]},
+        "ranked_by_l2": ["hidden"],
     }
 
 

@@ -15,7 +15,15 @@ from autotune.cli import figures
 from autotune.cli.output import Column, Field, View, cell_width, print_one, print_rows
 from autotune.cli.views.front import FRONT, front_rows
 from autotune.cli.views.jobs import JOB, JOBS
-from autotune.cli.views.trials import GROUPS, TRIAL, TRIALS, group_counts, prune_summary
+from autotune.cli.views.trials import (
+    GROUPS,
+    TRIAL,
+    TRIALS,
+    group_counts,
+    kept_channels,
+    prune_summary,
+    recovery_summary,
+)
 from tests.unit.cli_fakes import (
     baseline_trials,
     finished_job,
@@ -140,6 +148,39 @@ def test_a_figure_shows_the_digits_that_its_spread_leaves(figure: Interval, text
 def test_group_counts_tell_what_runs_and_what_was_planned_otherwise() -> None:
     assert group_counts(make_trial(1)) == "1 w8a8, 1 fp32 (1 not as planned)"
     assert group_counts(make_trial(1, groups=[])) == "1 w8a8 planned"
+
+
+def test_a_pruned_trial_says_how_and_what_its_recovery_cost() -> None:
+    base = {
+        "pruning": {
+            "importance": "batch_norm",
+            "channel_multiple": 16,
+            "channels": {"a": (64, 32), "b": (96, 48)},
+            "ranked_by_l2": ["b"],
+        },
+        "recovery": {
+            "wall_s": 12.0,
+            "epochs": 4,
+            "kept_epoch": 3,
+            "samples": 2152,
+            "stopped_because": "all 4 epochs were run",
+            "validation_samples": 239,
+            "recovered_accuracy": 0.95,
+            "teacher_accuracy": 0.99,
+        },
+    }
+    trial = make_trial(1, pruned_base=base)
+    kept = "80 of 160, ranked by batch_norm (1 groups by l2), in multiples of 16"
+    assert kept_channels(trial) == kept
+    text = recovery_summary(trial)
+    assert "4 epochs of 2152 samples; all 4 epochs were run" in text
+    assert "95.0% after epoch 3, FP32 99.0% (n=239, held back)" in text
+
+
+def test_an_unpruned_trial_has_neither() -> None:
+    assert kept_channels(make_trial(1)) == recovery_summary(make_trial(1)) == "-"
+    noted = make_trial(1, pruned_base={"note": "no training data"})
+    assert recovery_summary(noted) == "no training data"
 
 
 def test_prune_summary_counts_ratios_and_leaves_zero_out() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from autotune.compression.data import LabelledData
 from autotune.compression.pruning import prune_module
-from autotune.compression.recovery import logits, recover, reestimate_batch_norm
+from autotune.compression.recovery import hold_back, logits, recover, reestimate_batch_norm
 from autotune.errors import CompressionError
 from autotune.spec import RecoverySpec
 
@@ -184,19 +184,71 @@ def test_a_diverging_training_keeps_the_weights_from_before(
     assert np.isfinite(logits(pruned, training.x)).all()
 
 
-def test_training_stops_when_three_epochs_bring_nothing(
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_stops_when_so_many_epochs_bring_nothing(
+    teacher: nn.Module, training: LabelledData, patience: int
+) -> None:
+    spec = RecoverySpec(epochs=30, learning_rate=0.5, batch_size=32, patience=patience)
+    report = recover(copy.deepcopy(teacher), teacher, training, spec=spec, seed=0, threads=1)
+    assert report.epochs == report.kept_epoch + patience < 30
+    assert report.stopped_because.startswith(f"{patience} epochs in a row")
+
+
+class Spoiling(nn.Module):
+    """Answers like `net` after so many training steps, and the opposite before and later."""
+
+    def __init__(self, net: nn.Module, *, right_after: int) -> None:
+        super().__init__()
+        self.net, self.right_after = copy.deepcopy(net), right_after
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += self.training
+        return self.net(x) if int(self.steps) == self.right_after else -self.net(x)
+
+
+def test_what_is_kept_is_the_best_epoch_and_its_accuracy_is_the_one_reported(
     teacher: nn.Module, training: LabelledData
 ) -> None:
-    twin = copy.deepcopy(teacher)
-    report = recover(
-        twin,
-        teacher,
-        training,
-        spec=RecoverySpec(epochs=30, learning_rate=0.5, batch_size=32),
-        seed=0,
-        threads=1,
-    )
-    assert report.epochs == report.kept_epoch + 3
+    train, validation = hold_back(len(training.x), seed=0)
+    spec = RecoverySpec(epochs=9, learning_rate=1e-6, batch_size=48, patience=2)
+    student = Spoiling(teacher, right_after=2 * len(train) // spec.batch_size)
+    report = recover(student, teacher, training, spec=spec, seed=0, threads=1)
+    assert (report.kept_epoch, report.epochs) == (2, 4)
+    judged = training.take(validation)
+    assert accuracy(student, judged) == report.recovered_accuracy == report.teacher_accuracy
+    assert report.reestimated_accuracy == 0.0
+    assert report.validation_samples == len(validation) == 80
+
+
+def test_a_training_says_why_there_was_no_further_epoch(
+    teacher: nn.Module, pruned: nn.Module, training: LabelledData
+) -> None:
+    few = training.take(np.arange(64))
+    reasons = [
+        recover(
+            copy.deepcopy(pruned),
+            teacher,
+            few,
+            spec=RecoverySpec(epochs=epochs, learning_rate=rate),
+            seed=0,
+            threads=1,
+        ).stopped_because
+        for epochs, rate in ((2, 0.01), (0, 0.01), (2, 1e30))
+    ]
+    assert reasons[0] == "all 2 epochs were run"
+    assert "recovery.epochs is 0" in reasons[1]
+    assert "no longer finite" in reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("samples", "held"), [(2, 0), (319, 0), (320, 32), (1000, 100), (9000, 256)]
+)
+def test_a_tenth_is_held_back_but_not_too_few_or_too_many(samples: int, held: int) -> None:
+    train, validation = hold_back(samples, seed=4)
+    assert len(validation) == held
+    assert sorted([*train, *validation]) == list(range(samples))
+    assert np.array_equal(hold_back(samples, seed=4)[0], train)
 
 
 def test_reestimation_gives_the_mean_and_variance_of_the_data() -> None:

@@ -51,15 +51,14 @@ def reestimate_statistics(
     x = samples[: _affordable_samples(view, len(samples))].astype(np.float32)
     wanted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def remember(node: onnx.NodeProto, output: np.ndarray) -> np.ndarray:
+    def remember(node: onnx.NodeProto, output: np.ndarray) -> None:
         mean, variance = _statistics(node, output)
         stays = positions.get(node.output[0], np.ones(len(mean), dtype=bool))
         wanted[node.output[0]] = mean[stays], variance[stays]
-        return output
 
     corrections: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def correct(node: onnx.NodeProto, output: np.ndarray) -> np.ndarray:
+    def correct(node: onnx.NodeProto, output: np.ndarray) -> None:
         mean, variance = _statistics(node, output)
         target_mean, target_variance = wanted[node.output[0]]
         gain = np.sqrt((target_variance + _EPSILON) / (variance + _EPSILON))
@@ -68,8 +67,8 @@ def reestimate_statistics(
         shift = target_mean - gain * mean
         corrections[node.name] = gain, shift
         along = [1, -1] + [1] * (output.ndim - 2)
-        corrected = output * gain.reshape(along) + shift.reshape(along)
-        return corrected.astype(np.float32)
+        output *= gain.astype(np.float32).reshape(along)
+        output += shift.astype(np.float32).reshape(along)
 
     _walk(unpruned, x, remember, threads)
     _walk(pruned, x, correct, threads)
@@ -79,16 +78,16 @@ def reestimate_statistics(
 def _walk(
     model: onnx.ModelProto,
     x: np.ndarray,
-    visit: Callable[[onnx.NodeProto, np.ndarray], np.ndarray],
+    visit: Callable[[onnx.NodeProto, np.ndarray], None],
     threads: int,
 ) -> None:
-    """Run the graph node by node; what `visit` returns for a layer's output goes on."""
+    """Run the graph node by node; `visit` may change a layer's output in place."""
     view = GraphView(model)
     values: dict[str, np.ndarray] = {view.input_name: x}
     for node, spent in zip(view.nodes, _last_uses(view), strict=True):
         outputs = _run(view, node, values, threads)
         if _is_adjustable(view, node):
-            outputs[0] = visit(node, outputs[0])
+            visit(node, outputs[0])
         values.update(zip(filter(None, node.output), outputs, strict=True))
         for name in spent:
             values.pop(name, None)

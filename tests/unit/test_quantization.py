@@ -18,9 +18,10 @@ from autotune.compression.calibration import Calibration, Range, calibrate
 from autotune.compression.effective import effective_precisions, optimized_graph
 from autotune.compression.inventory import precisions_of
 from autotune.compression.quantization import QuantizableGraph
+from autotune.compression.units import Unit
 from autotune.compression.weights import pack_blocks, quantize_weight
 from autotune.errors import CompressionError
-from search_spaces import FP32, INT8, W4, W8, Precision
+from search_spaces import FP32, INT8, W2, W4, W8, Precision
 from tests.unit.compression_models import quantizable, run, samples, tiny_source
 
 TORCHVISION = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
@@ -29,6 +30,12 @@ FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "FusedGemm", "HardSigmoid", "Sigmoid"
 
 def uniform(graph: QuantizableGraph, precision: Precision = INT8) -> dict[str, Precision]:
     return {name: precision for name, u in graph.units.items() if precision in precisions_of(u)}
+
+
+def with_kernels(unit: Unit) -> list[Precision]:
+    """What onnxruntime's CPU provider on x86 has kernels for."""
+    is_matrix = all(layer.is_matrix_product for layer in unit.layers)
+    return [FP32, INT8, *([W8, W4, W2] if is_matrix else [])]
 
 
 def operators(artifact: bytes) -> Counter[str]:
@@ -73,9 +80,25 @@ def test_uniform_int8_leaves_no_float_arithmetic(name: str) -> None:
 def test_a_mix_runs_as_planned_in_a_plain_session(name: str) -> None:
     graph = quantizable(name)
     rng = random.Random(7)
-    plan = {n: rng.choice(precisions_of(u)) for n, u in graph.units.items()}
+    plan = {n: rng.choice(with_kernels(u)) for n, u in graph.units.items()}
     report = effective_precisions(graph.emit(plan), graph.units.values(), plan)
     assert [(g.effective, g.reason) for g in report] == [(plan[g.group].name, None) for g in report]
+
+
+@pytest.mark.parametrize("name", ["tiny", "mobilenet_v3_small"])
+def test_a_mix_of_all_precisions_runs_as_planned_or_says_why_not(name: str) -> None:
+    graph = quantizable(name)
+    for seed in range(4):
+        rng = random.Random(seed)
+        plan = {n: rng.choice(precisions_of(u)) for n, u in graph.units.items()}
+        report = effective_precisions(graph.emit(plan), graph.units.values(), plan)
+        for group in report:
+            kernels = {p.name for p in with_kernels(graph.units[group.group])}
+            if group.planned in kernels:
+                assert (group.effective, group.reason) == (group.planned, None)
+            else:
+                assert group.reason
+                assert group.effective in ("fp32", "fp16")
 
 
 @pytest.mark.parametrize("name", ["tiny", "mobilenet_v2"])
@@ -117,7 +140,7 @@ def test_quantized_outputs_stay_near_fp32(precision: Precision) -> None:
     x = samples(32, seed=9)
     expected = run(graph.emit({}), x)
     error = np.abs(run(graph.emit(uniform(graph, precision)), x) - expected).mean()
-    allowed = {INT8: 0.06, W8: 0.005, W4: 0.06}[precision]
+    allowed = {INT8: 0.06, W8: 0.01, W4: 0.06}[precision]
     assert 0 < error < allowed * expected.std()
 
 
@@ -135,7 +158,7 @@ def test_outputs_equal_quantize_static_within_a_step_of_the_output(tmp_path: Pat
     """On operators that both place alike: convolutions, ReLU, residual Add, pools, Gemm."""
     model = plain_model()
     x = samples(16, (3, 16, 16))
-    graph = QuantizableGraph(model, calibrate(model, x))
+    graph = QuantizableGraph(model, calibrate(model, x), equalize=False)
     held = graph.calibration.ranges["output"]
     # The oracle quantizes the logits too: its outputs end where the range ends.
     ours = np.clip(run(graph.emit(uniform(graph)), x), held.low, held.high)
@@ -177,12 +200,9 @@ def test_int4_weights_take_about_an_eighth_of_the_room() -> None:
     assert saved == pytest.approx(floats * (1 - 1 / 8 - 1 / 32), rel=0.03)
 
 
-def test_a_group_cannot_take_what_it_has_no_kernel_for() -> None:
-    graph = quantizable("tiny")
-    with pytest.raises(CompressionError, match=r"'stem.0' cannot take w4.*takes fp32 or w8a8"):
-        graph.emit({"stem.0": W4})
+def test_an_unknown_group_is_named_beside_the_known_ones() -> None:
     with pytest.raises(CompressionError, match=r"no layer group 'nobody'; it has stem.0"):
-        graph.emit({"nobody": INT8})
+        quantizable("tiny").emit({"nobody": INT8})
 
 
 def test_a_constant_or_huge_channel_quantizes_without_overflow() -> None:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 API_VERSION = 1
-# Version 1 (2026-11-21): jobs, trials, front, events, export, verification, devices, uploads.
+# Version 1 (2026-11-21): jobs, trials, front, events, export, verification, devices, uploads,
+# sensitivities.
 
 
 class Shape(BaseModel):
@@ -158,6 +159,28 @@ class Front(Shape):
     trials: list[Trial]
     answer: Trial | None
     explanation: str
+
+
+class Sensitivity(Shape):
+    """What one choice for one group does while all else stays FP32.
+
+    Either `precision` or `prune_ratio` (a fraction of channels) is set. `mean_kl` is in nats
+    against FP32's outputs, smaller is better, None where it is not known (yet); an estimate
+    follows from cheaper figures and other entries, and has no `accuracy_drop`. `sqnr_db`:
+    signal to quantization noise at the group's own output, larger is better. `removed_share`:
+    the fraction of the group's squared weights that the prune ratio removes.
+    """
+
+    group: str
+    precision: str | None = None
+    prune_ratio: float | None = None
+    mean_kl: float | None = None
+    is_estimate: bool = False
+    accuracy_drop: float | None = None
+    samples: int = 0
+    sqnr_db: float | None = None
+    removed_share: float | None = None
+    wall_s: float = 0.0
 
 
 class Device(Shape):

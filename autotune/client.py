@@ -39,6 +39,7 @@ from autotune.api_types import (
     Health,
     Job,
     Problem,
+    Sensitivity,
     Trial,
     Upload,
     Verification,
@@ -243,6 +244,15 @@ class Client:
         body = {name: value for name, value in asked.items() if value is not None}
         response = self._request("POST", f"/v1/jobs/{_quoted(reference)}/export", json=body)
         return _write_bundle(Path(path), response.content)
+
+    def sensitivity(self, reference: str) -> list[Sensitivity]:
+        """What each choice for one group does; JobNotReady where nothing is known yet."""
+        return self._get(f"/v1/jobs/{_quoted(reference)}/sensitivity", list[Sensitivity])
+
+    def heat_map(self, reference: str, form: str = "svg") -> bytes:
+        """The sensitivities as a picture: `svg`, `png` or `html`."""
+        path = f"/v1/jobs/{_quoted(reference)}/sensitivity/heat-map"
+        return self._request("GET", path, params={"form": form}).content
 
     def report(self, reference: str) -> str:
         """The job's report: one HTML page."""

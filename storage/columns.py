@@ -127,9 +127,9 @@ class Documents(TypeDecorator[Any]):
         super().__init__()
         self.value_type = value_type
 
-    def process_bind_param(self, value: Iterable[Documented], _: Dialect) -> str:
+    def process_bind_param(self, value: Iterable[Documented] | None, _: Dialect) -> str:
         """The values' documents as a JSON array."""
-        return json.dumps([entry.to_json() for entry in value], separators=(",", ":"))
+        return json.dumps([entry.to_json() for entry in value or ()], separators=(",", ":"))
 
     def process_result_value(self, value: str | None, _: Dialect) -> Any:
         """The values.

@@ -157,6 +157,7 @@ class RunningService:
             state=JobState.FINISHED,
             phase="finished",
             inventory=inventory,
+            sensitivity=record.sensitivity,
             device_id=device.id if device else None,
             latency_budget_ns=record.latency_budget_ns,
             reference_latency_ns=record.reference_latency_ns,

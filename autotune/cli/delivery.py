@@ -66,7 +66,7 @@ def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format:
     bundle, verification = export_and_verify(client, job, out)
     winner = next(trial for trial in trials if trial.id == job.result.winner)
     comparisons = compare(winner, verification)
-    _write_report(client, job, report)
+    write_file(report, client.report(job.id).encode(), what="report")
     if output_format == "json":
         _print_document(job, front, verification, bundle=bundle, report=report)
     elif output_format == "table":
@@ -161,14 +161,19 @@ COMPARISONS: View[Comparison] = View(
 )
 
 
-def _write_report(client: Client, job: Job, path: Path) -> None:
-    html = client.report(job.id)
+def write_file(path: Path, content: bytes, *, what: str) -> None:
+    """Write a file that the user asked for; `what` names it in the message.
+
+    Raises:
+        DiskFull: there is no room for it.
+        BundleError: it cannot be written there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(html, encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
         known = DiskFull if error.errno == _ENOSPC else BundleError
-        raise known(f"cannot write the report {path}: {error.strerror}") from error
+        raise known(f"cannot write the {what} {path}: {error.strerror}") from error
 
 
 def _print_document(

@@ -1,4 +1,4 @@
-"""`autotune job`: submit, list, show, watch, cancel and resume."""
+"""`autotune job`: submit, list, show, watch, cancel, resume, and what each group costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def job() -> None:
-    """Submit, list, show, watch, cancel and resume jobs."""
+    """Submit, list, show, watch, cancel and resume jobs; show their sensitivities."""
 
 
 @job.command("submit")
@@ -116,6 +116,52 @@ def resume(session: Session, reference: str, extra_trials: int | None, watch: bo
         _print_job(session, resumed)
     if watch:
         _watch(client, resumed.id)
+
+
+@job.command("sensitivity")
+@click.argument("reference", metavar="JOB")
+@click.option(
+    "--heat-map",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the table into FILE: .png, .svg or .html.",
+)
+@shared_options
+@click.pass_obj
+def sensitivity(session: Session, reference: str, picture: Path | None) -> None:
+    """Show what each precision and each prune ratio does to one group alone.
+
+    Rows are groups in graph order; figures are the KL divergence of the outputs from FP32's.
+    A running job shows what it has so far.
+    """
+    from autotune.cli.output import print_rows
+    from autotune.cli.views.sensitivity import ENTRIES, legend, matrix
+
+    form = None if picture is None else _picture_form(picture)
+    client = session.client()
+    entries = client.sensitivity(reference)
+    if session.output_format == "table":
+        view, groups = matrix(entries)
+        print_rows(view, groups, output_format="table", to=sys.stdout)
+        click.echo(legend(entries), err=True)
+    else:
+        print_rows(ENTRIES, entries, output_format=session.output_format, to=sys.stdout)
+    if picture is not None and form is not None:
+        from autotune.cli.delivery import write_file
+
+        write_file(picture, client.heat_map(reference, form), what="heat map")
+        click.echo(f"heat map: {picture}", err=True)
+
+
+def _picture_form(path: Path) -> str:
+    form = path.suffix.removeprefix(".").lower()
+    if form not in ("png", "svg", "html"):
+        raise click.BadParameter(
+            f"{path.name!r} names no picture; end it in .png, .svg or .html",
+            param_hint="--heat-map",
+        )
+    return form
 
 
 def _follow(client: Client, job_id: str) -> Ended:

@@ -18,8 +18,10 @@ from markupsafe import Markup
 from autotune.api_types import Verification
 from autotune.export import figures
 from autotune.export.front_plot import inline_front
+from autotune.export.heat_map import inline_heat_map
 from autotune.export.layer_picture import layer_cells
 from autotune.export.provenance import provenance
+from autotune.export.sensitivity_table import in_order
 from device_agents.protocol import LatencyReport
 from storage.records import DeviceRecord, JobRecord, TrialOutcome, TrialRecord
 
@@ -65,6 +67,7 @@ def render_report(
         verification=verification,
         plot=_plot(job, trials, fp32=fp32, int8=int8, winner=winner) if ranked else None,
         n_ranked=len(ranked),
+        heat_map=_heat_map(job),
         front=figures.front_line(trials),
         cells=layer_cells(job, winner) if winner is not None else [],
         latency=None if winner is None else figures.latency_of(winner),
@@ -123,6 +126,13 @@ def _plot(
         describe=describe,
     )
     return Markup(svg)  # noqa: S704 - made by matplotlib, the texts in it escaped by inline_front
+
+
+def _heat_map(job: JobRecord) -> Markup | None:
+    if not job.sensitivity:
+        return None
+    svg = inline_heat_map(in_order(job.sensitivity, job.inventory))
+    return Markup(svg)  # noqa: S704 - made by matplotlib, which escapes the texts in it
 
 
 def describe(trial: TrialRecord) -> str:

@@ -19,7 +19,7 @@ from fastapi.openapi.utils import get_openapi
 
 import autotune
 from autotune.api_types import Health, Problem
-from autotune.service import agents, devices, events, fronts, jobs, uploads
+from autotune.service import agents, devices, events, fronts, jobs, sensitivity, uploads
 from autotune.service.body_limit import BodyLimit
 from autotune.service.context import ServiceContext
 from autotune.service.problems import install_problem_handlers, problem_responses
@@ -34,7 +34,14 @@ MAX_JSON_BYTES = 4 * 1024**2
 EXPIRY_S = 1.0
 """How often leases that ran out are taken back."""
 
-USER_ROUTES = (jobs.router, fronts.router, events.router, devices.router, uploads.router)
+USER_ROUTES = (
+    jobs.router,
+    fronts.router,
+    sensitivity.router,
+    events.router,
+    devices.router,
+    uploads.router,
+)
 
 _log = logging.getLogger(__name__)
 _health = APIRouter(prefix="/v1", tags=["service"])

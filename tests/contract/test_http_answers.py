@@ -34,6 +34,36 @@ def finished(service: RunningService) -> JobRecord:
     return service.finished_job(device)
 
 
+# Sensitivities
+
+
+def test_sensitivities_come_in_graph_order_with_their_figures(
+    service: RunningService, finished: JobRecord
+) -> None:
+    entries = service.client.sensitivity(finished.id)
+    assert finished.inventory is not None
+    assert [e.group for e in entries] == [g.name for g in finished.inventory.groups]
+    assert entries[0].precision == "w8a8" and entries[0].samples == 400
+    assert (entries[0].mean_kl or 0) > 0 and not entries[0].is_estimate
+
+
+@pytest.mark.parametrize(
+    ("form", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("html", b"<!d")]
+)
+def test_the_heat_map_is_a_file_of_the_form_asked_for(
+    service: RunningService, finished: JobRecord, form: str, start: bytes
+) -> None:
+    assert service.client.heat_map(finished.id, form).startswith(start)
+
+
+def test_a_job_without_sensitivities_says_in_which_state_it_is(service: RunningService) -> None:
+    job = service.repository.create_job(spec={"version": 1}, name="new")
+    with pytest.raises(JobNotReady, match="no sensitivities yet; it is queued"):
+        service.client.sensitivity(job.id)
+    with pytest.raises(JobNotReady, match="no sensitivities yet"):
+        service.client.heat_map(job.id)
+
+
 # Views
 
 

@@ -31,6 +31,8 @@ CALLS = {
     "trial": "get_trial",
     "front": "get_front",
     "export": "export_trial",
+    "sensitivity": "list_sensitivities",
+    "heat_map": "get_heat_map",
     "report": "get_report",
     "verify": "verify_model",
     "devices": "list_devices",

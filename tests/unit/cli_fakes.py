@@ -19,10 +19,11 @@ from autotune.api_types import (
     Job,
     JobResult,
     Progress,
+    Sensitivity,
     Trial,
     Verification,
 )
-from autotune.errors import NotFoundError
+from autotune.errors import JobNotReady, NotFoundError
 from autotune.spec import JobSpec
 
 NOW = datetime(2026, 11, 21, 8, 30, tzinfo=UTC)
@@ -136,6 +137,7 @@ class FakeClient:
     trial_list: list[Trial] = field(default_factory=lambda: baseline_trials())
     event_list: list[Event] = field(default_factory=list)
     device_list: list[Device] = field(default_factory=lambda: [make_device()])
+    sensitivities: list[Sensitivity] = field(default_factory=list)
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     url: str = "http://127.0.0.1:8577"
 
@@ -187,6 +189,16 @@ class FakeClient:
     ) -> Path:
         self.calls.append(("export", reference, str(path), budget, select))
         return path
+
+    def sensitivity(self, reference: str) -> list[Sensitivity]:
+        self.calls.append(("sensitivity", reference))
+        if not self.sensitivities:
+            raise JobNotReady("job job-1 has no sensitivities yet; it is running, baselines")
+        return self.sensitivities
+
+    def heat_map(self, reference: str, form: str = "svg") -> bytes:
+        self.calls.append(("heat_map", reference, form))
+        return b"picture"
 
     def report(self, reference: str) -> str:
         return "<html>report</html>"

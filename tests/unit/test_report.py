@@ -77,7 +77,7 @@ def test_the_page_fetches_nothing(page: str) -> None:
 
 def test_the_page_has_every_section(page: str) -> None:
     ids = re.findall(r'<section id="([a-z]+)">', page)
-    assert ids == ["answer", "front", "layers", "measured", "provenance"]
+    assert ids == ["answer", "front", "layers", "sensitivity", "measured", "provenance"]
 
 
 def test_the_answer_carries_unit_interval_and_n(page: str) -> None:

@@ -16,6 +16,7 @@ from autotune.compression.calibration import calibrate
 from autotune.compression.data import DataSplits, LabelledData
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, load_source_model
+from autotune.compression.torchvision_repair import import_torchvision
 from autotune.spec import ModelSpec
 
 SHAPE = (3, 16, 16)
@@ -86,11 +87,22 @@ def tiny_source() -> SourceModel:
     return load_source_model(spec, input_shape=SHAPE, trust_job_code=True)
 
 
+def vit_b_16() -> nn.Module:
+    """torchvision's, for 64x64 images; its head is drawn, because it starts as zeros."""
+    torch.manual_seed(0)
+    module = import_torchvision().models.vit_b_16(image_size=64, num_classes=10)
+    nn.init.normal_(module.heads.head.weight, std=0.05)
+    return module.eval()
+
+
 @functools.cache
 def torchvision_source(name: str) -> SourceModel:
     """A torchvision model with fixed random weights for 64x64 images."""
-    spec = ModelSpec(source=f"torchvision:{name}", num_classes=10)
-    return load_source_model(spec, input_shape=(3, 64, 64))
+    if name == "vit_b_16":
+        spec = ModelSpec(source="python:tests.unit.compression_models:vit_b_16")
+    else:
+        spec = ModelSpec(source=f"torchvision:{name}", num_classes=10)
+    return load_source_model(spec, input_shape=(3, 64, 64), trust_job_code=True)
 
 
 @functools.cache

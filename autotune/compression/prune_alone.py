@@ -88,7 +88,11 @@ def _graph_outputs(
     graph = source.graph
     if ratios:
         graph = prune_graph(
-            graph, ratios, samples=calibration, round_to=compressor.channel_multiple
+            graph,
+            ratios,
+            samples=calibration,
+            round_to=compressor.channel_multiple,
+            scores=compressor.channel_scores(),
         )
     session = open_session(model_bytes(graph), threads=1)
     try:

@@ -22,6 +22,7 @@ import torch
 
 from autotune.compression.bases import Base, BaseFacts, BaseStore
 from autotune.compression.calibration import calibrate
+from autotune.compression.channels import kept_channels
 from autotune.compression.data import DataSplits, LabelledData
 from autotune.compression.effective import GroupPrecision, effective_precisions
 from autotune.compression.graph import GraphView
@@ -32,7 +33,7 @@ from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError, InvalidModel
 from autotune.spec import Importance, RecoverySpec
-from search_spaces import Candidate
+from search_spaces import Candidate, PrunableGroup
 
 if TYPE_CHECKING:
     from autotune.compression.importance import ChannelScores
@@ -192,7 +193,7 @@ class Compressor:
             return score_channels(module, self.source.input_shape, self._importance, x=x, y=y)
 
     def _base(self, prune_ratios: Mapping[str, float]) -> _WarmBase:
-        ratios = dict(Candidate(prune_ratios=prune_ratios).prune_ratios)
+        ratios = self._felt(Candidate(prune_ratios=prune_ratios).prune_ratios)
         digest = self._base_digest(ratios)
         if digest not in self._warm:
             base = self._store.get_or_make(digest, lambda: self._make(digest, ratios))
@@ -202,6 +203,21 @@ class Compressor:
                 self._warm.popitem(last=False)
         self._warm.move_to_end(digest)
         return self._warm[digest]
+
+    def _felt(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        """The ratios that rounding leaves an effect: those without one share a base."""
+        groups = {group.name: group for group in self.inventory.prunable_groups}
+        return {
+            name: ratio
+            for name, ratio in ratios.items()
+            if name not in groups  # refused where the base is made
+            or self._kept(groups[name], ratio) < groups[name].channels
+        }
+
+    def _kept(self, group: PrunableGroup, ratio: float) -> int:
+        return kept_channels(
+            group.channels, ratio, round_to=self.channel_multiple, block=group.block
+        )
 
     def _base_digest(self, ratios: Mapping[str, float]) -> str:
         """sha256 over everything that shapes a base; training counts only where it happens."""

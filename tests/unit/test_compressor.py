@@ -120,9 +120,16 @@ def test_a_base_says_how_it_was_pruned_and_rounds_as_the_device_likes(tmp_path: 
     assert pruning == {
         "importance": "batch_norm",
         "channel_multiple": 16,
-        "channels": {"stem.0": [16, 16], "mix.0": [32, 32], "hidden": [64, 32]},
+        "channels": {"hidden": [64, 32]},
         "ranked_by_l2": ["hidden"],
     }
+
+
+def test_ratios_that_rounding_undoes_need_no_base_of_their_own(tmp_path: Path) -> None:
+    coarse = compressor(tmp_path, channel_multiple=16)
+    facts = coarse.prepare_base({"stem.0": 0.25, "mix.0": 0.25})
+    assert facts == coarse.prepare_base({})
+    assert facts.pruning is None
 
 
 def test_all_precisions_share_one_pruned_base(

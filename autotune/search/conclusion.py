@@ -17,6 +17,7 @@ from autotune.spec import JobSpec
 from search_spaces import (
     LayerGroup,
     LayerInventory,
+    PerBlock,
     Precision,
     RuntimeOptions,
     SearchSpace,
@@ -60,7 +61,12 @@ def left_out(
         for group in inventory.groups:
             reason = _why_left_out(spec, group, precision, kernels)
             if not can_take(group, precision) and not precision.is_float:
-                reason = "they have no such form"
+                is_blocked = isinstance(precision.granularity, PerBlock)
+                reason = (
+                    "only matrix products share scales by blocks"
+                    if is_blocked and can_take(group, precision.plain)
+                    else "no kernel computes such a layer in it"
+                )
             if reason is not None:
                 by_reason.setdefault(reason, []).append(group.name)
         for reason, names in by_reason.items():

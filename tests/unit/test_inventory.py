@@ -84,10 +84,10 @@ def test_parameters_are_the_modules_own_with_batch_norm_folded() -> None:
     assert parameters == own - folded
 
 
-def test_weight_only_precisions_are_for_matrix_products() -> None:
+def test_a_group_can_take_every_precision_in_order_of_falling_bits() -> None:
     inventory = build_inventory(tiny_source())
-    assert inventory.group("head").precisions == ("fp32", "w8", "w4", "w8a8")
-    assert inventory.group("stem.0").precisions == ("fp32", "w8a8")
+    every = ("fp32", "w8", "w4", "w2", "w1", "fp16", "w8a16", "w8a8")
+    assert {group.precisions for group in inventory.groups} == {every}
 
 
 def test_the_inventory_survives_json() -> None:

@@ -7,14 +7,71 @@ import random
 
 import pytest
 
-from search_spaces import FP32, INT8, W4, Candidate, LayerInventory, Precision, SearchSpace
+from search_spaces import (
+    FP16,
+    FP32,
+    INT8,
+    W1,
+    W2,
+    W4,
+    W8,
+    W8A16,
+    Candidate,
+    LayerInventory,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Precision,
+    SearchSpace,
+)
 from search_spaces.errors import InvalidCandidate, InvalidChoice
 from tests.unit.spaces import inventory, space
 
 
 def test_precisions_are_read_from_the_names_they_print() -> None:
-    for precision in (FP32, INT8, W4, Precision(8, 16), Precision(8, 32)):
+    plain = (FP32, FP16, INT8, W8A16, W8, W4, W2, W1)
+    variants = [Precision(8, 8, PerTensor()), Precision(8, 8, None, True)]
+    variants += [Precision(4, 32, PerBlock(64), False), Precision(2, 32, PerChannel())]
+    for precision in (*plain, *variants):
         assert Precision.parse(precision.name) == precision
+    assert [p.name for p in variants] == [
+        "w8a8-tensor", "w8a8-symmetric", "w4-block64-asymmetric", "w2-channel",
+    ]  # fmt: skip
+
+
+def test_names_of_yesterday_mean_what_they_meant() -> None:
+    """The digest that a candidate had before precisions took options."""
+    candidate = Candidate(precisions={"a": INT8, "b": Precision.parse("w4"), "c": FP32})
+    assert candidate.canonical_json() == (
+        '{"precisions":{"a":"w8a8","b":"w4"},"prune_ratios":{},"runtime":{"provider":'
+        '"CPUExecutionProvider","runtime":"onnxruntime","threads":1},"version":1}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("w8a8-channel", "w8a8"), ("w8a8-asymmetric", "w8a8"), ("w4-block32-symmetric", "w4"),
+        ("float16", "fp16"), ("INT8", "w8a8"), ("w1-channel", "w1"),
+    ],
+)  # fmt: skip
+def test_a_default_written_out_changes_nothing(written: str, meant: str) -> None:
+    assert Precision.parse(written) == Precision.parse(meant)
+    assert Precision.parse(written).name == meant
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w4-block20", "w8a8-block64", "w1-tensor", "fp32-symmetric", "w4-tensor-channel", "w4a8"],
+)
+def test_a_precision_that_does_not_exist_is_refused(name: str) -> None:
+    with pytest.raises(InvalidChoice):
+        Precision.parse(name)
+
+
+def test_precisions_sort_by_their_bits() -> None:
+    names = [p.name for p in sorted([FP32, INT8, W4, W1, FP16, Precision(8, 8, PerTensor())])]
+    assert names == ["w1", "w4", "w8a8", "w8a8-tensor", "fp16", "fp32"]
 
 
 @pytest.mark.parametrize("name", ["int7", "w8a", "", "fp8", "w3a8"])

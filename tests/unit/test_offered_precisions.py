@@ -1,0 +1,106 @@
+"""What a job is offered follows from the device's kernels and the job's objectives."""
+
+from __future__ import annotations
+
+import pytest
+
+from autotune.compression.kernels import ARM_DOT_HALF, X86_VNNI
+from autotune.errors import InvalidJob
+from autotune.search.conclusion import build_space, left_out, limits
+from autotune.spec import JobSpec, parse_job
+from search_spaces import (
+    FP16,
+    FP32,
+    INT8,
+    W4,
+    W8,
+    Layer,
+    LayerGroup,
+    LayerInventory,
+    LayerKind,
+    Precision,
+)
+
+ALL = ("fp32", "w8", "w4", "w2", "w1", "fp16", "w8a16", "w8a8")
+
+
+def group(name: str, kind: LayerKind) -> LayerGroup:
+    layer = Layer(
+        name=name, kind=kind, op_type="Conv", macs=1, parameters=1,
+        weight_shape=(8, 8), input_shape=(8,), output_shape=(8,),
+    )  # fmt: skip
+    return LayerGroup(name=name, layers=(layer,), nodes=(name,), precisions=ALL)
+
+
+def inventory() -> LayerInventory:
+    groups = (group("stem", LayerKind.CONV), group("head", LayerKind.GEMM))
+    return LayerInventory(model_digest="0" * 64, groups=groups)
+
+
+def job(*precisions: str, objectives: tuple[str, ...] | None = None) -> JobSpec:
+    search: dict[str, object] = {"prune_ratios": [0.0]}
+    if precisions:
+        search["precisions"] = list(precisions)
+    if objectives is not None:
+        search["objectives"] = list(objectives)
+    return parse_job(
+        {"model": {"source": "onnx:m"}, "data": {"evaluation": "npz:e"}, "search": search}
+    )
+
+
+def test_by_default_packed_weights_are_offered_where_a_kernel_reads_them() -> None:
+    space = build_space(job(), inventory(), kernels=X86_VNNI)
+    assert space.precisions == {"stem": (FP32, INT8), "head": (FP32, W8, W4, INT8)}
+
+
+def test_the_user_is_told_what_is_left_out_and_how_to_have_it() -> None:
+    (notice,) = left_out(job(), inventory(), kernels=X86_VNNI)
+    assert notice.startswith("w8, w4 not offered to layer group stem: the runtime has no conv")
+    assert "add size to search.objectives to have it" in notice
+    assert notice in limits(job(), inventory(), has_training=True, kernels=X86_VNNI)
+
+
+def test_with_size_as_an_objective_everything_that_is_asked_for_is_offered() -> None:
+    wanted = job(*ALL, objectives=("accuracy", "latency", "size"))
+    space = build_space(wanted, inventory(), kernels=X86_VNNI)
+    assert [p.name for p in space.precisions["stem"]] == list(ALL)
+    assert left_out(wanted, inventory(), kernels=X86_VNNI) == []
+
+
+def test_float16_follows_the_device() -> None:
+    wanted = job("fp16", "w8a16")
+    on_arm = build_space(wanted, inventory(), kernels=ARM_DOT_HALF)
+    on_x86 = build_space(wanted, inventory(), kernels=X86_VNNI)
+    assert on_arm.precisions["stem"] == (FP32, FP16)
+    assert on_x86.precisions["stem"] == (FP32,)
+    notices = left_out(wanted, inventory(), kernels=X86_VNNI)
+    assert len(notices) == 2
+    assert all("any layer group" in notice for notice in notices)
+
+
+def test_blocks_are_offered_to_matrix_products_and_the_rest_is_told() -> None:
+    wanted = job("w4-block64", objectives=("accuracy", "latency", "size"))
+    space = build_space(wanted, inventory())
+    assert space.precisions["head"] == (FP32, Precision.parse("w4-block64"))
+    assert space.precisions["stem"] == (FP32,)
+    (notice,) = left_out(wanted, inventory())
+    assert notice == (
+        "w4-block64 not offered to layer group stem: only matrix products share scales by blocks"
+    )
+
+
+def test_uniform_int8_takes_the_form_of_int8_that_is_offered() -> None:
+    symmetric = Precision.parse("w8a8-symmetric")
+    space = build_space(job("w8a8-symmetric"), inventory())
+    assert space.uniform_int8().precisions == {"stem": symmetric, "head": symmetric}
+
+
+@pytest.mark.parametrize("objectives", [("size",), ("accuracy", "size"), ()])
+def test_accuracy_and_latency_are_always_objectives(objectives: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidJob, match="accuracy and latency are always objectives"):
+        job(objectives=objectives)
+
+
+def test_an_unknown_option_of_a_precision_says_how_one_is_written() -> None:
+    with pytest.raises(InvalidJob, match=r"'w4-blocks' is not a precision.*w4-block64"):
+        job("w4-blocks")

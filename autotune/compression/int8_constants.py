@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autotune.compression.calibration import LEVELS, Range
+from autotune.compression.calibration import Range
+from autotune.compression.histograms import LEVELS
 from autotune.compression.weights import quantize_bias, quantize_weight
 
 

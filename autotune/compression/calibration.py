@@ -24,8 +24,6 @@ from autotune.compression.units import INT8_OPERATORS, find_layers
 from autotune.errors import CompressionError
 
 _LEAST_WIDTH = 2.0**-50
-# A tensor whose values all lie within 1e-15 counts as zero: in steps of such a range a bias
-# would need a scale, (input scale x weight scale), that float32 rounds to 0.
 _MEMORY_BYTES = 256 * 1024 * 1024
 _COUNTED = 1 << 20
 """Values per tensor and batch that go into its histogram, evenly spaced; extremes see all."""
@@ -33,10 +31,19 @@ _COUNTED = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """The values that a tensor takes, in real numbers; zero is always inside."""
+    """The values that a tensor takes, in real numbers; zero is always inside.
+
+    A range narrower than 1e-15 counts as zero alone: a bias would need a scale, (input scale x
+    weight scale), that float32 rounds to 0.
+    """
 
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        if self.high - self.low < _LEAST_WIDTH:
+            object.__setattr__(self, "low", 0.0)
+            object.__setattr__(self, "high", 0.0)
 
     @property
     def scale(self) -> float:
@@ -101,7 +108,8 @@ class Calibration:
     def min_max(self) -> Calibration:
         """The same statistics, every range from the least to the largest value."""
         ranges = {
-            name: _range(min(0.0, *c.low), max(0.0, *c.high)) for name, c in self.channels.items()
+            name: Range(low=min(0.0, *c.low), high=max(0.0, *c.high))
+            for name, c in self.channels.items()
         }
         return replace(
             self, ranges={**self.ranges, **ranges}, methods=dict.fromkeys(ranges, "min-max")
@@ -174,20 +182,15 @@ class _Seen:
         held = self.channels()
         low, high = min(0.0, *held.low, 0.0), max(0.0, *held.high, 0.0)
         if high - low < _LEAST_WIDTH:
-            return "min-max", _range(low, high)
+            return "min-max", Range(low=low, high=high)
         method, (low, high) = choose_range(self.histogram, low, high)
-        return method, _range(low, high)
+        return method, Range(low=low, high=high)
 
     def channels(self) -> ChannelRange:
         if self._low is None or self._high is None:
             return ChannelRange(low=(0.0,), high=(0.0,))
         low, high = (np.atleast_1d(x) for x in (self._low, self._high))
         return ChannelRange(low=tuple(float(x) for x in low), high=tuple(float(x) for x in high))
-
-
-def _range(low: float, high: float) -> Range:
-    is_zero = high - low < _LEAST_WIDTH
-    return Range(low=0.0, high=0.0) if is_zero else Range(low=low, high=high)
 
 
 def quantizable_tensors(view: GraphView) -> list[str]:

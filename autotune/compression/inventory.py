@@ -66,11 +66,11 @@ def count_cost(view: GraphView) -> tuple[int, int]:
 def precisions_of(unit: Unit) -> tuple[Precision, ...]:
     """What the unit can take, in order of falling bits.
 
-    A transposed convolution has no kernel for quantized activations in any runtime known here.
+    A transposed convolution stays in FP32: onnxruntime's CPU provider has no other kernel.
     Which of them can be fast is the device's business (`kernels.py`).
     """
     if any(layer.kind is LayerKind.CONV_TRANSPOSE for layer in unit.layers):
-        return tuple(p for p in _ORDER if p.is_float or p.is_half or p.is_weight_only)
+        return (FP32,)
     return _ORDER
 
 

@@ -230,7 +230,7 @@ def test_an_add_with_a_constant_between_convolutions_is_computed_on_codes() -> N
     assert "QLinearAdd" not in operators(int8(graph, "b")), "nobody wants its codes"
 
 
-def test_a_transposed_convolution_is_a_group_that_stays_fp32() -> None:
+def test_a_transposed_convolution_is_a_group_that_never_computes_on_codes() -> None:
     sketch = Sketch(4, 8, 8)
     first = sketch.node("Relu", sketch.conv("x", "a", 8, 4, 1, 1))
     weight = sketch.drawn("up.weight", 8, 4, 2, 2, spread=0.3)

@@ -20,7 +20,7 @@ from onnx import helper
 
 from autotune.compression.graph import GraphView
 from autotune.compression.histograms import LEVELS, Histogram, choose_range
-from autotune.compression.units import INT8_OPERATORS, find_layers
+from autotune.compression.operators import INT8_OPERATORS, find_layers
 from autotune.errors import CompressionError
 
 _LEAST_WIDTH = 2.0**-50

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import onnx
 
 from autotune.compression.graph import GraphView, attribute
-from autotune.compression.units import INT8_OPERATORS, Unit
+from autotune.compression.operators import INT8_OPERATORS, norm_as_convolution
+from autotune.compression.units import Unit
 from search_spaces import FloatOperator
 
 _NO_KERNEL = "onnxruntime's CPU provider has no 8-bit kernel for it"
@@ -36,10 +37,10 @@ _DOMAINS = ("", "ai.onnx")
 def find_float_operators(view: GraphView, units: Sequence[Unit]) -> tuple[FloatOperator, ...]:
     """What stays FP32 in every candidate, by operator and reason, in alphabetical order.
 
-    Nodes that belong to a unit, or that have an 8-bit kernel, are not among them; neither
-    are those that compute shapes.
+    Layers, and nodes that have an 8-bit kernel, are not among them; neither are those that
+    compute shapes.
     """
-    named = {name for unit in units for name in unit.nodes}
+    named = {layer.name for unit in units for layer in unit.layers}
     counts = Counter(
         (node.op_type if node.domain in _DOMAINS else f"{node.domain}:{node.op_type}", reason)
         for node in view.nodes
@@ -56,6 +57,8 @@ def _reason(view: GraphView, node: onnx.NodeProto) -> str | None:
         return _UNKNOWN
     if node.op_type in _RANKS:
         return _weighted(view, node)
+    if node.op_type == "BatchNormalization":
+        return None if norm_as_convolution(view, node) is not None else _NO_KERNEL
     if node.op_type in INT8_OPERATORS | _NOT_ARITHMETIC or not _computes_floats(view, node):
         return None
     return _NO_KERNEL if node.op_type in _FLOAT_KERNELS else _UNKNOWN

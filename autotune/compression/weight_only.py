@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from autotune.compression.graph import GraphView, attribute
+from autotune.compression.operators import WeightedNode
 from autotune.compression.parts import Parts
-from autotune.compression.units import WeightedNode
 from autotune.compression.weights import block_matrix, code_weight, pack
 from search_spaces import LayerKind, PerBlock, PerChannel, Precision
 

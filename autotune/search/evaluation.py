@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
-from autotune.search.front import REFERENCE_DROP, non_dominated
+from autotune.search.front import REFERENCE_DROP, counts_size, non_dominated
 from autotune.search.planner import Proposal
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
@@ -138,7 +138,9 @@ class Evaluation:
         """Show front members that raced every sample, until nothing on the front has raced."""
         while raced := [
             trial
-            for trial in non_dominated(self.repository.list_trials(self.job.id))
+            for trial in non_dominated(
+                self.repository.list_trials(self.job.id), by_size=counts_size(self.job.spec)
+            )
             if _has_raced(trial)
         ]:
             self._complete(raced)

@@ -8,9 +8,9 @@ missing, not finite or unsteady never ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from device_agents.protocol import LatencyReport
 from search_spaces import LayerInventory
@@ -76,21 +76,30 @@ def is_feasible(trial: TrialRecord, budget_ns: float | None) -> bool:
     return budget_ns is None or latency.p50_high_ns <= budget_ns
 
 
-def non_dominated(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+def counts_size(spec: Mapping[str, Any]) -> bool:
+    """The job file names size as an objective."""
+    return "size" in spec.get("search", {}).get("objectives", ())
+
+
+def non_dominated(trials: Sequence[TrialRecord], *, by_size: bool = False) -> list[TrialRecord]:
     """The trials that no other beats in both accuracy and latency, fastest first.
 
-    Of trials equal in both, the one with the lower number stays, so that the order of
-    arrival never matters. An empty input gives an empty front.
+    With `by_size` a trial stays also where each that beats it is a larger file; one whose size
+    is not known counts as the largest. Of trials equal in all that counts, the one with the
+    lower number stays, so that the order of arrival never matters. An empty input gives an
+    empty front.
     """
     ordered = sorted(
-        (t for t in trials if ranks(t)), key=lambda t: (_p50(t), -_accuracy(t), t.number)
+        (t for t in trials if ranks(t)),
+        key=lambda t: (_p50(t), -_accuracy(t), _size(t) if by_size else 0.0, t.number),
     )
     front: list[TrialRecord] = []
-    best = -math.inf
     for trial in ordered:
-        if _accuracy(trial) > best:
+        if not any(
+            _accuracy(kept) >= _accuracy(trial) and not (by_size and _size(kept) > _size(trial))
+            for kept in front
+        ):
             front.append(trial)
-            best = _accuracy(trial)
     return front
 
 
@@ -268,6 +277,10 @@ def _report(trial: TrialRecord) -> AccuracyReport:
     if trial.accuracy is None:
         raise ValueError(f"trial {trial.number} has no accuracy and cannot rank")
     return trial.accuracy
+
+
+def _size(trial: TrialRecord) -> float:
+    return math.inf if trial.artifact_size_bytes is None else float(trial.artifact_size_bytes)
 
 
 def _p50(trial: TrialRecord) -> float:

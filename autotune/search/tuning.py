@@ -30,7 +30,7 @@ from autotune.search.conclusion import (
 )
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.failures import in_users_terms
-from autotune.search.front import Answer, answer, non_dominated
+from autotune.search.front import Answer, answer, counts_size, non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
@@ -287,7 +287,7 @@ class Tuning:
         self._enter("confirming")
         trials = self._trials()
         baselines = [t for t in baseline_trials(self._space, trials) if t is not None]
-        front = non_dominated(trials)[:_CONFIRMED_FRONT_MEMBERS]
+        front = self._front(trials)[:_CONFIRMED_FRONT_MEMBERS]
         for trial in [*baselines, *front]:
             self._confirm_trial(evaluation, trial)
         for _ in range(_CONFIRM_ROUNDS):
@@ -383,10 +383,13 @@ class Tuning:
     def _is_known(self, candidate: Candidate) -> bool:
         return any(t.candidate.digest == candidate.digest for t in self._trials())
 
+    def _front(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        return non_dominated(trials, by_size=counts_size(self._job.spec))
+
     def _flip_from(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
         """The trials whose neighbours are worth trying: the current answer, then the front."""
         found = self._answer()
-        front = non_dominated(trials)
+        front = self._front(trials)
         return [found.winner] if found is not None and found.winner in front else front
 
     # When to stop.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from autotune.api_types import Front, Verification
 from autotune.errors import InvalidJob, JobNotReady, ServiceError
-from autotune.search.front import answer, non_dominated, select
+from autotune.search.front import answer, counts_size, non_dominated, select
 from autotune.search.interruption import Stopped
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
@@ -123,7 +123,7 @@ def _front(
     trials = context.repository.list_trials(job.id)
     budget_ns = job.latency_budget_ns if budget is None else _nanoseconds(job, budget)
     drop = views.max_accuracy_drop(job) if max_drop is None else max_drop
-    members = non_dominated(trials)
+    members = non_dominated(trials, by_size=counts_size(job.spec))
     ids = {trial.id for trial in members}
     found = answer(trials, latency_budget_ns=budget_ns, max_accuracy_drop=drop)
     return Front(

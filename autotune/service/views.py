@@ -11,7 +11,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from autotune import api_types
-from autotune.search.front import answer, hypervolume, is_feasible, non_dominated
+from autotune.search.front import (
+    answer,
+    counts_size,
+    hypervolume,
+    is_feasible,
+    non_dominated,
+)
 from autotune.spec import JobSpec, parse_job
 from device_agents.protocol import LatencyReport, Outcome
 from storage.records import (
@@ -85,7 +91,7 @@ def _pruned_base(base: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def trial_views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[api_types.Trial]:
     """All trials of a job, by number."""
-    front = {trial.id for trial in non_dominated(trials)}
+    front = {trial.id for trial in non_dominated(trials, by_size=counts_size(job.spec))}
     return [trial_view(t, budget_ns=job.latency_budget_ns, front=front) for t in trials]
 
 
@@ -173,7 +179,7 @@ def _progress(
     now: datetime,
 ) -> api_types.Progress:
     spec = _spec(job)
-    front = non_dominated(trials)
+    front = non_dominated(trials, by_size=counts_size(job.spec))
     finished = [trial for trial in trials if trial.state is TrialState.FINISHED]
     return api_types.Progress(
         phase=job.phase,

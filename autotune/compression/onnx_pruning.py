@@ -16,11 +16,12 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
+from autotune.compression.channels import MIN_PRUNABLE_CHANNELS, kept_channels
 from autotune.compression.graph import GraphView, attribute, model_bytes, shape_of, unique_names
 from autotune.compression.importance import ChannelScores
 from autotune.compression.onnx_coupling import ChannelCouplings, Coupling, couple_channels
 from autotune.compression.onnx_reestimation import reestimate_statistics
-from autotune.compression.pruning import MIN_PRUNABLE_CHANNELS, Prunability, kept_channels
+from autotune.compression.pruning import Prunability
 from autotune.errors import CompressionError
 from autotune.spec import Importance
 

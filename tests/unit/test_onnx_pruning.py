@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from autotune.compression.cleanup import clean_up
 from autotune.compression.compressor import Compressor
 from autotune.compression.graph import GraphView, attribute
+from autotune.compression.inventory import build_inventory
 from autotune.compression.onnx_coupling import ChannelCouplings, couple_channels
 from autotune.compression.onnx_pruning import (
     choose_channels,
@@ -26,9 +28,10 @@ from autotune.compression.onnx_pruning import (
     slice_channels,
 )
 from autotune.compression.pruning import find_prunable_groups, prune_module
-from autotune.compression.source import export_module, load_source_model
-from autotune.errors import CompressionError
-from autotune.spec import ModelSpec, RecoverySpec
+from autotune.compression.source import SourceModel, export_module, load_source_model
+from autotune.errors import CompressionError, InvalidJob
+from autotune.search.conclusion import limits
+from autotune.spec import JobSpec, ModelSpec, RecoverySpec, parse_job
 from search_spaces import INT8, Candidate
 from tests.unit.compression_models import (
     run,
@@ -449,7 +452,30 @@ def test_the_same_graph_with_its_module_has_another_base(tmp_path: Path) -> None
     assert with_module._base_digest({}) == without._base_digest({})
 
 
-def onnx_only() -> object:
-    import dataclasses
-
+def onnx_only() -> SourceModel:
     return dataclasses.replace(tiny_source(), module=None)
+
+
+def job(**search: object) -> JobSpec:
+    return parse_job(
+        {"model": {"source": "onnx:m.onnx"}, "data": {"evaluation": "npz:e.npz"}, "search": search}
+    )
+
+
+def test_a_job_is_told_that_nothing_trains_and_what_ranks_the_channels() -> None:
+    inventory = build_inventory(onnx_only())
+    told = "\n".join(limits(job(), inventory, has_training=True))
+    assert "no recovery training: the source is an ONNX graph" in told
+    assert "ranked by the L2 norm" in told
+    quiet = "\n".join(limits(job(prune_importance="l1"), inventory, has_training=True))
+    assert "ranked by" not in quiet
+    assert "recovery" not in "\n".join(limits(job(prune_ratios=[0]), inventory, has_training=True))
+
+
+def test_a_graph_without_a_prunable_channel_is_refused_where_pruning_must_be() -> None:
+    graph = graph_of("f = Flatten (x)  y = Gemm (f, w)", {"w": (768, 5)})
+    inventory = build_inventory(dataclasses.replace(onnx_only(), graph=graph))
+    with pytest.raises(InvalidJob, match="no channel of this model can be removed"):
+        limits(job(allow_without_pruning=False), inventory, has_training=True)
+    told = limits(job(), inventory, has_training=True)
+    assert any("going on without pruning: no channel" in notice for notice in told)

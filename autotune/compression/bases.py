@@ -23,11 +23,14 @@ from typing import Any
 import onnx
 
 from autotune.compression.calibration import Calibration
+from autotune.compression.rounding import Rounding
 from autotune.errors import CompressionError, DiskFull
 
-BASE_VERSION = 2
+BASE_VERSION = 3
 # Version 1 (2026-11-21): model.onnx, calibration.json, base.json with facts and the file's sha256.
 # Version 2 (2026-11-21): facts.pruning; the recovery says why it stopped.
+# Version 3 (2026-11-21): rounding.npz with rounded weights, facts.post_training; calibration.json
+# holds histograms, each channel's range and the method of each tensor's.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class BaseFacts:
     `macs` (one sample) and `parameters` count the layers with weights. `pruning` says how
     channels were ranked and rounded and how many stayed, None where nothing was pruned.
     `recovery` is the recovery training's report, None where there was none; `note` says why.
+    `post_training` has uniform INT8's divergence on the calibration samples, in nats, as kept
+    (`mean_kl`) and with plain ranges and nearest codes (`plain_kl`).
     """
 
     digest: str
@@ -48,6 +53,7 @@ class BaseFacts:
     recovery_s: float = 0.0
     recovery: Mapping[str, Any] | None = None
     note: str | None = None
+    post_training: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -61,11 +67,12 @@ class BaseFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A pruned FP32 graph with the ranges of its tensors."""
+    """A pruned FP32 graph with the ranges of its tensors and its rounded 8-bit weights."""
 
     facts: BaseFacts
     model: onnx.ModelProto
     calibration: Calibration
+    rounding: Rounding = field(default_factory=Rounding)
 
 
 class BaseStore:
@@ -97,22 +104,26 @@ class BaseStore:
             facts = json.loads((folder / "base.json").read_text(encoding="utf-8"))
             data = (folder / "model.onnx").read_bytes()
             text = (folder / "calibration.json").read_text(encoding="utf-8")
+            if facts["version"] != BASE_VERSION:
+                return None
+            rounding = (folder / "rounding.npz").read_bytes()
         except (OSError, ValueError):
             return None
-        if facts["version"] != BASE_VERSION or facts["sha256"] != _sha256(data, text):
+        if facts["sha256"] != _sha256(data, text.encode(), rounding):
             return None
         return Base(
             facts=BaseFacts.from_json(facts["facts"]),
             model=onnx.load_from_string(data),
             calibration=Calibration.from_text(text),
+            rounding=Rounding.from_bytes(rounding),
         )
 
     def _write(self, digest: str, base: Base) -> None:
         data = base.model.SerializeToString(deterministic=True)
-        text = base.calibration.to_text()
+        text, rounding = base.calibration.to_text(), base.rounding.to_bytes()
         facts = {
             "version": BASE_VERSION,
-            "sha256": _sha256(data, text),
+            "sha256": _sha256(data, text.encode(), rounding),
             "facts": base.facts.to_json(),
         }
         with _disk_errors(self._folder):
@@ -120,6 +131,7 @@ class BaseStore:
             try:
                 (part / "model.onnx").write_bytes(data)
                 (part / "calibration.json").write_text(text, encoding="utf-8")
+                (part / "rounding.npz").write_bytes(rounding)
                 (part / "base.json").write_text(json.dumps(facts), encoding="utf-8")
                 target = self._folder / digest
                 shutil.rmtree(target, ignore_errors=True)  # a damaged one, or none
@@ -140,8 +152,11 @@ class BaseStore:
             os.close(handle)
 
 
-def _sha256(data: bytes, text: str) -> str:
-    return hashlib.sha256(data + text.encode()).hexdigest()
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -21,13 +21,13 @@ import onnx
 import torch
 
 from autotune.compression.bases import Base, BaseFacts, BaseStore
-from autotune.compression.calibration import calibrate
 from autotune.compression.channels import kept_channels
 from autotune.compression.data import DataSplits, LabelledData
 from autotune.compression.effective import GroupPrecision, effective_precisions
 from autotune.compression.graph import GraphView
 from autotune.compression.inventory import build_inventory, count_cost
 from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
+from autotune.compression.post_training import POST_TRAINING_VERSION, post_training
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
@@ -197,7 +197,9 @@ class Compressor:
         digest = self._base_digest(ratios)
         if digest not in self._warm:
             base = self._store.get_or_make(digest, lambda: self._make(digest, ratios))
-            graph = QuantizableGraph(base.model, base.calibration, kernels=self.kernels)
+            graph = QuantizableGraph(
+                base.model, base.calibration, kernels=self.kernels, rounding=base.rounding
+            )
             self._warm[digest] = _WarmBase(facts=base.facts, graph=graph)
             if len(self._warm) > _WARM_BASES:
                 self._warm.popitem(last=False)
@@ -224,6 +226,7 @@ class Compressor:
         identity: dict[str, Any] = {
             "source": self.source.digest,
             "calibration": self._digest_of("calibration", self._splits.calibration),
+            "post_training": POST_TRAINING_VERSION,
         }
         if ratios:
             training = self._splits.training
@@ -349,8 +352,11 @@ class Compressor:
         missing = [g.name for g in self.inventory.groups if g.name not in names]
         if missing:
             raise CompressionError(f"the pruned model has lost layer group {missing[0]!r}")
+        found = post_training(model, self._splits.calibration, threads=self._threads)
+        facts["post_training"] = {"mean_kl": found.mean_kl, "plain_kl": found.plain_kl}
         return Base(
             facts=BaseFacts(digest=digest, macs=macs, parameters=parameters, **facts),
             model=model,
-            calibration=calibrate(model, self._splits.calibration, threads=self._threads),
+            calibration=found.calibration,
+            rounding=found.rounding,
         )

@@ -1,10 +1,12 @@
-"""Cross-layer equalization: the channels of one tensor share its 8 bits more evenly.
+"""Cross-layer equalization: the channels of one tensor share its 8 bits evenly.
 
 A tensor has one 8-bit scale, and a channel with a small range drowns in a large one's rounding.
 Nagel et al. 2019 (arXiv:1906.04721), section 4.1: a channel that is multiplied by `a` where it
 is made and by `1 / a` where it is read leaves the function as it was, through everything that is
-positively homogeneous; weights have a scale per output channel and lose nothing. Owns which
-channels are free, their factors and which of them hold in a candidate. The factors exist in
+positively homogeneous; weights have a scale per output channel and lose nothing. Where
+everything is linear, a channel's middle moves to 0 as well (as in section 4.1.3, high biases
+are absorbed). Owns which channels are free, their factors and offsets, and which hold in a
+candidate. The factors exist in
 8-bit codes alone, where every neighbour computes on codes: FP32 layers keep the user's weights.
 """
 
@@ -17,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from autotune.compression.calibration import Calibration, Range
+from autotune.compression.calibration import Calibration, ChannelRange, Range
 from autotune.compression.graph import GraphView, attribute
+from autotune.compression.operators import WeightedNode, clip_bounds, find_layers
 from autotune.compression.placement import Placement
-from autotune.compression.units import WeightedNode, clip_bounds, find_layers
 from search_spaces import LayerKind
 
-HEADROOM = 1.5
+HEADROOM = 1.25
 """A stretched channel keeps room for values half as large again as the largest seen.
 
 On held-out images channels leave the range that 128 samples showed; a mean divergence is made
@@ -41,9 +43,10 @@ _FLATTENING = frozenset({"Flatten", "Reshape", "Squeeze"})
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stretched:
-    """A tensor in codes: its channels times `factors`, which together lie in `held`."""
+    """A tensor in codes: `factors * (x - offsets)`, channel by channel, which lies in `held`."""
 
     factors: np.ndarray
+    offsets: np.ndarray
     held: Range
 
 
@@ -200,76 +203,137 @@ def _components(view: GraphView, free: FreeChannels, calibration: Calibration) -
         for name in free.tensors
         if name in calibration.channels and len(calibration.channels[name].low) > 1
     }
-    factors = equalizing_factors(view, variables, calibration)
+    offsets = centring_offsets(view, variables, calibration)
+    factors = equalizing_factors(view, variables, offsets, calibration, free.bounds)
     members: dict[int, set[str]] = {}
     for group in _joined(variables):
         members[len(members)] = group
     found = []
     for names in members.values():
         tensors = {
-            name: _stretched(name, variables[name], factors, free, calibration)
+            name: _stretched(
+                variables[name],
+                factors,
+                offsets[name],
+                calibration.channels[name],
+                bounds=free.bounds.get(name),
+            )
             for name in variables
             if name in names
         }
         nodes = {view.producer[name].name for name in names if name in view.producer}
         nodes |= {taker.name for name in names for taker in view.consumers.get(name, [])}
-        if any((t.factors != 1).any() for t in tensors.values()):
+        if any((t.factors != 1).any() or t.offsets.any() for t in tensors.values()):
             found.append(Component(tensors=tensors, nodes=frozenset(nodes)))
     return found
 
 
-def equalizing_factors(
+def centring_offsets(
     view: GraphView, variables: Mapping[str, np.ndarray], calibration: Calibration
+) -> dict[str, np.ndarray]:
+    """What is taken off each channel: its middle where a layer makes it and all else is linear.
+
+    A sum's offset is the sum of its terms'. What pads with zeros would pad with another value,
+    so a tensor that such a convolution takes keeps 0; so does one before an activation.
+    """
+    layers = {layer.name: layer for layer in find_layers(view)}
+    movable: dict[str, bool] = {}
+    for node in reversed(view.nodes):
+        out = str(node.output[0])
+        is_whole = out in variables and bool((variables[out] >= 0).all())
+        movable[out] = is_whole and all(
+            _is_shift_invariant(taker, layers)
+            and (taker.name in layers or movable[taker.output[0]])
+            for taker in view.consumers.get(out, [])
+        )
+    offsets: dict[str, np.ndarray] = {}
+    for node in view.nodes:
+        out = str(node.output[0])
+        if out not in variables:
+            continue
+        terms = [offsets[n] for n in view.data_inputs(node) if n in offsets]
+        if not movable[out]:
+            offsets[out] = np.zeros(len(variables[out]))
+        elif node.name in layers:
+            seen = calibration.channels[out]
+            offsets[out] = (np.array(seen.low) + np.array(seen.high)) / 2
+        else:
+            offsets[out] = (
+                np.concatenate(terms) if node.op_type == "Concat" else np.sum(terms, axis=0)
+            )
+    return offsets
+
+
+def _is_shift_invariant(node: onnx.NodeProto, layers: Mapping[str, WeightedNode]) -> bool:
+    """What is added to a channel of its input can be taken off its output."""
+    if node.name in layers:
+        pads = attribute(node, "pads", [])
+        is_padded = any(pads) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+        return node.op_type != "Conv" or not is_padded
+    if node.op_type == "AveragePool":
+        return not any(attribute(node, "pads", [])) and not attribute(node, "auto_pad", b"")
+    return node.op_type in _FLATTENING | {"Add", "Concat", "MaxPool", "GlobalAveragePool"}
+
+
+def equalizing_factors(
+    view: GraphView,
+    variables: Mapping[str, np.ndarray],
+    offsets: Mapping[str, np.ndarray],
+    calibration: Calibration,
+    bounds: Mapping[str, tuple[float, float]],
 ) -> dict[int, float]:
     """The factor of every variable, from the least and largest value of each channel; at least 1.
 
     With r the larger of a channel's two magnitudes, its factor in a tensor is max(r) / r over
     the headroom: the tensor's largest channel, and so its range, stays as it is. (Equation 11
     without the weights' part, which their own scales carry.) Channels of several tensors, as
-    those of a residual stream, get the geometric mean. Tensors that no 8-bit range ends in
-    (before the activation that a range replaces) do not count.
+    those of a residual stream, get the geometric mean, but no more than a Clip has room for.
+    Tensors that no 8-bit range ends in (before the activation that a range replaces) do not
+    count.
     """
     logs: dict[int, list[float]] = {}
+    most: dict[int, float] = {}
     for name, numbers in variables.items():
         taker = view.only_consumer(name)
         if taker is not None and clip_bounds(view, taker) is not None:
             continue
         seen = calibration.channels[name]
-        widths = np.maximum(np.array(seen.high), -np.array(seen.low))
+        middle = offsets[name]
+        widths = np.maximum(np.array(seen.high) - middle, middle - np.array(seen.low))
         largest = float(widths.max())
         if largest <= 0:
             continue
         room = HEADROOM * np.maximum(widths, largest / LARGEST_FACTOR)
         for number, factor in zip(numbers, np.maximum(1.0, largest / room), strict=True):
             logs.setdefault(int(number), []).append(math.log(factor))
-    return {n: math.exp(sum(v) / len(v)) for n, v in logs.items() if n >= 0}
+            if name in bounds:
+                most[int(number)] = min(factor, most.get(int(number), math.inf))
+    means = {n: math.exp(sum(v) / len(v)) for n, v in logs.items() if n >= 0}
+    return {n: min(mean, most.get(n, math.inf)) for n, mean in means.items()}
 
 
-def folded_weight(
+def scaled_weight(
     weight: np.ndarray,
     layer: WeightedNode,
     *,
-    before: np.ndarray | None,
-    after: np.ndarray | None,
+    inputs: np.ndarray | None = None,
+    outputs: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Weights whose outputs are `after` times as large for inputs `before` times as large.
-
-    Float64; `before` and `after` are per channel, None where they are all 1.
-    """
+    """The weights, float64, each times its input channel's and its output channel's number."""
     values: np.ndarray = weight.astype(np.float64)
     transposed = layer.kind is LayerKind.MATMUL or (
         layer.kind is LayerKind.GEMM and not attribute(layer.node, "transB", 0)
     )
     values = values.T if transposed else values
     tail = (1,) * (values.ndim - 2)
-    if before is not None:
+    if inputs is not None:
         # Output channel o of group g reads the input channels of group g alone.
         groups = attribute(layer.node, "group", 1)
-        outputs, inputs = values.shape[:2]
-        read = before.reshape(groups, 1, inputs).repeat(outputs // groups, axis=1)
-        values = values / read.reshape(outputs, inputs, *tail)
-    if after is not None:
-        values = values * after.reshape(-1, 1, *tail)
+        made, read = values.shape[:2]
+        numbers = inputs.reshape(groups, 1, read).repeat(made // groups, axis=1)
+        values = values * numbers.reshape(made, read, *tail)
+    if outputs is not None:
+        values = values * outputs.reshape(-1, 1, *tail)
     return values.T if transposed else values
 
 
@@ -293,17 +357,18 @@ def _joined(variables: Mapping[str, np.ndarray]) -> list[set[str]]:
 
 
 def _stretched(
-    name: str,
     numbers: np.ndarray,
     factors: Mapping[int, float],
-    free: FreeChannels,
-    calibration: Calibration,
+    offsets: np.ndarray,
+    seen: ChannelRange,
+    *,
+    bounds: tuple[float, float] | None,
 ) -> Stretched:
     values = np.array([factors.get(int(n), 1.0) for n in numbers])
-    seen = calibration.channels[name]
-    low = float((np.array(seen.low) * values).min())
-    high = float((np.array(seen.high) * values).max())
-    if name in free.bounds:
+    low = float(((np.array(seen.low) - offsets) * values).min())
+    high = float(((np.array(seen.high) - offsets) * values).max())
+    if bounds is not None:
         # No factor is below 1: where the range ends at the bound, no channel passes it.
-        low, high = max(low, free.bounds[name][0]), min(high, free.bounds[name][1])
-    return Stretched(factors=values, held=Range(low=min(low, 0.0), high=max(high, 0.0)))
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    held = Range(low=min(low, 0.0), high=max(high, 0.0))
+    return Stretched(factors=values, offsets=offsets, held=held)

@@ -19,7 +19,7 @@ from autotune.compression.graph import GraphView, attribute
 from autotune.compression.histograms import LEVELS
 from autotune.compression.int8_constants import norm_arrays, operand_codes
 from autotune.compression.kernels import KernelClass
-from autotune.compression.layer_codes import layer_codes
+from autotune.compression.layer_codes import layer_codes, needs_bias
 from autotune.compression.operators import (
     ELEMENTWISE,
     WeightedNode,
@@ -276,7 +276,7 @@ class GraphWriter:
         axis, before = output_axis(layer), self._plan.stretched.get(layer.input)
         after = self._plan.stretched.get(layer.output)
         names = [_weight_prefix(layer.name, precision)]
-        if bias is not None or shift:
+        if needs_bias(layer, before, after) or shift:
             names.append(names[0].replace(f"{layer.name}.weight", f"{layer.name}.bias"))
 
         def make() -> Mapping[str, np.ndarray]:

@@ -107,7 +107,8 @@ def percentile_range(histogram: Histogram, low: float, high: float) -> tuple[flo
     tail = (1 - PERCENTILE / 100) / 2
     width = 2.0**histogram.exponent
     left = float(histogram.centres[np.searchsorted(share, tail)]) - width / 2
-    right = float(histogram.centres[min(np.searchsorted(share, 1 - tail), len(share) - 1)])
+    last = min(int(np.searchsorted(share, 1 - tail)), len(share) - 1)
+    right = float(histogram.centres[last])
     return max(low, min(left, 0.0)), min(high, max(right + width / 2, 0.0))
 
 

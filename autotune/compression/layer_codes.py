@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autotune.compression.equalization import Stretched, folded_weight
+from autotune.compression.equalization import Stretched, scaled_weight
 from autotune.compression.operators import WeightedNode
 from autotune.compression.rounding import Rounding
 from autotune.compression.weights import (
@@ -52,13 +52,14 @@ def layer_codes(
     steps (per channel, all 8 bits) and the bias, corrected for them, fits into int32; else
     every weight goes to its nearest code.
     """
-    folded = folded_weight(
-        weight, layer, before=before and before.factors, after=after and after.factors
-    )
     gain = np.ones(weight.shape[axis]) if after is None else after.factors
-    plain = None if bias is None else bias.astype(np.float64) * gain
-    if shift:
-        plain = (np.zeros(len(gain)) if plain is None else plain) + shift
+    folded = scaled_weight(
+        weight, layer, inputs=None if before is None else 1 / before.factors, outputs=gain
+    )
+    plain = None
+    if needs_bias(layer, before, after) or shift:
+        own = 0.0 if bias is None else bias.astype(np.float64)
+        plain = gain * (own + _offset_terms(layer, weight, axis, before, after)) + shift
     quantized = quantize_weight(
         folded,
         axis=axis,
@@ -80,6 +81,27 @@ def layer_codes(
         if plain is None
         else quantize_bias(plain, input_scale=input_scale, weight_scale=quantized.scale),
     )
+
+
+def needs_bias(layer: WeightedNode, before: Stretched | None, after: Stretched | None) -> bool:
+    """The layer has a bias, or offsets around it give it one."""
+    moved = any(side is not None and side.offsets.any() for side in (before, after))
+    return layer.bias is not None or moved
+
+
+def _offset_terms(
+    layer: WeightedNode,
+    weight: np.ndarray,
+    axis: int,
+    before: Stretched | None,
+    after: Stretched | None,
+) -> np.ndarray:
+    """What offsets add to each output's bias: W times the input's, less the output's."""
+    added = np.zeros(weight.shape[axis])
+    if before is not None and before.offsets.any():
+        others = tuple(a for a in range(weight.ndim) if a != axis)
+        added += scaled_weight(weight, layer, inputs=before.offsets).sum(axis=others)
+    return added if after is None else added - after.offsets
 
 
 def _has_same_steps(

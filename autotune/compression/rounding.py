@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from autotune.compression.calibration import tensor_batches
-from autotune.compression.equalization import Stretched, folded_weight
+from autotune.compression.equalization import Stretched, scaled_weight
 from autotune.compression.graph import GraphView, attribute
-from autotune.compression.units import WeightedNode, find_layers
+from autotune.compression.operators import WeightedNode, find_layers
 from autotune.compression.weights import INT8_MAX
 from search_spaces import LayerKind
 
@@ -62,7 +62,7 @@ class Rounding:
                 arrays[f"{kind}|{name}|codes"] = rounded.codes
                 arrays[f"{kind}|{name}|mean_error"] = rounded.mean_error
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, allow_pickle=False, **arrays)
         return buffer.getvalue()
 
     @classmethod
@@ -111,17 +111,18 @@ def round_weights(
     for layer in layers:
         plain[layer.name] = _rounded(view, layer, moments[layer.name], None)
         if layer.input in stretched:
-            factors = stretched[layer.input].factors
-            behind[layer.name] = _rounded(view, layer, moments[layer.name], factors)
+            tensor = stretched[layer.input]
+            behind[layer.name] = _rounded(view, layer, moments[layer.name], tensor)
     return Rounding(plain=plain, stretched=behind)
 
 
-def weight_rows(view: GraphView, layer: WeightedNode, factors: np.ndarray | None) -> np.ndarray:
+def weight_rows(view: GraphView, layer: WeightedNode, read: Stretched | None) -> np.ndarray:
     """The weight as `(groups, outputs per group, inputs per output)`, float64.
 
-    `factors` are those of the input's channels, None where they are all 1.
+    `read` is the layer's input where its channels are stretched.
     """
-    weight = folded_weight(view.array(layer.weight), layer, before=factors, after=None)
+    inputs = None if read is None else 1 / read.factors
+    weight = scaled_weight(view.array(layer.weight), layer, inputs=inputs)
     weight = weight.T if is_transposed(layer) else weight
     groups = attribute(layer.node, "group", 1)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
@@ -183,34 +184,43 @@ def int8_scales(rows: np.ndarray) -> np.ndarray:
 
 
 def _rounded(
-    view: GraphView, layer: WeightedNode, moments: _Moments, factors: np.ndarray | None
+    view: GraphView, layer: WeightedNode, moments: _Moments, read: Stretched | None
 ) -> RoundedWeight:
-    rows = weight_rows(view, layer, factors)
-    spread = _per_input(factors, rows.shape)
+    rows = weight_rows(view, layer, read)
+    factors, offsets = _per_input(read, rows.shape)
     scale = int8_scales(rows)[..., None].astype(np.float64)
-    parts, start, n = [], 0, max(moments.n, 1)
+    mean = moments.total / max(moments.n, 1)
+    parts, start = [], 0
     for products in moments.products:
-        end = start + products.shape[-1]
-        gain = spread[:, start:end]
-        scaled = products / n * (gain[:, :, None] * gain[:, None, :])
-        parts.append(second_order_codes(rows[:, :, start:end] / scale, scaled))
-        start = end
+        at = slice(start, start + products.shape[-1])
+        second = products / max(moments.n, 1)
+        # E[(x - o)(x - o)'] from E[x x'] and E[x]
+        second = second - _outer(mean[:, at], mean[:, at])
+        second += _outer(mean[:, at] - offsets[:, at], mean[:, at] - offsets[:, at])
+        second *= _outer(factors[:, at], factors[:, at])
+        parts.append(second_order_codes(rows[:, :, at] / scale, second))
+        start = at.stop
     codes = np.concatenate(parts, axis=2)
     # Section 4.2: the weights' error times the mean input is the outputs' mean error.
-    mean_error = np.einsum("goi,gi->go", codes * scale - rows, moments.total / n * spread)
+    mean_error = np.einsum("goi,gi->go", codes * scale - rows, (mean - offsets) * factors)
     return RoundedWeight(
         codes=weight_like(view, layer, codes).astype(np.int8),
         mean_error=mean_error.reshape(-1).astype(np.float32),
     )
 
 
-def _per_input(factors: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The factor of each column of the rows, `(groups, inputs)`."""
+def _outer(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return left[:, :, None] * right[:, None, :]
+
+
+def _per_input(read: Stretched | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of each column of the rows, `(groups, inputs)` each."""
     groups, _, inputs = shape
-    if factors is None:
-        return np.ones((groups, inputs))
-    by_group = factors.reshape(groups, -1)
-    return by_group.repeat(inputs // by_group.shape[1], axis=1)
+    if read is None:
+        return np.ones((groups, inputs)), np.zeros((groups, inputs))
+    by_group = read.factors.reshape(groups, -1), read.offsets.reshape(groups, -1)
+    factors, offsets = (x.repeat(inputs // x.shape[1], axis=1) for x in by_group)
+    return factors, offsets
 
 
 def second_order_codes(steps: np.ndarray, products: np.ndarray) -> np.ndarray:

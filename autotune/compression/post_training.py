@@ -1,0 +1,91 @@
+"""What a base's FP32 graph and its calibration samples give to every 8-bit candidate of it.
+
+Owns the order (statistics, stretched channels, rounded weights) and the proof: uniform INT8
+runs on the calibration samples as all that made it, and as plain ranges and nearest codes make
+it; what diverges less from FP32 is kept. It is done once per base; emitting a candidate only
+reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from autotune.compression.accuracy import log_probabilities, mean_kl_divergence
+from autotune.compression.calibration import Calibration, calibrate
+from autotune.compression.equalization import Equalization
+from autotune.compression.graph import GraphView, model_bytes
+from autotune.compression.quantization import QuantizableGraph
+from autotune.compression.rounding import Rounding, round_weights
+from autotune.errors import CompressionError
+from search_spaces import INT8
+
+POST_TRAINING_VERSION = 1
+# Version 1 (2026-11-21): histograms, stretched channels, second-order rounding, corrected biases.
+_BATCH = 16  # as `accuracy.py` runs them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostTraining:
+    """Ranges and rounded weights, and uniform INT8's divergence that decided for them.
+
+    `mean_kl` is what is kept, `plain_kl` that of least-to-largest ranges and nearest codes;
+    both in nats, over the calibration samples. Where the latter is smaller, it is kept.
+    """
+
+    calibration: Calibration
+    rounding: Rounding
+    mean_kl: float
+    plain_kl: float
+
+
+def post_training(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) -> PostTraining:
+    """Calibrate and round a base's graph.
+
+    Raises:
+        CompressionError: there are no samples, or a tensor becomes NaN or infinite on them.
+    """
+    calibration = calibrate(model, samples, threads=threads)
+    view = GraphView(model)
+    stretched = Equalization(view, calibration).whole
+    rounding = round_weights(view, samples, stretched, threads=threads)
+    plain = replace(calibration.min_max(), channels={})
+    fp32 = log_probabilities(_outputs(model_bytes(model), samples, threads))
+    full_kl, plain_kl = (
+        _divergence(QuantizableGraph(model, held, rounding=rounded), fp32, samples, threads)
+        for held, rounded in ((calibration, rounding), (plain, Rounding()))
+    )
+    if plain_kl < full_kl:
+        return PostTraining(
+            calibration=plain, rounding=Rounding(), mean_kl=plain_kl, plain_kl=plain_kl
+        )
+    return PostTraining(
+        calibration=calibration, rounding=rounding, mean_kl=full_kl, plain_kl=plain_kl
+    )
+
+
+def _divergence(
+    graph: QuantizableGraph, fp32: np.ndarray, samples: np.ndarray, threads: int
+) -> float:
+    """Uniform INT8's mean divergence from FP32, in nats."""
+    artifact = graph.emit(dict.fromkeys(graph.units, INT8))
+    return mean_kl_divergence(fp32, log_probabilities(_outputs(artifact, samples, threads)))
+
+
+def _outputs(model: bytes, x: np.ndarray, threads: int) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        parts = [
+            session.run(None, {name: np.ascontiguousarray(x[i : i + _BATCH], dtype=np.float32)})[0]
+            for i in range(0, len(x), _BATCH)
+        ]
+    except Exception as error:
+        # onnxruntime's exceptions share no public base class
+        raise CompressionError(f"onnxruntime cannot run uniform INT8: {error}") from error
+    return np.concatenate(parts)

@@ -241,7 +241,9 @@ def centring_offsets(
     for node in reversed(view.nodes):
         out = str(node.output[0])
         is_whole = out in variables and bool((variables[out] >= 0).all())
-        movable[out] = is_whole and all(
+        # A MatMul has no bias that could give the offset back.
+        has_bias = node.op_type != "MatMul"
+        movable[out] = is_whole and has_bias and all(
             _is_shift_invariant(taker, layers)
             and (taker.name in layers or movable[taker.output[0]])
             for taker in view.consumers.get(out, [])
@@ -267,6 +269,8 @@ def centring_offsets(
 def _is_shift_invariant(node: onnx.NodeProto, layers: Mapping[str, WeightedNode]) -> bool:
     """What is added to a channel of its input can be taken off its output."""
     if node.name in layers:
+        if node.op_type == "MatMul":
+            return False
         pads = attribute(node, "pads", [])
         is_padded = any(pads) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
         return node.op_type != "Conv" or not is_padded

@@ -119,7 +119,13 @@ def export_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> onnx
     module.eval()
     try:
         return _exported(module, torch.zeros(2, *input_shape))
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        torch.onnx.errors.OnnxExporterError,
+        AssertionError,  # torchvision's transformers assert the image size that they were made for
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise InvalidModel(
             f"{type(module).__name__} cannot be exported to ONNX for an input of shape "
             f"{input_shape}: {_first_line(error)}"

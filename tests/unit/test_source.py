@@ -351,3 +351,14 @@ def test_control_flow_is_refused() -> None:
 
 def test_repeated_names_become_unique() -> None:
     assert unique_names(["a", "a#2", "a", "b", "a"]) == ["a", "a#2", "a#3", "b", "a#4"]
+
+
+class AssertsItsSize(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[-1] == 224, "wrong image height")
+        return x.flatten(1)
+
+
+def test_a_module_that_asserts_another_image_size_is_refused_by_name() -> None:
+    with pytest.raises(InvalidModel, match=r"AssertsItsSize .*\(3, 8, 8\): wrong image height"):
+        export_module(AssertsItsSize(), (3, 8, 8))

@@ -12,6 +12,10 @@ fuses (checked on its optimized graphs by `effective.py`):
   range is [0, 6] and a QLinearMul, 10 to 20 % faster than going through float;
 - HardSigmoid behind an 8-bit layer is free: codes of the range [-3, 3] are read as [0, 1];
 - pools, SE products and the like stay 8-bit while most of their input is;
+- what an 8-bit Concat joins has one scale (`sharing.py`): the Concat copies;
+- a norm in front of an 8-bit convolution (DenseNet) is the depthwise convolution that it equals;
+- a matrix product leaves its sums as float where nobody takes codes of them (transformers: the
+  bias, GELU, the residual stream and LayerNorm follow in float);
 - a float layer between a DQ and a Q gets a LeakyRelu of slope 1: onnxruntime's
   WeightBiasQuantization would quantize it, and this one is fused into its kernel for nothing;
 - float16 layers pass float16 on, through the operators between them; casts stand at the ends.

@@ -10,23 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotune.compression.graph import GraphView
-from autotune.compression.operators import (
-    INT8_OPERATORS,
-    SAME_SCALE,
-    WeightedNode,
-    clip_bounds,
-    find_layers,
-)
+from autotune.compression.operators import WeightedNode, find_layers
 from autotune.compression.placement import place
 from autotune.compression.ties import Tie, find_classifier, find_ties, followers, leaders
 from search_spaces import INT8, LayerKind, LayerPattern
 
 __all__ = [
-    "INT8_OPERATORS",
-    "SAME_SCALE",
     "Unit",
     "WeightedNode",
-    "clip_bounds",
     "find_layers",
     "find_units",
 ]

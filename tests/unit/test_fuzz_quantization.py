@@ -22,15 +22,16 @@ from autotune.compression.cleanup import clean_up
 from autotune.compression.effective import effective_precisions
 from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.inventory import precisions_of
+from autotune.compression.kernels import KERNEL_CLASSES, X86, X86_VNNI
 from autotune.compression.quantization import QuantizableGraph
 from autotune.errors import CompressionError, InvalidModel
-from search_spaces import FP32, INT8, W8, Precision
+from search_spaces import FP16, FP32, INT8, W8, W8A16, Precision
 from tests.unit.random_graphs import graphs
 
 # A long run: AUTOTUNE_FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz_quantization.py
 EXAMPLES = int(os.environ.get("AUTOTUNE_FUZZ_EXAMPLES", "0"))
 MAX_MEAN_ERROR = 0.05
-MEAN_ERROR_PRECISIONS = (FP32, INT8, W8)
+MEAN_ERROR_PRECISIONS = (FP32, FP16, W8A16, INT8, W8)
 
 
 def fuzz(examples: int) -> settings:
@@ -84,7 +85,8 @@ def test_every_candidate_of_a_random_graph_answers_nearly_as_fp32(
     np.testing.assert_allclose(run(model_bytes(graph_of), x), expected, rtol=1e-4, atol=1e-4)
     graph = QuantizableGraph(graph_of, calibrate(graph_of, x))
     plan = planned(data, graph, MEAN_ERROR_PRECISIONS)
-    artifact = graph.emit(plan)
+    kernels = data.draw(st.sampled_from([X86_VNNI, X86]), label="kernels")
+    artifact = graph.emit(plan, kernels=kernels)
     onnx.checker.check_model(onnx.load_from_string(artifact))
     output = run(artifact, x)
     assert output.shape == expected.shape
@@ -108,7 +110,8 @@ def test_hostile_weights_run_or_are_refused_by_name(
         if data.draw(st.booleans(), label="constant calibration"):
             x = np.full_like(x, data.draw(st.sampled_from([0.0, 1e-42, 1.0, -3.0, 1e30])))
         graph = QuantizableGraph(graph_of, calibrate(graph_of, x))
-        artifact = graph.emit(planned(data, graph))
+        kernels = data.draw(st.sampled_from(list(KERNEL_CLASSES.values())), label="kernels")
+        artifact = graph.emit(planned(data, graph), kernels=kernels)
     except (CompressionError, InvalidModel) as error:
         assert len(str(error)) > 20
         return

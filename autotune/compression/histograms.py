@@ -129,7 +129,9 @@ def entropy_range(histogram: Histogram, low: float, high: float) -> tuple[float,
 def choose_range(histogram: Histogram, low: float, high: float) -> tuple[str, tuple[float, float]]:
     """The method of least expected error, and its range; ties go to the wider one.
 
-    The error is the mean square of rounding plus `CLIP_COST` times that of clipping.
+    The error is the mean square of rounding plus `CLIP_COST` times that of clipping. A value
+    further away than the range is wide counts as being that far: how absurd it is says nothing
+    of the others, whose codes it must not take.
     """
     ranges: Mapping[str, tuple[float, float]] = {
         "min-max": (low, high),
@@ -138,7 +140,8 @@ def choose_range(histogram: Histogram, low: float, high: float) -> tuple[str, tu
         "square error": square_error_range(histogram, low, high),
     }
     errors = {
-        name: _square_error(histogram, *held, clip_cost=CLIP_COST) for name, held in ranges.items()
+        name: _square_error(histogram, *held, clip_cost=CLIP_COST, furthest=held[1] - held[0])
+        for name, held in ranges.items()
     }
     best = min(ranges, key=lambda name: errors[name])
     return best, ranges[best]
@@ -150,16 +153,24 @@ def _best(low: float, high: float, error: Callable[[float, float], float]) -> tu
     return min(ranges, key=lambda held: error(*held))
 
 
-def _square_error(histogram: Histogram, low: float, high: float, *, clip_cost: float) -> float:
+def _square_error(
+    histogram: Histogram,
+    low: float,
+    high: float,
+    *,
+    clip_cost: float,
+    furthest: float = math.inf,
+) -> float:
     if histogram.counts is None or high <= low:
-        return 0.0 if high <= low and low == 0.0 == high and histogram.n == 0 else math.inf
+        return math.inf
     centres, n = histogram.centres, histogram.n
     beyond = np.maximum(low - centres, 0.0) + np.maximum(centres - high, 0.0)
     # The outermost bins reach a little over the least and the largest value.
     beyond = np.maximum(beyond - 2.0 ** (histogram.exponent - 1), 0.0)
     inside = float(histogram.counts[beyond == 0].sum()) / n
     rounding = ((high - low) / LEVELS) ** 2 / 12
-    return inside * rounding + clip_cost * float((histogram.counts * beyond**2).sum()) / n
+    clipped = float((histogram.counts * np.minimum(beyond, furthest) ** 2).sum()) / n
+    return inside * rounding + clip_cost * clipped
 
 
 def _divergence(histogram: Histogram, low: float, high: float) -> float:

@@ -1,0 +1,75 @@
+"""Rounded weights: nearer in the layer's outputs, unbiased, the same every time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autotune.compression.calibration import calibrate
+from autotune.compression.equalization import Equalization
+from autotune.compression.graph import GraphView
+from autotune.compression.post_training import post_training
+from autotune.compression.rounding import Rounding, input_rows, round_weights, second_order_codes
+from autotune.compression.units import find_layers
+from tests.unit.compression_models import samples, tiny_source
+
+
+def correlated(n: int, k: int) -> np.ndarray:
+    """Inputs that a few causes move together, as neighbouring pixels are."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, 4)) @ rng.normal(size=(4, k)) + 0.1 * rng.normal(size=(n, k))
+
+
+def test_second_order_rounding_beats_the_nearest_code_on_correlated_inputs() -> None:
+    x = correlated(2000, 48)
+    steps = np.random.default_rng(1).uniform(-100, 100, (1, 6, 48))
+    codes = second_order_codes(steps, (x.T @ x / len(x))[None])
+    assert (codes == np.rint(codes)).all()
+
+    def error(chosen: np.ndarray) -> float:
+        return float((((chosen - steps)[0] @ x.T) ** 2).mean())
+
+    assert error(codes) < 0.2 * error(np.rint(steps))
+
+
+def test_independent_inputs_take_the_nearest_codes() -> None:
+    steps = np.random.default_rng(2).uniform(-100, 100, (3, 2, 9))
+    codes = second_order_codes(steps, np.broadcast_to(np.eye(9), (3, 9, 9)))
+    assert (codes == np.rint(steps)).all()
+
+
+def test_codes_stay_in_eight_bits() -> None:
+    steps = np.full((1, 2, 16), 127.4)
+    codes = second_order_codes(steps, np.ones((1, 16, 16)))
+    assert np.abs(codes).max() == 127
+
+
+def test_the_rows_of_a_convolution_are_what_it_multiplies() -> None:
+    view = GraphView(tiny_source().graph)
+    x = samples(2)
+    stem = next(layer for layer in find_layers(view) if layer.input == view.input_name)
+    rows = input_rows(view, stem, x, np.random.default_rng(0), n_samples=2)
+    weight = view.array(stem.weight)
+    assert rows.shape == (2 * 256, 1, 27)
+    padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])
+    # All 256 positions are taken, in order; the 18th is row 1, column 1.
+    assert np.array_equal(rows[17, 0], padded[0, :, 1:4, 1:4].ravel())
+    assert weight[0].size == 27
+
+
+def test_rounding_survives_being_written_and_is_the_same_every_time() -> None:
+    model = tiny_source().graph
+    view, x = GraphView(model), samples(8)
+    stretched = Equalization(view, calibrate(model, x)).whole
+    first = round_weights(view, x, stretched)
+    assert first.plain.keys() == {layer.name for layer in find_layers(view)}
+    assert first.stretched.keys() <= first.plain.keys()
+    assert first.stretched
+    data = first.to_bytes()
+    assert round_weights(view, x, stretched).to_bytes() == data
+    assert Rounding.from_bytes(data).to_bytes() == data
+
+
+def test_what_a_base_keeps_diverges_no_more_than_the_plain_way() -> None:
+    found = post_training(tiny_source().graph, samples(16))
+    assert 0 <= found.mean_kl <= found.plain_kl
+    assert found.rounding.plain or found.mean_kl == found.plain_kl

@@ -28,10 +28,12 @@ from autotune.errors import CompressionError
 from autotune.spec import Importance
 
 TAYLOR_SAMPLES = 256
-"""Gradients over so many samples rank the channels; on digits 512 changed no accuracy."""
-
-_TAYLOR_BATCH = 16
-"""Squaring per mini-batch (Molchanov et al. 2019, section 3.1) needs many small ones."""
+TAYLOR_BATCH = 4
+"""Gradients of so many samples, in mini-batches of so many, rank the channels: squared before
+they are averaged, the gradients of different samples must not cancel (Molchanov et al. 2019,
+section 3.1). Every group at half of its channels, BatchNorm re-estimated, top-1 of 1,000 digits
+images: mobilenet_v2 60.9 %, mobilenet_v3_small 47.3 %, resnet18 68.4 %; in mini-batches of 16
+58.7, 34.7, 68.6 %; with 512 samples 61.3, 48.9, 69.6 % at twice the cost."""
 
 _DEAD = 1e-30
 """Norms below this count as equally dead; keeps the logarithm finite."""
@@ -195,7 +197,7 @@ def _taylor(
     for batch in batches:
         module.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            output = module(torch.from_numpy(np.ascontiguousarray(x[batch], dtype=np.float32)))
+            output = module(torch.from_numpy(np.array(x[batch], dtype=np.float32)))
             labels = output.argmax(dim=1) if y is None else torch.from_numpy(np.array(y[batch]))
             functional.cross_entropy(output, labels).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -207,5 +209,5 @@ def _taylor(
 
 
 def _batches(samples: int) -> Iterator[slice]:
-    for start in range(0, samples, _TAYLOR_BATCH):
-        yield slice(start, min(start + _TAYLOR_BATCH, samples))
+    for start in range(0, samples, TAYLOR_BATCH):
+        yield slice(start, min(start + TAYLOR_BATCH, samples))

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from autotune.compression.importance import TAYLOR_SAMPLES, score_channels
+from autotune.compression.importance import TAYLOR_BATCH, TAYLOR_SAMPLES, score_channels
 from autotune.compression.pruning import prune_module
 from autotune.errors import CompressionError
 
 SHAPE = (3, 8, 8)
-BATCH = 16
 
 
 class Residual(nn.Module):
@@ -47,7 +46,9 @@ def net() -> Residual:
 
 @pytest.fixture(scope="module")
 def x() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(40, *SHAPE)).astype(np.float32)
+    samples = np.random.default_rng(0).normal(size=(40, *SHAPE)).astype(np.float32)
+    samples.setflags(write=False)  # as they come out of Ray's object store
+    return samples
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,10 @@ def y() -> np.ndarray:
 def gate_derivatives(net: Residual, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The squared derivative by a gate in front of all readers, averaged over mini-batches."""
     squares = []
-    for start in range(0, len(x), BATCH):
+    for start in range(0, len(x), TAYLOR_BATCH):
         gate = torch.ones(16, requires_grad=True)
-        output = net(torch.from_numpy(x[start : start + BATCH]), gate)
-        labels = torch.from_numpy(y[start : start + BATCH])
+        output = net(torch.tensor(x[start : start + TAYLOR_BATCH]), gate)
+        labels = torch.from_numpy(y[start : start + TAYLOR_BATCH])
         functional.cross_entropy(output, labels).backward()  # type: ignore[no-untyped-call]
         assert gate.grad is not None
         squares.append(gate.grad.numpy() ** 2)
@@ -80,7 +81,7 @@ def test_without_labels_the_modules_own_answers_stand_for_them(
     net: Residual, x: np.ndarray
 ) -> None:
     with torch.no_grad():
-        own = net(torch.from_numpy(x)).argmax(dim=1).numpy()
+        own = net(torch.tensor(x)).argmax(dim=1).numpy()
     given = score_channels(net, SHAPE, "taylor", x=x, y=own).by_group["stem"]
     np.testing.assert_allclose(score_channels(net, SHAPE, "taylor", x=x).by_group["stem"], given)
 

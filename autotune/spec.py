@@ -32,8 +32,8 @@ Importance = Literal["l1", "l2", "taylor", "batch_norm"]
 `taylor` is the default by measurement (digits at 64x64, every group at half of its channels,
 BatchNorm re-estimated, top-1 of 1,000 images for l1, l2, batch_norm, taylor): resnet18 59.8,
 66.5, 67.6, 68.4 %; mobilenet_v2 35.8, 39.2, 39.8, 60.9 %; mobilenet_v3_small 31.7, 29.4, 45.9,
-47.3 %. Two epochs of recovery training bring all four within a point of each other. Molchanov et al.
-2019 (arXiv:1906.10771) see it ahead of weight norms on ImageNet too.
+47.3 %. Two epochs of recovery training bring all four within a point of each other. Molchanov
+et al. 2019 (arXiv:1906.10771) see it ahead of weight norms on ImageNet too.
 """
 
 _UPLOAD = re.compile(r"^sha256:([0-9a-f]{64})$")

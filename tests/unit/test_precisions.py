@@ -13,7 +13,7 @@ from autotune.compression.calibration import calibrate
 from autotune.compression.effective import effective_precisions, optimized_graph
 from autotune.compression.kernels import ARM_DOT, X86, X86_VNNI, KernelClass
 from autotune.compression.quantization import KERNELS_KEY, QuantizableGraph
-from autotune.compression.weights import code_weight
+from autotune.compression.weights import block_matrix, code_weight
 from autotune.errors import CompressionError
 from search_spaces import (
     FP16,
@@ -147,6 +147,42 @@ def test_two_bit_scales_are_no_worse_than_those_of_the_largest_weight() -> None:
     largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 2
     naive = np.square(np.clip(np.rint(weight / largest), -2, 1) * largest - weight).sum()
     assert error < 0.8 * naive
+
+
+def test_two_bits_do_not_move_the_sum_of_a_channel() -> None:
+    """Cutting off one side would: the layers behind a channel amplify what it adds to all."""
+    weight = np.random.default_rng(7).normal(0, 1, (64, 64, 3, 3)).astype(np.float32)
+    coded = code_weight(weight, axis=0, bits=2, granularity=PerChannel(), symmetric=True)
+    moved = ((coded.codes - coded.zero) * coded.scale - weight).mean(axis=(1, 2, 3))
+    assert np.abs(moved).max() < 0.1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_channel_of_zeros_stays_zero(bits: int, symmetric: bool) -> None:
+    weight = np.random.default_rng(8).normal(0, 1, (3, 4, 3, 3)).astype(np.float32)
+    weight[1] = 0
+    coded = code_weight(weight, axis=0, bits=bits, granularity=PerChannel(), symmetric=symmetric)
+    assert (((coded.codes - coded.zero) * coded.scale)[1] == 0).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_packed_matrix_can_be_read_back(bits: int, symmetric: bool) -> None:
+    matrix = np.random.default_rng(9).normal(0, 1, (5, 70)).astype(np.float32)
+    blocked = block_matrix(matrix, bits=bits, symmetric=symmetric)
+
+    def unpacked(packed: np.ndarray) -> np.ndarray:
+        shifts = np.arange(0, 8, bits).astype(np.uint8)
+        return (packed[..., None] >> shifts & (2**bits - 1)).reshape(*packed.shape[:-1], -1)
+
+    codes = unpacked(blocked.codes).astype(np.float32)
+    zero = np.full((5, 3), 2 ** (bits - 1), np.float32)
+    if blocked.zero is not None:
+        zero = unpacked(blocked.zero.reshape(5, -1))[:, :3].astype(np.float32)
+    restored = ((codes - zero[..., None]) * blocked.scale.reshape(5, 3, 1)).reshape(5, -1)[:, :70]
+    bound = {2: 0.45, 4: 0.09, 8: 0.006}[bits]
+    assert np.abs(restored - matrix).mean() < bound
 
 
 @pytest.mark.parametrize(("precision", "bits"), [(W8, 8), (W4, 4), (W2, 2), (W1, 1)])

@@ -12,6 +12,7 @@ from autotune.compression import placement
 from autotune.compression.effective import effective_precisions, optimized_graph
 from autotune.compression.graph import GraphView
 from autotune.compression.inventory import count_cost
+from autotune.compression.kernels import ARM_DOT
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError
@@ -139,6 +140,16 @@ def test_a_norm_in_front_of_an_8_bit_convolution_is_a_depthwise_one() -> None:
     executed = operators(artifact)
     assert (executed["QLinearConv"], executed["BatchNormalization"]) == (5 + 4, 0)
     assert near(run(graph.emit({}), sketch.samples()), run(artifact, sketch.samples())) > 25
+
+
+def test_norms_and_constants_have_signed_codes_where_the_kernels_want_them() -> None:
+    sketch, out = dense_block()
+    moved = sketch.node("Mul", out, sketch.drawn("gain", 1, 4, 1, 1))
+    graph = sketch.quantizable(sketch.conv(moved, "end", 4, 4, 1, 1))
+    signed = graph.emit(dict.fromkeys(graph.units, INT8), kernels=ARM_DOT)
+    types = {i.data_type for i in onnx.load_from_string(signed).graph.initializer}
+    assert onnx.TensorProto.UINT8 not in types
+    assert near(run(graph.emit({}), sketch.samples()), run(signed, sketch.samples())) > 25
 
 
 def test_a_norm_in_front_of_a_float_convolution_stays_float() -> None:

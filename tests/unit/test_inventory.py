@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from autotune.cli.views.models import LAYER_GROUPS
 from autotune.compression.cleanup import clean_up
 from autotune.compression.graph import GraphView
 from autotune.compression.inventory import build_inventory, count_cost
@@ -55,6 +56,15 @@ def test_every_weight_is_in_exactly_one_group() -> None:
 def test_activations_and_adds_belong_to_the_unit() -> None:
     nodes = build_inventory(tiny_source()).group("stem.0").nodes
     assert [name.split(":")[0] for name in nodes] == ["stem.0", "Relu", "block1.project.0", "Add"]
+
+
+def test_inspecting_a_model_shows_the_pattern_of_each_group() -> None:
+    head = build_inventory(tiny_source()).group("head")
+    shown = {column.title: column.text(head) for column in LAYER_GROUPS.columns}
+    assert shown["pattern"] == "classifier"
+    assert {field.name: field.value(head) for field in LAYER_GROUPS.fields}[
+        "pattern"
+    ] == "classifier"
 
 
 def test_a_squeeze_and_excite_block_is_one_unit_with_its_mean_and_its_product() -> None:

@@ -243,10 +243,14 @@ def centring_offsets(
         is_whole = out in variables and bool((variables[out] >= 0).all())
         # A MatMul has no bias that could give the offset back.
         has_bias = node.op_type != "MatMul"
-        movable[out] = is_whole and has_bias and all(
-            _is_shift_invariant(taker, layers)
-            and (taker.name in layers or movable[taker.output[0]])
-            for taker in view.consumers.get(out, [])
+        movable[out] = (
+            is_whole
+            and has_bias
+            and all(
+                _is_shift_invariant(taker, layers)
+                and (taker.name in layers or movable[taker.output[0]])
+                for taker in view.consumers.get(out, [])
+            )
         )
     offsets: dict[str, np.ndarray] = {}
     for node in view.nodes:
@@ -335,9 +339,9 @@ def scaled_weight(
         groups = attribute(layer.node, "group", 1)
         made, read = values.shape[:2]
         numbers = inputs.reshape(groups, 1, read).repeat(made // groups, axis=1)
-        values = values * numbers.reshape(made, read, *tail)
+        values *= numbers.reshape(made, read, *tail)
     if outputs is not None:
-        values = values * outputs.reshape(-1, 1, *tail)
+        values *= outputs.reshape(-1, 1, *tail)
     return values.T if transposed else values
 
 

@@ -53,9 +53,10 @@ def layer_codes(
     every weight goes to its nearest code.
     """
     gain = np.ones(weight.shape[axis]) if after is None else after.factors
-    folded = scaled_weight(
-        weight, layer, inputs=None if before is None else 1 / before.factors, outputs=gain
-    )
+    folded = weight  # most layers are not stretched, and a float64 copy of them costs time
+    if before is not None or after is not None:
+        inputs = None if before is None else 1 / before.factors
+        folded = scaled_weight(weight, layer, inputs=inputs, outputs=gain)
     plain = None
     if needs_bias(layer, before, after) or shift:
         own = 0.0 if bias is None else bias.astype(np.float64)

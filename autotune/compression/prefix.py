@@ -123,9 +123,10 @@ class PrefixActivations:
             return lambda state: [state[name] for name in wanted]
         taken = {name for node in nodes for name in node.taken} - made - set(graph.constants)
         inputs = {name: example[name] for name in sorted(taken)}
-        session = open_session(
-            graph.model(nodes, inputs=inputs, outputs=asked), threads=self._threads
-        )
+        first = example if graph.input in example else self._inputs[0]
+        batch = len(first[self.fp32.input])
+        piece = graph.model(nodes, inputs=inputs, outputs=asked, batch=batch)
+        session = open_session(piece, threads=self._threads)
 
         def run(state: _Tensors) -> list[np.ndarray]:
             try:

@@ -49,6 +49,11 @@ _TAKEN_SUFFIXES = (
     "/three",
     "/sum",
     "/gate",
+    "/half",
+    "/float",
+    "/q16",
+    "/dq16",
+    "/raw16",
 )
 
 

@@ -149,8 +149,9 @@ class QuantizableGraph:
                     f"{layer.name!r} is no matrix product, and only those share scales by "
                     f"blocks; take {precision.plain.name}"
                 )
-            if precision.is_half:
+            if precision.is_half and layer.name not in self._fits_half:
                 self._require_half(unit.name, layer)
+                self._fits_half.add(layer.name)
 
     def _require_half(self, group: str, layer: WeightedNode) -> None:
         """float16 ends at 65,504; what lies beyond becomes infinite."""

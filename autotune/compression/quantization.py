@@ -80,6 +80,7 @@ class QuantizableGraph:
         self.units = {unit.name: unit for unit in find_units(self.view)}
         self.layers = {x.name: x for unit in self.units.values() for x in unit.layers}
         self._equalize = equalize
+        self._fits_half: set[str] = set()
         self._model = model
         self._shells: dict[tuple[bool, str | None], tuple[bytes, bytes]] = {}
         self._kept = KeptParts(

@@ -130,3 +130,13 @@ def test_a_stop_ends_calls_in_the_middle_and_the_pool_still_works(pool: WorkerPo
         list(pool.run([Call(method="build", arguments=(candidate,))] * 8, should_stop=lambda: True))
     ((_, result),) = pool.run([Call(method="build", arguments=(candidate,))])
     assert isinstance(result, Built)
+
+
+def test_workers_measure_sensitivities_entry_by_entry(pool: WorkerPool) -> None:
+    ((_, inspection),) = pool.run([Call(method="inspect")])
+    groups = [group.name for group in inspection.inventory.groups]
+    calls = [Call(method="noise", arguments=(group, [INT8])) for group in groups]
+    calls += [Call(method="divergence", arguments=(group, INT8)) for group in groups]
+    entries = [entry for _, result in pool.run(calls) for entry in result]
+    assert {e.group for e in entries if e.sqnr_db is not None} == set(groups)
+    assert {e.group for e in entries if e.is_measured} == set(groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 from autotune.compression.accuracy import AccuracyEvaluator
 from autotune.compression.compressor import Compressor
 from autotune.compression.prefix import PrefixActivations
+from autotune.compression.prune_alone import pruned_outputs
 from autotune.compression.sensitivity import SQNR_LIMIT_DB, SensitivityMeter, sqnr_db
 from autotune.compression.slices import FileGraph, counterparts, difference
 from autotune.errors import CompressionError
 from autotune.spec import RecoverySpec
 from search_spaces import FP32, INT8, Candidate, Precision
-from tests.unit.compression_models import labelled, samples, tiny_source, tiny_splits
+from tests.unit.compression_models import labelled, run, samples, tiny_source, tiny_splits
 
 DATA = labelled(40, seed=3)
 CALIBRATION = samples(16)
@@ -134,6 +136,17 @@ def test_a_group_pruned_alone_is_judged_as_its_exported_base_would_be(tmp_path: 
     assert entry.mean_kl == pytest.approx(report.mean_kl, rel=1e-3)
     assert (entry.drop, entry.n_samples) == (pytest.approx(report.drop), 40)
     assert (entry.precision, entry.prune_ratio) == (None, 0.5)
+
+
+def test_a_graph_without_a_module_is_pruned_as_a_graph(tmp_path: Path) -> None:
+    source = dataclasses.replace(tiny_source(), module=None)
+    made = Compressor(source, tiny_splits(), recovery=RecoverySpec(), cache_dir=tmp_path)
+    calibration, x = CALIBRATION, DATA.x
+    whole = pruned_outputs(made, {}, calibration=calibration, x=x)
+    assert whole == pytest.approx(run(source.fp32_bytes, x), abs=1e-4)
+    outputs = pruned_outputs(made, {"mix.0": 0.5}, calibration=calibration, x=x)
+    assert outputs.shape == whole.shape
+    assert 1e-3 < np.abs(outputs - whole).max() < 100
 
 
 def test_a_ratio_that_removes_no_channel_does_no_damage(compressor: Compressor) -> None:

@@ -4,8 +4,8 @@ Owns second-order rounding: weights are rounded one input at a time, and the inp
 come take up the error (Frantar et al. 2022, arXiv:2210.17323, algorithm 1, the Hessian being
 the second moment of the layer's inputs on the calibration samples); and empirical bias
 correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2, with means over calibration
-samples in place of BatchNorm's). `adaround.py` learns the rounding instead. Which scale a
-weight has is `weights.py`'s business.
+samples in place of BatchNorm's). Which scale a weight has is
+`weights.py`'s business.
 """
 
 from __future__ import annotations
@@ -184,7 +184,10 @@ def int8_scales(rows: np.ndarray) -> np.ndarray:
 
 
 def _rounded(
-    view: GraphView, layer: WeightedNode, moments: _Moments, read: Stretched | None
+    view: GraphView,
+    layer: WeightedNode,
+    moments: _Moments,
+    read: Stretched | None,
 ) -> RoundedWeight:
     rows = weight_rows(view, layer, read)
     factors, offsets = _per_input(read, rows.shape)

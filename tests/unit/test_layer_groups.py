@@ -45,8 +45,8 @@ EXPECTED: dict[str, tuple[dict[str, int], dict[str, int], float, float]] = {
         28,
         16,
     ),
-    "squeezenet1_1": ({"conv_bn_act": 9, "concat": 8, "classifier": 1}, {}, 33, 15),
-    "densenet121": ({"conv_bn_act": 120, "classifier": 1}, {}, 31, 11),
+    "squeezenet1_1": ({"conv_bn_act": 9, "concat": 8, "classifier": 1}, {}, 31, 12),
+    "densenet121": ({"conv_bn_act": 120, "classifier": 1}, {}, 30, 9),
     # The residual stream of a transformer goes to LayerNorms: it stays float and ties nothing.
     "convnext_tiny": (
         {"conv_bn_act": 22, "linear_act": 36, "classifier": 1},

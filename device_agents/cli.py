@@ -210,7 +210,12 @@ def probe(output: str) -> None:
 @click.option("--service", metavar="URL", help="Also ask whether this service answers.")
 @_state_dir_option
 @click.option(
-    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or one JSON document.",
 )
 def doctor(service: str | None, state_dir: Path, output: str) -> None:
     """Check what on this device would spoil or stop a measurement, each with its repair.

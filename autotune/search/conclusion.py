@@ -171,7 +171,7 @@ def data_limits(spec: JobSpec, *, n_calibration: int, n_search: int, n_held_out:
         if bound > 0 and n * bound < _NONE_LOST
     ]
     if few:
-        what = "one point" if allowed is None else f"max_accuracy_drop ({allowed * 100:g} points)"
+        what = "one point" if allowed is None else f"max_accuracy_drop ({allowed:.2%})"
         notices.append(
             f"the evaluation data is too small to show a loss of {what}: an artifact that loses "
             f"not one sample may still lose more of all: {', '.join(few)}; at least "

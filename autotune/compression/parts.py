@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from autotune.compression.graph import GraphView
-from autotune.compression.wire import Part, initializer_field, node_field, source_field
+from autotune.compression.wire import Part, array_field, node_field, source_field
 
 CONTRIB_DOMAIN = "com.microsoft"
 
@@ -54,10 +54,7 @@ class KeptParts:
         if parts is not None:
             self._arrays.move_to_end(key)
             return parts
-        parts = {
-            name: initializer_field(numpy_helper.from_array(array, name))
-            for name, array in make().items()
-        }
+        parts = {name: array_field(array, name) for name, array in make().items()}
         self._arrays[key] = parts
         self._n_bytes += _size(parts)
         while self._n_bytes > self._limit_bytes and len(self._arrays) > 1:

@@ -20,6 +20,7 @@ BIAS_MAX = 2**30
 # Least and largest step of a weight's codes: times an input scale, both stay float32 numbers.
 # Weights under 1e-15 count as zero.
 _LEAST_SCALE, _LARGEST_SCALE = 2.0**-58, 2.0**64
+_VALUES_AT_ONCE = 2**17
 BLOCK = DEFAULT_BLOCK
 # With four codes the largest weight is a bad guide: of these fractions of it, each group of
 # weights takes the one with the least square error (a grid search as in Banner et al. 2019,
@@ -88,10 +89,17 @@ def quantize_weight(
         scale = scale.max()
     scale = np.where(scale > 0, np.clip(scale, _LEAST_SCALE, _LARGEST_SCALE), 1.0)
     scale = scale.astype(np.float32)
-    # float32 as in ONNX's QuantizeLinear, in place: fresh arrays cost more than the arithmetic.
-    steps = np.divide(weight, _along(scale, axis, weight.ndim), dtype=np.float32)
-    np.clip(np.rint(steps, out=steps), -largest_code, largest_code, out=steps)
-    codes = steps.astype(np.int8)
+    # float32 as in ONNX's QuantizeLinear, and in small parts: large fresh arrays cost more
+    # than the arithmetic, and a worker's memory as well.
+    codes = np.empty(weight.shape, np.int8)
+    along = _along(scale, axis, weight.ndim)
+    rows = max(1, _VALUES_AT_ONCE * len(weight) // max(weight.size, 1))
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        divisor = along[part] if axis == 0 and scale.ndim else along
+        steps = np.divide(weight[part], divisor, dtype=np.float32)
+        np.clip(np.rint(steps, out=steps), -largest_code, largest_code, out=steps)
+        codes[part] = steps
     return QuantizedWeight(codes=codes, scale=scale, axis=axis)
 
 

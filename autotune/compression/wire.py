@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 # Field numbers of onnx.proto: ModelProto.graph, GraphProto.node, GraphProto.initializer,
 # TensorProto.raw_data.
@@ -32,6 +34,16 @@ def node_field(node: onnx.NodeProto) -> bytes:
 def initializer_field(tensor: onnx.TensorProto) -> bytes:
     """The constant as a part of a graph."""
     return _field(_GRAPH_INITIALIZER, tensor.SerializeToString(deterministic=True))
+
+
+def array_field(array: np.ndarray, name: str) -> bytes:
+    """`initializer_field` of an array's tensor, without the copies that making one takes."""
+    if array.dtype.isbuiltin != 1 or array.size == 0:
+        return initializer_field(numpy_helper.from_array(array, name))
+    data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
+    data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    rest = onnx.TensorProto(dims=array.shape, data_type=data_type, name=name)
+    return b"".join((_head(rest, data.nbytes), data.view(np.uint8).data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +66,15 @@ def source_field(tensor: onnx.TensorProto) -> bytes | SourceTensor:
     size = len(tensor.raw_data)
     if size < _LEAST_SOURCE_BYTES:
         return initializer_field(tensor)
-    rest = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type, name=tensor.name)
+    rest = onnx.TensorProto()
+    _copy_fields(tensor, rest, {"raw_data"})
+    return SourceTensor(head=_head(rest, size), tensor=tensor, size=size)
+
+
+def _head(rest: onnx.TensorProto, size: int) -> bytes:
+    """A constant up to its raw data, which comes last."""
     inner = rest.SerializeToString(deterministic=True) + _tag(_TENSOR_RAW_DATA, size)
-    head = _tag(_GRAPH_INITIALIZER, len(inner) + size) + inner
-    return SourceTensor(head=head, tensor=tensor, size=size)
+    return _tag(_GRAPH_INITIALIZER, len(inner) + size) + inner
 
 
 def shell(model: onnx.ModelProto) -> tuple[bytes, bytes]:
@@ -71,9 +88,7 @@ def shell(model: onnx.ModelProto) -> tuple[bytes, bytes]:
 def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
     """The file: `shell`'s two halves with nodes and constants in the given order."""
     held = list(parts)
-    length = len(graph) + sum(
-        len(part.head) + part.size if isinstance(part, SourceTensor) else len(part) for part in held
-    )
+    length = len(graph) + sum(_length(part) for part in held)
     pieces = (outer, _tag(_MODEL_GRAPH, length), graph, *held)
     # One buffer of the right size, filled piece by piece: the file exists once, and what a
     # growing buffer leaves behind would stay with the process.
@@ -88,6 +103,12 @@ def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
         else:
             file.write(piece)
     return file.getvalue()
+
+
+def _length(part: Part) -> int:
+    if isinstance(part, SourceTensor):
+        return len(part.head) + part.size
+    return len(part)
 
 
 def _copy_fields(source: Any, target: Any, without: set[str]) -> None:

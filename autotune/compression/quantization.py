@@ -50,7 +50,7 @@ KERNELS_KEY = "edge_autotune.kernel_class"
 """The metadata entry of a file that names its kernel class: accuracy holds there alone."""
 
 _KEPT_SHARE = 1.0
-"""Bytes of quantized constants kept per weight: 8 bits for all layers, or for half of them twice."""
+"""Bytes of quantized constants kept per weight: 8 bits for all layers."""
 
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 

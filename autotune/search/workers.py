@@ -364,23 +364,26 @@ class WorkerPool:
         """
         waiting = [(index, call, 0) for index, call in reversed(list(enumerate(calls)))]
         running: dict[Any, tuple[int, Call, int, Any]] = {}
-        while waiting or running:
-            while waiting and self._idle:
-                index, call, attempt = waiting.pop()
-                worker = self._idle.pop()
-                future = worker.call.remote(call.method, *call.arguments)
-                running[future] = (index, call, attempt, worker)
-            done, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_S)
-            if should_stop():
-                self._end([worker for *_, worker in running.values()])
-                raise Stopped
-            for future in done:
-                index, call, attempt, worker = running.pop(future)
-                result = self._collect(future, worker)
-                if isinstance(result, CallFailed) and result.exception is None and attempt == 0:
-                    waiting.append((index, call, attempt + 1))
-                    continue
-                yield index, result
+        try:
+            while waiting or running:
+                while waiting and self._idle:
+                    index, call, attempt = waiting.pop()
+                    worker = self._idle.pop()
+                    future = worker.call.remote(call.method, *call.arguments)
+                    running[future] = (index, call, attempt, worker)
+                done, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_S)
+                if should_stop():
+                    raise Stopped
+                for future in done:
+                    index, call, attempt, worker = running.pop(future)
+                    result = self._collect(future, worker)
+                    if isinstance(result, CallFailed) and result.exception is None and not attempt:
+                        waiting.append((index, call, attempt + 1))
+                        continue
+                    yield index, result
+        finally:
+            # However this ends (a stop, an error, a caller who has seen enough): no worker is lost.
+            self._end([worker for *_, worker in running.values()])
 
     def share_source(self) -> None:
         """Give every worker the model that the one which worked last has loaded.

@@ -59,7 +59,7 @@ def _worker_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # a zombie counts as one
-            if "ray::CompressionWorker" in " ".join(process.cmdline()):
+            if "ray::WorkerProcess" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -130,6 +130,12 @@ def test_a_stop_ends_calls_in_the_middle_and_the_pool_still_works(pool: WorkerPo
         list(pool.run([Call(method="build", arguments=(candidate,))] * 8, should_stop=lambda: True))
     ((_, result),) = pool.run([Call(method="build", arguments=(candidate,))])
     assert isinstance(result, Built)
+
+
+def test_a_caller_who_has_seen_enough_leaves_every_worker_usable(pool: WorkerPool) -> None:
+    calls = [Call(method="inspect")] * 4
+    next(iter(pool.run(calls)))
+    assert len(list(pool.run(calls))) == 4
 
 
 def test_workers_measure_sensitivities_entry_by_entry(pool: WorkerPool) -> None:

@@ -48,6 +48,16 @@ _state_dir_option = click.option(
 )
 
 
+_output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or one JSON document.",
+)
+
+
 @click.group(epilog=EXIT_CODES)
 @click.version_option(package_name="edge-autotune")
 def main() -> None:
@@ -134,14 +144,7 @@ def run(
     show_default=True,
     help="Seconds of timing after which to stop anyway.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    help="A table for people, or one JSON document.",
-)
+@_output_option
 def measure(
     model: Path,
     against: Path | None,
@@ -177,14 +180,7 @@ def measure(
 
 
 @main.command()
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    help="A table for people, or one JSON document.",
-)
+@_output_option
 def probe(output: str) -> None:
     """Show what this device is and which runtimes load on it."""
     from device_agents.conditions import read_conditions
@@ -209,14 +205,7 @@ def probe(output: str) -> None:
 @main.command(epilog=EXIT_CODES)
 @click.option("--service", metavar="URL", help="Also ask whether this service answers.")
 @_state_dir_option
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    help="A table for people, or one JSON document.",
-)
+@_output_option
 def doctor(service: str | None, state_dir: Path, output: str) -> None:
     """Check what on this device would spoil or stop a measurement, each with its repair.
 

@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from device_agents.segments import Segment
 
 # Field numbers of onnx.proto: ModelProto.graph; a graph's nodes and constants are its fields.
 _MODEL_GRAPH = 7
@@ -24,14 +25,6 @@ _CUT_EVERY = 8
 """Small fields between two cuts, on average: about a kilobyte of nodes."""
 _IDENTITY_DIGITS = 16
 """64 bits name a segment; should two ever share a name, the file's sha256 tells."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """A part of a file. `identity` is equal for equal bytes."""
-
-    identity: str
-    size_bytes: int
 
 
 def find_segments(data: bytes) -> tuple[Segment, ...]:

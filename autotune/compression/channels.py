@@ -1,13 +1,15 @@
 """How many channels a pruned group keeps: the floor, and the multiples that kernels like.
 
-Pure arithmetic, for torch modules and ONNX graphs alike. Which channels stay is
+Pure arithmetic and its checks, for torch modules and ONNX graphs alike. Which channels stay is
 `importance.py`'s, their removal `pruning.py`'s and `onnx_pruning.py`'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from autotune.errors import CompressionError
 
 MIN_CHANNELS = 8
 """No group is pruned below this: one vector of 8 floats, the narrowest AVX2 kernel."""
@@ -50,3 +52,20 @@ def kept_channels(channels: int, ratio: float, *, round_to: int = 8, block: int 
     rounded = math.floor(channels * (1.0 - ratio) / unit + 0.5) * unit
     floor = math.ceil(max(MIN_CHANNELS, round_to) / block) * block
     return min(channels, max(floor, rounded))
+
+
+def require_known(ratios: Mapping[str, float], groups: Collection[str]) -> None:
+    """Return if every ratio is a fraction and names one of the prunable groups.
+
+    Raises:
+        CompressionError: the message names the group or the ratio, and what is allowed.
+    """
+    for name, ratio in ratios.items():
+        if name not in groups:
+            raise CompressionError(
+                f"no prunable group is called {name!r}; there are: " + (", ".join(groups) or "none")
+            )
+        if not 0.0 <= ratio < 1.0:
+            raise CompressionError(
+                f"prune ratio {ratio} of group {name!r} is not a fraction in [0, 1)"
+            )

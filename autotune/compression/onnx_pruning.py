@@ -16,10 +16,10 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from autotune.compression.channels import MIN_PRUNABLE_CHANNELS, kept_channels
+from autotune.compression.channels import MIN_PRUNABLE_CHANNELS, kept_channels, require_known
 from autotune.compression.graph import GraphView, attribute, model_bytes, shape_of, unique_names
 from autotune.compression.importance import ChannelScores
-from autotune.compression.onnx_coupling import ChannelCouplings, Coupling, couple_channels
+from autotune.compression.onnx_coupling import ChannelCouplings, couple_channels
 from autotune.compression.onnx_reestimation import (
     output_axis,
     output_statistics,
@@ -137,7 +137,7 @@ def choose_channels(
         CompressionError: no group has that name, or a ratio is not a fraction.
     """
     couplings = {c.group.name: c for c in found.couplings}
-    _require_known(ratios, couplings)
+    require_known(ratios, couplings)
     kept = np.ones(found.n_labels, dtype=bool)
     for name, ratio in sorted(ratios.items()):
         labels, group = couplings[name].labels, couplings[name].group
@@ -255,19 +255,6 @@ def _label_norms(
             members = np.unique(labels)
             total[members] += np.log(np.maximum(norms[members], _DEAD_NORM))
     return total
-
-
-def _require_known(ratios: Mapping[str, float], couplings: Mapping[str, Coupling]) -> None:
-    for name, ratio in ratios.items():
-        if name not in couplings:
-            raise CompressionError(
-                f"no prunable group is called {name!r}; there are: "
-                + (", ".join(couplings) or "none")
-            )
-        if not 0.0 <= ratio < 1.0:
-            raise CompressionError(
-                f"prune ratio {ratio} of group {name!r} is not a fraction in [0, 1)"
-            )
 
 
 def _require_running(

@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from autotune.compression.channels import MIN_CHANNELS, MIN_PRUNABLE_CHANNELS, kept_channels
+from autotune.compression.channels import (
+    MIN_CHANNELS,
+    MIN_PRUNABLE_CHANNELS,
+    kept_channels,
+    require_known,
+)
 from autotune.compression.coupling import (
     ChannelGraph,
-    Coupling,
     find_couplings,
     trainable_copy,
 )
@@ -147,7 +151,7 @@ def prune_module(
     found = find_couplings(pruned, input_shape)
     scores = scores or score_weights(found.offered, "l2")
     couplings = {c.group.name: c for c in found.offered}
-    _require_known(ratios, couplings)
+    require_known(ratios, couplings)
     removals = {
         name: _least_important(couplings[name].group, ratio, round_to, scores)
         for name, ratio in sorted(ratios.items())
@@ -158,19 +162,6 @@ def prune_module(
     _require_running(pruned, module, input_shape, removals)
     _restore_flags(pruned, module)
     return pruned
-
-
-def _require_known(ratios: Mapping[str, float], couplings: Mapping[str, Coupling]) -> None:
-    for name, ratio in ratios.items():
-        if name not in couplings:
-            raise CompressionError(
-                f"no prunable group is called {name!r}; there are: "
-                + (", ".join(couplings) or "none")
-            )
-        if not 0.0 <= ratio < 1.0:
-            raise CompressionError(
-                f"prune ratio {ratio} of group {name!r} is not a fraction in [0, 1)"
-            )
 
 
 def _least_important(

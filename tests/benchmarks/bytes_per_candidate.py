@@ -60,7 +60,7 @@ class CountingLine:
         found = find_segments(self.artifacts.path(sha256).read_bytes())
         pairs = tuple((s.identity, s.size_bytes) for s in found)
         self.sent += len(ArtifactSegments(segments=pairs).model_dump_json())
-        return tuple(Segment(identity=name, size_bytes=size) for name, size in pairs)
+        return found
 
     @contextmanager
     def download(

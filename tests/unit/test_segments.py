@@ -26,10 +26,6 @@ def model(changed=None):
     return helper.make_model(graph).SerializeToString()
 
 
-def on_device(data):
-    return [Segment(identity=s.identity, size_bytes=s.size_bytes) for s in find_segments(data)]
-
-
 def test_the_segments_of_a_file_are_the_whole_file():
     data = model()
     assert sum(segment.size_bytes for segment in find_segments(data)) == len(data)
@@ -61,24 +57,24 @@ def assembled(pieces, data):
 
 def test_a_plan_copies_what_is_here_and_fetches_the_rest(tmp_path):
     (tmp_path / "old").write_bytes(model())
-    known = places({tmp_path / "old": on_device(model())})
+    known = places({tmp_path / "old": find_segments(model())})
     wanted = model(changed=7)
-    pieces = plan(on_device(wanted), known, offset=0)
+    pieces = plan(find_segments(wanted), known, offset=0)
     assert assembled(pieces, wanted) == wanted
     assert sum(p.stop - p.start for p in pieces if p.place is None) < 10_000
 
 
 def test_a_plan_goes_on_in_the_middle_of_a_segment(tmp_path):
     (tmp_path / "old").write_bytes(model())
-    known = places({tmp_path / "old": on_device(model())})
+    known = places({tmp_path / "old": find_segments(model())})
     wanted = model(changed=7)
     for offset in (1, 5000, 70_001, len(wanted)):
-        pieces = plan(on_device(wanted), known, offset=offset)
+        pieces = plan(find_segments(wanted), known, offset=offset)
         assert assembled(pieces, wanted) == wanted[offset:]
 
 
 def test_a_first_artifact_is_one_range():
-    segments = on_device(model())
+    segments = find_segments(model())
     assert [(p.start, p.stop) for p in plan(segments, {}, offset=0)] == [(0, len(model()))]
 
 

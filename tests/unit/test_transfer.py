@@ -9,7 +9,6 @@ from device_agents.cache import ArtifactCache
 from device_agents.connection import Download
 from device_agents.errors import ArtifactCorrupt, ServiceUnreachable
 from device_agents.protocol import ArtifactReference
-from device_agents.segments import Segment
 from device_agents.transfer import Transfer
 from storage.segments import find_segments
 from tests.unit.test_segments import model
@@ -30,8 +29,7 @@ class FakeConnection:
         return ArtifactReference(sha256=sha256, size_bytes=len(data))
 
     def segments(self, sha256):
-        found = find_segments(self.artifacts[sha256])
-        return tuple(Segment(identity=s.identity, size_bytes=s.size_bytes) for s in found)
+        return find_segments(self.artifacts[sha256])
 
     @contextmanager
     def download(self, sha256, *, offset=0, stop=None):

@@ -29,8 +29,8 @@ from search_spaces import Candidate, Precision
 from storage.sensitivity import Sensitivity
 
 SQNR_SAMPLES = BATCH
-"""One batch: the SQNR of a group's output moves by under 0.3 dB between batches of 16 images
-(resnet18 and mobilenet_v2 at 64x64), and what it decides takes steps of several dB."""
+"""One batch: every sample has thousands of values per output, and what the SQNR decides takes
+steps of several dB. A choice; how far it moves between batches was not measured."""
 
 PRUNING_SAMPLES = 100
 """Half of what a precision gets: a prune ratio's divergence is a thousand times larger (0.01

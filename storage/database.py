@@ -216,7 +216,7 @@ def _server_engine(location: URL) -> Engine:
 
 def _note_topics(session: Session, _: UOWTransaction) -> None:
     changed = [*session.new, *(row for row in session.dirty if session.is_modified(row))]
-    topics = {row.topic for row in changed if isinstance(row, Base) and row.topic is not None}
+    topics = {topic for row in changed if isinstance(row, Base) for topic in row.topics()}
     session.info.setdefault("topics", set()).update(topics)
 
 

@@ -65,6 +65,14 @@ class MeasurementState(StrEnum):
     DONE = "done"
 
 
+def queue_topic(device_id: str) -> str:
+    """What the repository announces when a measurement is queued for the device.
+
+    A topic per device, so that new work wakes the one agent that can take it and not a fleet.
+    """
+    return f"queue of {device_id}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyReport:
     """The metric of one artifact on labelled samples; larger is better.

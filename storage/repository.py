@@ -56,8 +56,9 @@ class Repository:
     Args:
         database: From `open_database`; whoever opened it closes it.
         notify: Called after a commit, on the committing thread, once per kind of row that
-            changed: "jobs", "trials", "measurements", "events" or "devices". A renewed lease
-            is no change. It must be quick and must not raise: the commit has happened.
+            changed: "jobs", "trials", "measurements", "events" or "devices", and once per
+            device whose queue grew (`records.queue_topic`). A renewed lease is no change. It
+            must be quick and must not raise: the commit has happened.
         clock: The time that decides when a lease or a token ends.
     """
 

@@ -45,12 +45,13 @@ from storage.records import (
     MeasurementState,
     TrialOutcome,
     TrialState,
+    queue_topic,
 )
 from storage.sensitivity import Sensitivity
 
 
 class Base(DeclarativeBase):
-    """Base of all rows; `topic` is what listeners are told when one of the rows changes."""
+    """Base of all rows; `topics` is what listeners are told when one of them changes."""
 
     metadata = MetaData(
         naming_convention={
@@ -68,6 +69,10 @@ class Base(DeclarativeBase):
         bool: Boolean(),
     }
     topic: ClassVar[str | None] = None
+
+    def topics(self) -> tuple[str, ...]:
+        """Of the kind of row; more where a row matters to somebody of its own."""
+        return () if self.topic is None else (self.topic,)
 
 
 class JobRow(Base):
@@ -155,6 +160,12 @@ class MeasurementRow(Base):
     report: Mapped[LatencyReport | None] = mapped_column(Message(LatencyReport))
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+
+    def topics(self) -> tuple[str, ...]:
+        """A queued measurement is news for its device's agent, too."""
+        if self.state is MeasurementState.QUEUED:
+            return ("measurements", queue_topic(self.device_id))
+        return ("measurements",)
 
 
 class SamplesRow(Base):

@@ -12,9 +12,15 @@ import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 Ticket = Mapping[str, int]
 """The count of each topic at the moment it was taken."""
+
+
+class _Waiter(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    topics: frozenset[str]
 
 
 class Broadcast:
@@ -23,8 +29,9 @@ class Broadcast:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, int] = defaultdict(int)
-        self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
-        self._topics: dict[asyncio.Future[None], frozenset[str]] = {}
+        self._waiting: dict[asyncio.Future[None], _Waiter] = {}
+        # By topic, so that news costs what its own waiters cost, however many others wait.
+        self._by_topic: dict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self._listeners: list[Callable[[str], None]] = []
         self._closed = False
 
@@ -41,8 +48,7 @@ class Broadcast:
         """Something about the topic changed."""
         with self._lock:
             self._counts[topic] += 1
-            woken = [future for future, topics in self._topics.items() if topic in topics]
-            self._release(woken)
+            self._release(list(self._by_topic.get(topic, ())))
         for listener in self._listeners:
             listener(topic)
 
@@ -65,8 +71,9 @@ class Broadcast:
         with self._lock:
             if self._closed or any(self._counts[t] != n for t, n in ticket.items()):
                 return True
-            self._waiting[future] = loop
-            self._topics[future] = frozenset(ticket)
+            self._waiting[future] = _Waiter(loop, frozenset(ticket))
+            for topic in ticket:
+                self._by_topic[topic].add(future)
         try:
             async with asyncio.timeout(timeout_s):
                 await future
@@ -74,8 +81,7 @@ class Broadcast:
             return False
         finally:
             with self._lock:
-                self._waiting.pop(future, None)
-                self._topics.pop(future, None)
+                self._forget(future)
         return True
 
     def close(self) -> None:
@@ -86,10 +92,18 @@ class Broadcast:
 
     def _release(self, futures: list[asyncio.Future[None]]) -> None:
         for future in futures:
-            loop = self._waiting.pop(future)
-            self._topics.pop(future, None)
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there
-                loop.call_soon_threadsafe(_resolve, future)
+            waiter = self._forget(future)
+            if waiter is not None:
+                with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there
+                    waiter.loop.call_soon_threadsafe(_resolve, future)
+
+    def _forget(self, future: asyncio.Future[None]) -> _Waiter | None:
+        waiter = self._waiting.pop(future, None)
+        for topic in waiter.topics if waiter else ():
+            self._by_topic[topic].discard(future)
+            if not self._by_topic[topic]:
+                del self._by_topic[topic]
+        return waiter
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -64,6 +64,28 @@ def test_a_waiting_agent_is_woken_by_new_work(service: RunningService) -> None:
     assert time.monotonic() - before < 5  # far below the 20 s it would wait unwoken
 
 
+def test_news_for_another_device_does_not_wake_a_waiting_agent(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    lease = service.repository.lease_measurement
+
+    def noted(**asked: Any) -> Any:
+        looks.append(asked["device_id"])
+        return lease(**asked)
+
+    monkeypatch.setattr(service.repository, "lease_measurement", noted)
+    (agent, device), (_, other) = service.enrol(), service.enrol()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(agent.post, "/v1/agent/lease", json=versioned(wait_s=20))
+        while not looks:
+            threading.Event().wait(0.01)
+        service.queue_measurement(other)
+        service.queue_measurement(device)
+        assert waiting.result(timeout=10).status_code == 200
+    assert looks == [device.id] * 2
+
+
 def test_a_waiting_agent_is_let_go_when_the_service_ends(tmp_path: Path) -> None:
     with running_service(tmp_path) as service, ThreadPoolExecutor(1) as pool:
         agent, _ = service.enrol()

@@ -8,7 +8,7 @@ import pytest
 
 from device_agents.protocol import Outcome
 from storage.errors import InvalidToken, NotFound, StaleLease, StorageError
-from storage.records import MeasurementState
+from storage.records import MeasurementState, queue_topic
 
 from .conftest import START, World, latency_report, measurement_request, result_of
 
@@ -61,6 +61,22 @@ def test_the_oldest_measurement_of_the_device_is_leased_first(world: World) -> N
     assert (lease.fencing_token, lease.attempts) == (1, 1)
     assert lease.lease_expires_at == START + timedelta(seconds=30)
     assert world.repository.get_measurement("m-2") == lease
+
+
+def test_news_of_a_queue_goes_to_the_device_that_it_belongs_to(world: World) -> None:
+    pi, agent = world.agent("pi")
+    world.agent("jetson", fingerprint="e" * 64)
+    job = world.job()
+    world.topics.clear()
+    world.enqueue(job, pi, "m-1")
+    assert world.topics == ["measurements", queue_topic(pi.id)]
+    world.topics.clear()
+    world.lease(agent, ttl_s=30)
+    assert world.topics == ["measurements"]
+    world.topics.clear()
+    world.clock.advance(31)
+    world.repository.expire_leases()
+    assert world.topics == ["measurements", queue_topic(pi.id)]
 
 
 def test_nothing_queued_is_no_lease_and_no_notification(world: World) -> None:

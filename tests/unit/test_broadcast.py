@@ -66,7 +66,7 @@ def test_a_cancelled_waiter_leaves_nothing_behind() -> None:
     asyncio.run(wait())
     broadcast.publish("jobs")
     assert not broadcast._waiting
-    assert not broadcast._topics
+    assert not broadcast._by_topic
 
 
 def test_a_waiter_whose_loop_is_gone_does_not_stop_the_publisher() -> None:

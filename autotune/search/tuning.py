@@ -13,7 +13,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from autotune.compression.kernels import kernels_of
@@ -34,12 +33,12 @@ from autotune.search.front import Answer, answer, counts_size, non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
-from autotune.search.sampler import Sampler
+from autotune.search.proposals import BATCH, Proposals
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
 from autotune.spec import LatencyBudget, name_uploads, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
-from search_spaces import Candidate, LayerInventory, SearchSpace
+from search_spaces import LayerInventory, SearchSpace
 from storage.errors import StorageError
 from storage.records import (
     DeviceRecord,
@@ -53,9 +52,6 @@ from storage.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from autotune.compression.data import DataSplits
-
-_BATCH = 4
-"""Proposals made at once: enough to keep two workers busy, few enough to learn from."""
 
 _CONFIRMED_FRONT_MEMBERS = 3
 """Front members confirmed beside the winner and the baselines."""
@@ -242,45 +238,29 @@ class Tuning:
         damage: Mapping[tuple[str, str], float],
     ) -> None:
         self._enter("search")
-        warm = planner.first_candidates(self._space, inventory, damage, bases)
-        queue = [Proposal(candidate=c, proposed_by="sensitivity") for c in warm]
+        proposals = Proposals(
+            space=self._space,
+            inventory=inventory,
+            bases=bases,
+            damage=damage,
+            seed=self._spec.seed,
+            latency_budget_ns=self._job.latency_budget_ns,
+            by_size=counts_size(self._job.spec),
+        )
         # Half of what is left goes to the warm start, the rest to what it teaches.
-        queue = [p for p in queue if not self._is_known(p.candidate)]
-        queue = queue[: max(_BATCH, self._trials_left() // 2)]
+        queue = proposals.warm_start(self._trials())[: max(BATCH, self._trials_left() // 2)]
         turn = 0
         while not self._is_over():
-            batch = queue[:_BATCH] or self._refine(bases, damage, turn)
-            queue = queue[_BATCH:]
+            batch = queue[:BATCH]
+            if not batch:
+                trials = self._trials()
+                batch = proposals.refine(trials, self._flip_from(trials), turn=turn)
+            queue = queue[BATCH:]
             turn += 1
             if not batch:
                 self._stopped_because = "nothing new is left to propose"
                 break
             self._evaluate(evaluation, batch[: self._trials_left()])
-
-    def _refine(
-        self, bases: list[dict[str, float]], damage: Mapping[tuple[str, str], float], turn: int
-    ) -> list[Proposal]:
-        """A batch shared by Optuna and by single-group flips of front members."""
-        trials = self._trials()
-        sampler = Sampler(
-            space=self._space,
-            bases=[{}, *bases],
-            seed=self._spec.seed,
-            latency_budget_ns=self._job.latency_budget_ns,
-        )
-        proposals = [
-            Proposal(candidate=c, proposed_by="optuna")
-            for c in sampler.propose(trials, _BATCH // 2, is_known=self._is_known)
-        ]
-        rng = random.Random(self._spec.seed * 1000 + turn)  # noqa: S311 - a search, not a secret
-        neighbours = planner.flips(self._flip_from(trials), self._space, damage, rng=rng)
-        fresh = (c for c in neighbours if not self._is_known(c))
-        taken = {p.candidate.digest for p in proposals}
-        new = (c for c in fresh if c.digest not in taken)
-        return proposals + [
-            Proposal(candidate=c, proposed_by="mutation")
-            for c in islice(new, _BATCH - len(proposals))
-        ]
 
     def _confirm(self, evaluation: Evaluation) -> None:
         """Confirm baselines, front and winner; a winner that does not confirm gives way."""
@@ -379,9 +359,6 @@ class Tuning:
 
     def _trials(self) -> list[TrialRecord]:
         return self._repository.list_trials(self._job.id)
-
-    def _is_known(self, candidate: Candidate) -> bool:
-        return any(t.candidate.digest == candidate.digest for t in self._trials())
 
     def _front(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
         return non_dominated(trials, by_size=counts_size(self._job.spec))

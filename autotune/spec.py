@@ -9,12 +9,19 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from autotune.errors import InvalidJob
 from search_spaces import Precision
@@ -24,6 +31,7 @@ JOB_VERSION: Literal[1] = 1
 # Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
 # 2026-11-21: search.prune_importance (before it, l2) and recovery.patience (before it, 3).
 # 2026-11-21: search.objectives, and precisions with options; a job without them means the same.
+# 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
 Importance = Literal["l1", "l2", "taylor", "batch_norm"]
@@ -169,7 +177,8 @@ class JobSpec(_Section):
     """A tuning job.
 
     `latency_budget` is `0.5x` (a fraction of the FP32 latency measured on the device) or a
-    duration such as `2.5ms` or `800us`; None asks for the whole front. `max_accuracy_drop`
+    duration such as `2.5ms` or `800us`; None asks for the whole front. With several devices a
+    candidate is inside the budget where it is on each of them. `max_accuracy_drop`
     is the largest acceptable loss of the metric against FP32, as a fraction: among the
     trials inside the latency budget, the winner is the fastest one within it, or the most
     accurate one where it is None.
@@ -183,10 +192,12 @@ class JobSpec(_Section):
     """The source model."""
     data: DataSpec
     """The labelled data."""
-    device: str | None = None
-    """Name, id or pool of the device to measure on; any device that is online where left out."""
-    latency_budget: str | None = None
-    """Bound on the latency: `2.5ms`, `800us`, or `0.5x` of the FP32 latency."""
+    device: str | tuple[str, ...] | None = None
+    """Name, id or pool of the device to measure on, or a list of them: every candidate is then
+    measured on each. Any device that is online where left out."""
+    latency_budget: str | dict[str, str] | None = None
+    """Bound on the latency: `2.5ms`, `800us`, or `0.5x` of the FP32 latency. With several devices
+    it is each one's own, or a mapping names one for each: `{gateway: 3ms, pi4: 20ms}`."""
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
     """Largest acceptable loss of accuracy against FP32, as a fraction: 0.01 is one point."""
     search: SearchSpec = SearchSpec()
@@ -198,12 +209,57 @@ class JobSpec(_Section):
     seed: int = Field(default=0, ge=0)
     """Seed of everything random; the same seed makes the same proposals of the same results."""
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _names(cls, given: object) -> object:
+        names = [given] if isinstance(given, str) else given
+        if names is None:
+            return None
+        if not isinstance(names, list | tuple) or not names or not _are_names(names):
+            raise ValueError("must be the name of a device, or a list of different names")
+        return given
+
+    @field_validator("latency_budget", mode="before")
+    @classmethod
+    def _readable(cls, given: object) -> object:
+        budgets = given if isinstance(given, dict) else {"": given}
+        for text in budgets.values():
+            if isinstance(text, str):
+                LatencyBudget.parse(text)
+            elif text is not None or isinstance(given, dict):
+                raise ValueError("must be a budget such as 3ms, or one for each device")
+        return given
+
     @field_validator("latency_budget")
     @classmethod
-    def _readable(cls, text: str | None) -> str | None:
-        if text is not None:
-            LatencyBudget.parse(text)
-        return text
+    def _one_for_each(
+        cls, budget: str | dict[str, str] | None, known: ValidationInfo
+    ) -> str | dict[str, str] | None:
+        if isinstance(budget, dict) and "device" in known.data:
+            devices = known.data["device"]
+            targets = (devices,) if isinstance(devices, str) else devices or ()
+            if set(budget) != set(targets):
+                wanted = (
+                    f"each of {', '.join(targets)}" if targets else "a device that the job names"
+                )
+                raise ValueError(f"must have one budget for {wanted}, and no other")
+        return budget
+
+    @property
+    def targets(self) -> tuple[str | None, ...]:
+        """The devices to measure on, the primary one first; (None,) where any will do."""
+        return self.device if isinstance(self.device, tuple) else (self.device,)
+
+    def budget_on(self, target: str | None) -> LatencyBudget | None:
+        """The bound on the latency on one of `targets`; None where there is none."""
+        budget = self.latency_budget
+        text = budget.get(target or "") if isinstance(budget, dict) else budget
+        return None if text is None else LatencyBudget.parse(text)
+
+
+def _are_names(given: Sequence[object]) -> bool:
+    """Texts, none empty and no two alike."""
+    return all(isinstance(x, str) and x for x in given) and len({*given}) == len(given)
 
 
 _BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(x|us|µs|ms|s)\s*$")

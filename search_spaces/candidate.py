@@ -11,13 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from search_spaces.choices import FP32, Precision, RuntimeOptions
 from search_spaces.errors import InvalidCandidate, SearchSpaceError
 
-CANDIDATE_VERSION = 1
+CANDIDATE_VERSION = 2
 # Version 1 (2026-11-21): precisions, prune_ratios, runtime; an absent group is FP32, unpruned.
+# Version 2 (2026-11-21): rounding. A candidate without it is still written as version 1, so that
+# its digest stays what it was.
+
+Rounding = Literal["adaround"]
+"""How weights may be rounded otherwise than every candidate of the base has them: `adaround`
+learns it for this candidate (Nagel et al. 2020)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +31,7 @@ class Candidate:
     """Precision per layer group, fraction of channels pruned per prunable group, runtime.
 
     A group that is not named is FP32 (or unpruned), so defaults never change the identity.
+    `rounding` says how its weights were rounded, where that was done for this candidate alone.
 
     >>> a = Candidate(precisions={"conv1": FP32, "fc": Precision(8, 8)})
     >>> b = Candidate(precisions={"fc": Precision(8, 8)}, prune_ratios={"conv1": 0.0})
@@ -35,6 +42,7 @@ class Candidate:
     precisions: Mapping[str, Precision] = field(default_factory=dict)
     prune_ratios: Mapping[str, float] = field(default_factory=dict)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    rounding: Rounding | None = None
 
     def __post_init__(self) -> None:
         for name, ratio in self.prune_ratios.items():
@@ -42,6 +50,11 @@ class Candidate:
                 raise InvalidCandidate(
                     f"prune ratio {ratio} of {name!r} is not a fraction in [0, 1)"
                 )
+        if self.rounding not in (None, *get_args(Rounding)):
+            raise InvalidCandidate(
+                f"rounding {self.rounding!r} is not known; it is left out, or one of "
+                f"{', '.join(get_args(Rounding))}"
+            )
         kept = {n: p for n, p in sorted(self.precisions.items()) if p != FP32}
         ratios = {n: round(r, 4) for n, r in sorted(self.prune_ratios.items()) if r > 0.0}
         object.__setattr__(self, "precisions", kept)
@@ -57,7 +70,8 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, with the format's version."""
-        return {"version": CANDIDATE_VERSION, **self._artifact_json(), "runtime": self._runtime()}
+        version = 1 if self.rounding is None else 2
+        return {"version": version, **self._artifact_json(), "runtime": self._runtime()}
 
     def canonical_json(self) -> str:
         """The one textual form: sorted keys, no white space, defaults left out."""
@@ -91,15 +105,16 @@ class Candidate:
         """
         try:
             version = document["version"]
-            if version != CANDIDATE_VERSION:
+            if version not in range(1, CANDIDATE_VERSION + 1):
                 raise InvalidCandidate(
                     f"candidate format version {version!r} is not known here; "
-                    f"this release reads version {CANDIDATE_VERSION}"
+                    f"this release reads versions 1 to {CANDIDATE_VERSION}"
                 )
             return cls(
                 precisions={n: Precision.parse(p) for n, p in document["precisions"].items()},
                 prune_ratios={n: float(r) for n, r in document["prune_ratios"].items()},
                 runtime=RuntimeOptions(**document["runtime"]),
+                rounding=document.get("rounding"),
             )
         except SearchSpaceError:
             raise
@@ -107,10 +122,11 @@ class Candidate:
             raise InvalidCandidate(f"not a candidate: {error!r}") from error
 
     def _artifact_json(self) -> dict[str, Any]:
-        return {
+        shapes: dict[str, Any] = {
             "precisions": {name: p.name for name, p in self.precisions.items()},
             "prune_ratios": dict(self.prune_ratios),
         }
+        return shapes if self.rounding is None else {**shapes, "rounding": self.rounding}
 
     def _runtime(self) -> dict[str, Any]:
         return {

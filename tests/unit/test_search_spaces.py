@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,20 @@ def test_runtime_options_change_the_candidate_but_not_its_artifact() -> None:
     )
     assert a.digest != b.digest
     assert a.artifact_digest == b.artifact_digest
+
+
+def test_rounding_makes_another_artifact_of_the_same_base_and_survives_json() -> None:
+    plain = Candidate(precisions={"body": INT8}, prune_ratios={"stem": 0.25})
+    learned = replace(plain, rounding="adaround")
+    assert Candidate.from_json(json.loads(learned.canonical_json())) == learned
+    assert learned.artifact_digest != plain.artifact_digest
+    assert learned.base_digest == plain.base_digest
+    assert (plain.to_json()["version"], learned.to_json()["version"]) == (1, 2)
+
+
+def test_an_unknown_rounding_is_refused() -> None:
+    with pytest.raises(InvalidCandidate, match=r"'stochastic'.*adaround"):
+        Candidate.from_json({**Candidate().to_json(), "version": 2, "rounding": "stochastic"})
 
 
 def test_a_candidate_of_a_newer_format_is_refused() -> None:

@@ -27,6 +27,7 @@ def create(session: Session, *, spec: Mapping[str, Any], name: str, now: datetim
         phase=JobState.QUEUED.value,
         spec=dict(spec),
         cancel_requested=False,
+        further_targets=(),
         sensitivity=(),
         created_at=now,
     )

@@ -6,8 +6,8 @@ timezone-aware UTC. A missing figure is None, with a reason beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -114,13 +114,37 @@ class AccuracyReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobTarget:
+    """A device that a job measures on, and what holds for the job there.
+
+    `latency_budget_ns` and `reference_latency_ns` (the FP32 model's own calibrated median) are
+    None until the FP32 model was measured there, the budget also where the job has none.
+    Stored as JSON (2026-11-21).
+    """
+
+    device_id: str
+    latency_budget_ns: float | None = None
+    reference_latency_ns: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> JobTarget:
+        """The target that `to_json` wrote."""
+        return cls(**document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
     """A job with its state.
 
     `spec` is the validated job file as JSON. `inventory`, `space`, `device_id`, `source` and
-    `latency_budget_ns` are None until the runner has found them. `reason` says why a job
-    waits or failed, or what its answer means (an impossible budget). `result` is the answer:
-    a dictionary whose keys `autotune.api_types.JobResult` documents.
+    `latency_budget_ns` are None until the runner has found them. `device_id` and the figures
+    beside it are the primary target's; a job on several devices has `further_targets`.
+    `reason` says why a job waits or failed, or what its answer means (an impossible budget).
+    `result` is the answer: a dictionary whose keys `autotune.api_types.JobResult` documents.
     """
 
     id: str
@@ -136,11 +160,70 @@ class JobRecord:
     device_id: str | None = None
     latency_budget_ns: float | None = None
     reference_latency_ns: float | None = None
+    further_targets: tuple[JobTarget, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     result: Mapping[str, Any] | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+    @property
+    def targets(self) -> tuple[JobTarget, ...]:
+        """Every device of the job, the primary one first; empty until they are found."""
+        if self.device_id is None:
+            return ()
+        primary = JobTarget(
+            device_id=self.device_id,
+            latency_budget_ns=self.latency_budget_ns,
+            reference_latency_ns=self.reference_latency_ns,
+        )
+        return (primary, *self.further_targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetFigures:
+    """What a trial is on one of its job's further targets; the fields mean what the trial's do.
+
+    The artifact is the one for that device's kernels, so that it and its accuracy may differ
+    from the primary target's. Stored as JSON (2026-11-21).
+    """
+
+    device_id: str
+    outcome: TrialOutcome | None = None
+    reason: str | None = None
+    artifact_sha256: str | None = None
+    artifact_size_bytes: int | None = None
+    compression: Mapping[str, Any] | None = None
+    accuracy: AccuracyReport | None = None
+    latency: LatencyReport | None = None
+    held_out_accuracy: AccuracyReport | None = None
+    confirmed_latency: LatencyReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return {
+            **asdict(self),
+            "latency": self.latency and self.latency.model_dump(mode="json"),
+            "confirmed_latency": self.confirmed_latency
+            and self.confirmed_latency.model_dump(mode="json"),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> TargetFigures:
+        """The figures that `to_json` wrote."""
+        readers: dict[str, Callable[[Any], Any]] = {
+            "outcome": TrialOutcome,
+            "accuracy": AccuracyReport.from_json,
+            "held_out_accuracy": AccuracyReport.from_json,
+            "latency": LatencyReport.model_validate,
+            "confirmed_latency": LatencyReport.model_validate,
+        }
+        read = {
+            name: readers[name](document[name])
+            for name in readers
+            if document.get(name) is not None
+        }
+        return cls(**{**document, **read})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +233,8 @@ class TrialRecord:
     `proposed_by` names who had the idea (`baseline`, `sensitivity`, `optuna`, `mutation`).
     `latency` comes without its raw samples; they are with the measurement. `artifact` facts
     and `groups` (planned and effective precision, one entry per layer group) are None until
-    the file is built. `held_out_*` are filled when the trial is confirmed.
+    the file is built. `held_out_*` are filled when the trial is confirmed. All these figures
+    are the primary target's; `further` has those of a job's other targets, one entry each.
     """
 
     id: str
@@ -168,8 +252,18 @@ class TrialRecord:
     latency: LatencyReport | None = None
     held_out_accuracy: AccuracyReport | None = None
     confirmed_latency: LatencyReport | None = None
+    further: tuple[TargetFigures, ...] = ()
     created_at: datetime
     finished_at: datetime | None = None
+
+    def on(self, device_id: str) -> TrialRecord:
+        """The trial as it is on one target, as if the job had no other."""
+        for figures in self.further:
+            if figures.device_id == device_id:
+                there = {f.name: getattr(figures, f.name) for f in fields(figures)}
+                del there["device_id"]
+                return replace(self, **there, further=())
+        return replace(self, further=()) if self.further else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,18 +141,19 @@ class Repository:
             now = self._clock()
             return trials.add(session, job_id, candidate, proposed_by=proposed_by, now=now)
 
-    def update_trial(self, trial_id: str, **changes: Any) -> TrialRecord:
+    def update_trial(self, trial_id: str, *, on: str | None = None, **changes: Any) -> TrialRecord:
         """Set any field except `id`, `job_id`, `number`, `candidate` and `created_at`.
 
         A state sets `finished_at` (FINISHED) or clears it, unless it is given. Latency reports
-        are kept without their raw samples; those are with the measurement.
+        are kept without their raw samples; those are with the measurement. `on` is the device
+        id of a further target: the fields are then those of its `TargetFigures`.
 
         Raises:
             NotFound: there is no such trial.
             TypeError: a field that cannot be changed.
         """
         with self._writing() as session:
-            return trials.update(session, trial_id, changes, now=self._clock())
+            return trials.update(session, trial_id, changes, on=on, now=self._clock())
 
     def get_trial(self, trial_id: str) -> TrialRecord:
         """The trial of that id.

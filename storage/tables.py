@@ -42,7 +42,9 @@ from storage.columns import (
 from storage.records import (
     AccuracyReport,
     JobState,
+    JobTarget,
     MeasurementState,
+    TargetFigures,
     TrialOutcome,
     TrialState,
     queue_topic,
@@ -95,6 +97,9 @@ class JobRow(Base):
     device_id: Mapped[str | None] = mapped_column(ForeignKey("devices.id"))
     latency_budget_ns: Mapped[float | None]
     reference_latency_ns: Mapped[float | None]
+    further_targets: Mapped[tuple[JobTarget, ...]] = mapped_column(
+        Documents(JobTarget), nullable=True
+    )
     sensitivity: Mapped[tuple[Sensitivity, ...]] = mapped_column(Documents(Sensitivity))
     result: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
     created_at: Mapped[datetime]
@@ -129,6 +134,9 @@ class TrialRow(Base):
     latency: Mapped[LatencyReport | None] = mapped_column(Message(LatencyReport))
     held_out_accuracy: Mapped[AccuracyReport | None] = mapped_column(Document(AccuracyReport))
     confirmed_latency: Mapped[LatencyReport | None] = mapped_column(Message(LatencyReport))
+    further: Mapped[tuple[TargetFigures, ...]] = mapped_column(
+        Documents(TargetFigures), nullable=True
+    )
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from search_spaces import Candidate
 from storage import identifiers
 from storage.errors import DuplicateTrial, NotFound
-from storage.records import TrialRecord, TrialState
+from storage.records import TargetFigures, TrialRecord, TrialState
 from storage.rows import by_prefix, change, locked_by_id, to_record
 from storage.samples import split_blocks
 from storage.tables import JobRow, TrialRow
@@ -47,6 +47,7 @@ def add(
         candidate_digest=digest,
         proposed_by=proposed_by,
         state=TrialState.PROPOSED,
+        further=(),
         created_at=now,
     )
     session.add(row)
@@ -55,11 +56,25 @@ def add(
 
 
 def update(
-    session: Session, trial_id: str, changes: Mapping[str, Any], *, now: datetime
+    session: Session,
+    trial_id: str,
+    changes: Mapping[str, Any],
+    *,
+    on: str | None = None,
+    now: datetime,
 ) -> TrialRecord:
-    """Set fields; FINISHED sets `finished_at`; latency reports lose their raw samples."""
+    """Set fields; FINISHED sets `finished_at`; latency reports lose their raw samples.
+
+    With `on`, a further target's device id, the fields are those of its figures.
+    """
     row = locked_by_id(session, TrialRow, "trial", trial_id)
     kept = {name: split_blocks(changes[name])[0] for name in _REPORTS if name in changes}
+    if on is not None:
+        others = {figures.device_id: figures for figures in row.further}
+        known = others.get(on) or TargetFigures(device_id=on)
+        others[on] = replace(known, **{**changes, **kept})
+        row.further = tuple(others.values())
+        return to_record(TrialRecord, row)
     change(row, {**changes, **kept}, allowed=_CHANGEABLE)
     if "state" in changes and "finished_at" not in changes:
         row.finished_at = now if row.state is TrialState.FINISHED else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -83,6 +83,24 @@ class MeasurementOrder:
     plan: MeasurementPlan
 
 
+@dataclass(slots=True, kw_only=True)
+class _Pursuit:
+    """An order on its way to a result; `latest` is its request that is queued or has ended."""
+
+    index: int
+    device: DeviceRecord
+    order: MeasurementOrder
+    attempt: int = 0
+    n_queued: int = 0
+    latest: MeasurementRecord | None = None
+
+    @property
+    def record(self) -> MeasurementRecord:
+        if self.latest is None:
+            raise ValueError("nothing is queued for this order yet")
+        return self.latest
+
+
 class Fleet:
     """The devices, seen from the search.
 
@@ -155,34 +173,81 @@ class Fleet:
         *,
         should_stop: Callable[[], bool],
     ) -> MeasurementRecord:
-        """Measure in a quiet window; returns the finished record, whatever its outcome.
+        """`measure_all` for one order."""
+        ((_, record),) = self.measure_all(job, [(device, order)], should_stop=should_stop)
+        return record
 
-        A request that was queued before a restart is found again by its id and not repeated.
-        An outcome that speaks of the moment (unstable, lost) is tried once more, and so is a
-        report that is not steady.
+    def measure_all(
+        self,
+        job: JobRecord,
+        orders: Sequence[tuple[DeviceRecord, MeasurementOrder]],
+        *,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[tuple[int, MeasurementRecord]]:
+        """Measure each order on its device in one quiet window, all devices at once.
+
+        Yields the position of an order with its finished record, whatever its outcome, in the
+        order in which they end. A request that was queued before a restart is found again by
+        its id and not repeated. An outcome that speaks of the moment (unstable, lost) is tried
+        once more, and so is a report that is not steady.
 
         Raises:
             Stopped: `should_stop` became true.
-            DeviceAway: the device is offline; the request is withdrawn and made again later.
+            DeviceAway: a device is offline; what is open is withdrawn and made again later.
         """
-        with self._window.quiet(shares_host=self.shares_host(device)):
-            attempt, enqueued = 0, 0
-            while True:
-                record = self._existing(order, device, attempt)
-                attempt += 1
-                if record is not None and _speaks_of_the_moment(record):
-                    continue
-                if record is None:
-                    record = self._enqueue(job, device, order, attempt - 1)
-                    enqueued += 1
-                try:
-                    record = self._wait(record, device, should_stop)
-                except (Stopped, DeviceAway):
+        shares_host = any(self.shares_host(device) for device, _ in orders)
+        pursuits = [
+            _Pursuit(index=index, device=device, order=order)
+            for index, (device, order) in enumerate(orders)
+        ]
+        with self._window.quiet(shares_host=shares_host):
+            try:
+                for pursuit in pursuits:
+                    self._pursue(job, pursuit)
+                while pursuits:
+                    seen = self.changes
+                    ended = [p for p in pursuits if self._has_ended(job, p)]
+                    for pursuit in ended:
+                        pursuits.remove(pursuit)
+                        yield pursuit.index, pursuit.record
+                    if ended:
+                        continue
+                    if should_stop():
+                        raise Stopped
+                    self._require_online(pursuits)
+                    self.wait_for_change(seen)
+            finally:
+                if pursuits:
                     # Withdrawn, or an agent would measure it when nobody keeps quiet.
                     self._repository.cancel_measurements(job.id)
-                    raise
-                if not _speaks_of_the_moment(record) or enqueued == _TRIES:
-                    return record
+
+    def _pursue(self, job: JobRecord, pursuit: _Pursuit) -> None:
+        """Find the order's latest request that counts, or queue the next one."""
+        while True:
+            found = self._existing(pursuit.order, pursuit.device, pursuit.attempt)
+            pursuit.attempt += 1
+            if found is None:
+                pursuit.n_queued += 1
+                found = self._enqueue(job, pursuit.device, pursuit.order, pursuit.attempt - 1)
+            elif _speaks_of_the_moment(found):
+                continue
+            pursuit.latest = found
+            return
+
+    def _has_ended(self, job: JobRecord, pursuit: _Pursuit) -> bool:
+        record = pursuit.latest = self._repository.get_measurement(pursuit.record.id)
+        if record.state is not MeasurementState.DONE:
+            return False
+        if not _speaks_of_the_moment(record) or pursuit.n_queued == _TRIES:
+            return True
+        self._pursue(job, pursuit)
+        return False
+
+    def _require_online(self, pursuits: Sequence[_Pursuit]) -> None:
+        for device_id in {p.device.id for p in pursuits}:
+            device = self._repository.get_device(device_id)
+            if not self.is_online(device):
+                raise DeviceAway(absence(device.name, device))
 
     def _existing(
         self, order: MeasurementOrder, device: DeviceRecord, attempt: int
@@ -208,21 +273,6 @@ class Fleet:
                 plan=order.plan,
             ),
         )
-
-    def _wait(
-        self, record: MeasurementRecord, device: DeviceRecord, should_stop: Callable[[], bool]
-    ) -> MeasurementRecord:
-        while record.state is not MeasurementState.DONE:
-            if should_stop():
-                raise Stopped
-            seen = self.changes
-            record = self._repository.get_measurement(record.id)
-            if record.state is MeasurementState.DONE:
-                break
-            if not self.is_online(self._repository.get_device(device.id)):
-                raise DeviceAway(absence(device.name, device))
-            self.wait_for_change(seen)
-        return record
 
 
 def absence(selector: str | None, device: DeviceRecord | None) -> str:

@@ -73,6 +73,44 @@ def queue_topic(device_id: str) -> str:
     return f"queue of {device_id}"
 
 
+def pool_topic(pool: str, fingerprint: str) -> str:
+    """The same for work that any device of a pool with that fingerprint may do."""
+    return f"queue of {pool}/{fingerprint}"
+
+
+class DrainCause(StrEnum):
+    """Why a device gets no work: it is off its pool, or two processes use its identity."""
+
+    CANARY = "canary"
+    IDENTITY = "identity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryRecord:
+    """How a device compares with the other members of its pool on one model.
+
+    `latency_ns` is the median of `n` readings, each from a process of its own; `ratio` is that
+    over the pool's, with a 95 % interval: above 1 the device is slower than its pool. Stored
+    as JSON (2026-11-21).
+    """
+
+    artifact_sha256: str
+    latency_ns: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> CanaryRecord:
+        """The record that `to_json` wrote."""
+        return cls(**document)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyReport:
     """The metric of one artifact on labelled samples; larger is better.
@@ -268,12 +306,22 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementRecord:
-    """One request to a device and what came of it; `fencing_token` only grows."""
+    """One request to a device and what came of it; `fencing_token` only grows.
+
+    Where `pool` is set any member with that `fingerprint` may take it, except `avoid_device_id`;
+    `device_id` is then the one that took it last. `distrusted_because` says why a result is not
+    used although it was accepted: its device turned out to be off.
+    """
 
     id: str
     job_id: str
     trial_id: str | None
     device_id: str
+    pool: str | None = None
+    fingerprint: str | None = None
+    avoid_device_id: str | None = None
+    is_canary: bool = False
+    distrusted_because: str | None = None
     request: MeasurementRequest
     state: MeasurementState
     fencing_token: int
@@ -299,7 +347,12 @@ class LateResultRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRecord:
-    """A device that enrolled; `last_seen_at` moves with every heartbeat of its agent."""
+    """A device that enrolled; `last_seen_at` moves with every heartbeat of its agent.
+
+    A drained device gets no work (`drained_because`, for people) until it is resumed; one that
+    is off its pool still gets canaries. `canary` is the last comparison with its pool, made at
+    `canary_at`; `canary_passed_at` is when one last found it in line.
+    """
 
     id: str
     name: str
@@ -307,6 +360,12 @@ class DeviceRecord:
     description: DeviceDescription
     enrolled_at: datetime
     last_seen_at: datetime
+    drained_by: DrainCause | None = None
+    drained_because: str | None = None
+    drained_at: datetime | None = None
+    canary: CanaryRecord | None = None
+    canary_at: datetime | None = None
+    canary_passed_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,6 +377,29 @@ class AgentRecord:
     key_hash: str
     enrolled_at: datetime
     revoked_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentStanding:
+    """What the service tells an agent that it heard of.
+
+    `device` is the agent's; `rotate_key`: the agent is to ask for a new key now.
+    """
+
+    device: DeviceRecord
+    rotate_key: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineRecord:
+    """An artifact that devices of one fingerprint are not given any more with one runtime."""
+
+    artifact_sha256: str
+    fingerprint: str
+    runtime: str
+    reason: str
+    job_id: str
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -41,12 +42,15 @@ from storage.columns import (
 )
 from storage.records import (
     AccuracyReport,
+    CanaryRecord,
+    DrainCause,
     JobState,
     JobTarget,
     MeasurementState,
     TargetFigures,
     TrialOutcome,
     TrialState,
+    pool_topic,
     queue_topic,
 )
 from storage.sensitivity import Sensitivity
@@ -147,6 +151,7 @@ class MeasurementRow(Base):
     __tablename__ = "measurements"
     __table_args__ = (
         Index(None, "device_id", "state", "serial"),
+        Index(None, "pool", "fingerprint", "state", "serial"),
         Index(None, "state", "lease_expires_at"),
     )
     topic = "measurements"
@@ -156,6 +161,11 @@ class MeasurementRow(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     trial_id: Mapped[str | None] = mapped_column(ForeignKey("trials.id"))
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"))
+    pool: Mapped[str | None] = mapped_column(CleanText)
+    fingerprint: Mapped[str | None] = mapped_column(CleanText)
+    avoid_device_id: Mapped[str | None]
+    is_canary: Mapped[bool] = mapped_column(server_default=false())
+    distrusted_because: Mapped[str | None] = mapped_column(CleanText)
     request: Mapped[MeasurementRequest] = mapped_column(Message(MeasurementRequest))
     state: Mapped[MeasurementState] = mapped_column(enum_column(MeasurementState))
     fencing_token: Mapped[int] = mapped_column(BigInteger)
@@ -170,10 +180,12 @@ class MeasurementRow(Base):
     finished_at: Mapped[datetime | None]
 
     def topics(self) -> tuple[str, ...]:
-        """A queued measurement is news for its device's agent, too."""
-        if self.state is MeasurementState.QUEUED:
-            return ("measurements", queue_topic(self.device_id))
-        return ("measurements",)
+        """A queued measurement is news for the agents that may take it, too."""
+        if self.state is not MeasurementState.QUEUED:
+            return ("measurements",)
+        if self.pool is not None and self.fingerprint is not None:
+            return ("measurements", pool_topic(self.pool, self.fingerprint))
+        return ("measurements", queue_topic(self.device_id))
 
 
 class SamplesRow(Base):
@@ -218,24 +230,77 @@ class DeviceRow(Base):
     description: Mapped[DeviceDescription] = mapped_column(Message(DeviceDescription))
     enrolled_at: Mapped[datetime]
     last_seen_at: Mapped[datetime]
+    drained_by: Mapped[DrainCause | None] = mapped_column(enum_column(DrainCause))
+    drained_because: Mapped[str | None] = mapped_column(CleanText)
+    drained_at: Mapped[datetime | None]
+    canary: Mapped[CanaryRecord | None] = mapped_column(Document(CanaryRecord))
+    canary_at: Mapped[datetime | None]
+    canary_passed_at: Mapped[datetime | None]
 
 
 class AgentRow(Base):
-    """An agent; at most one per device is not revoked."""
+    """An agent; at most one per device is not revoked.
+
+    `next_key_hash` is a key that was handed out and not used yet, `previous_key_hash` the one
+    that it replaced at `key_changed_at`. `instances` are the processes heard of lately.
+    """
 
     __tablename__ = "agents"
+    __table_args__ = (
+        Index(None, "next_key_hash", unique=True),
+        Index(None, "previous_key_hash", unique=True),
+    )
     topic = "devices"
 
     serial: Mapped[int] = mapped_column(Serial, primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), index=True)
     key_hash: Mapped[str] = mapped_column(unique=True)
+    next_key_hash: Mapped[str | None]
+    previous_key_hash: Mapped[str | None]
+    key_changed_at: Mapped[datetime | None]
+    is_rotation_due: Mapped[bool] = mapped_column(server_default=false())
+    instances: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
     enrolled_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
 
 
+class CrashRow(Base):
+    """A measurement that killed the process it ran in."""
+
+    __tablename__ = "crashes"
+    __table_args__ = (
+        UniqueConstraint("measurement_id", "fencing_token"),
+        Index(None, "artifact_sha256", "fingerprint", "runtime"),
+    )
+
+    serial: Mapped[int] = mapped_column(Serial, primary_key=True)
+    measurement_id: Mapped[str] = mapped_column(ForeignKey("measurements.id"))
+    fencing_token: Mapped[int] = mapped_column(BigInteger)
+    artifact_sha256: Mapped[str]
+    fingerprint: Mapped[str] = mapped_column(CleanText)
+    runtime: Mapped[str] = mapped_column(CleanText)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"))
+    reason: Mapped[str | None] = mapped_column(CleanText)
+    created_at: Mapped[datetime]
+
+
+class QuarantineRow(Base):
+    """An artifact that devices of a fingerprint are not given any more with that runtime."""
+
+    __tablename__ = "quarantine"
+    topic = "devices"
+
+    artifact_sha256: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(CleanText, primary_key=True)
+    runtime: Mapped[str] = mapped_column(CleanText, primary_key=True)
+    reason: Mapped[str] = mapped_column(CleanText)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[datetime]
+
+
 class EnrolmentTokenRow(Base):
-    """A one-use token for enrolling, hashed."""
+    """A one-use token for enrolling, hashed; `used_by` is the process that used it."""
 
     __tablename__ = "enrolment_tokens"
 
@@ -244,6 +309,7 @@ class EnrolmentTokenRow(Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
     used_at: Mapped[datetime | None]
+    used_by: Mapped[str | None] = mapped_column(CleanText)
 
 
 class UserTokenRow(Base):

@@ -129,17 +129,20 @@ class Compressor:
         """
         return self._base(prune_ratios).facts
 
-    def build(self, candidate: Candidate) -> Artifact:
+    def build(self, candidate: Candidate, *, kernels: KernelClass | None = None) -> Artifact:
         """The candidate's file, checked in the runtime; identical candidates, identical bytes.
+
+        `kernels` stands in for the compressor's own class: a base serves any of them.
 
         Raises:
             CompressionError: the message names the group and the cause.
             DiskFull: there is no room for a new base.
         """
         base = self._base(candidate.prune_ratios)
-        data = base.graph.emit(candidate.precisions)
-        checked, fused_here = data, as_checked_here(self.kernels)
-        if fused_here != self.kernels:
+        kernels = kernels or self.kernels
+        data = base.graph.emit(candidate.precisions, kernels=kernels)
+        checked, fused_here = data, as_checked_here(kernels)
+        if fused_here != kernels:
             checked = base.graph.emit(candidate.precisions, kernels=fused_here)
         return Artifact(
             data=data,
@@ -150,10 +153,10 @@ class Compressor:
                 checked,
                 base.graph.units.values(),
                 planned=candidate.precisions,
-                kernels=self.kernels,
+                kernels=kernels,
             ),
             base=base.facts,
-            kernels=self.kernels.name,
+            kernels=kernels.name,
         )
 
     def emit(self, candidate: Candidate) -> bytes:

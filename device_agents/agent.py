@@ -357,6 +357,7 @@ class Agent:
             runtime=request.runtime,
             reference_runtime=request.reference_runtime,
             plan=request.plan,
+            profile=request.profile,
         )
         held.attach(measurement)
         return measurement.run()

@@ -17,7 +17,7 @@ import click
 
 if TYPE_CHECKING:
     from device_agents.measurement import MeasurementOutcome
-    from device_agents.protocol import LatencyReport
+    from device_agents.protocol import LatencyReport, Profile
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot be read,
@@ -144,6 +144,9 @@ def run(
     show_default=True,
     help="Seconds of timing after which to stop anyway.",
 )
+@click.option(
+    "--profile", is_flag=True, help="Also show how long each kernel of MODEL takes, longest first."
+)
 @_output_option
 def measure(
     model: Path,
@@ -153,6 +156,7 @@ def measure(
     provider: str,
     target: float,
     time_cap: float,
+    profile: bool,
     output: str,
 ) -> None:
     """Measure the latency of MODEL at batch 1 on this device; needs no service."""
@@ -169,11 +173,14 @@ def measure(
             time_cap_s=time_cap,
             timeout_s=10 * time_cap + 60,
         ),
+        profile=profile,
     ).run()
     if output == "json":
         click.echo(_as_json(ended))
     elif ended.report is not None:
         click.echo(_as_text(ended.report, model=model, against=against))
+        if ended.report.profile is not None:
+            click.echo(_profile_text(ended.report.profile))
     code = OUTCOME_EXIT_CODES[ended.outcome]
     if code:
         _fail(f"{ended.outcome}: {ended.reason}", code=code)
@@ -281,6 +288,24 @@ def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str
         "steady": "yes" if report.is_steady else f"no: {report.unsteady_reason}",
     }
     return "\n".join([str(model), *(f"  {key:<9}{value}" for key, value in rows.items())])
+
+
+def _profile_text(profile: Profile) -> str:
+    """The kernels by falling time, with what each is of their sum."""
+    if profile.missing is not None:
+        return f"  no profile: {profile.missing}"
+    total_ns = sum(kernel.time_ns for kernel in profile.kernels)
+    lines = [
+        f"  {len(profile.kernels)} kernels take {_ms(total_ns)} ms of the "
+        f"{_ms(profile.inference_ns or 0.0)} ms of a profiled inference "
+        f"(medians of {profile.n_runs} runs)"
+    ]
+    for kernel in sorted(profile.kernels, key=lambda k: -k.time_ns):
+        share = kernel.time_ns / total_ns if total_ns else 0.0
+        lines.append(
+            f"  {_ms(kernel.time_ns):>9} ms {share:>4.0%}  {kernel.operator}  {kernel.name}"
+        )
+    return "\n".join(lines)
 
 
 def _ms(duration_ns: float) -> str:

@@ -47,6 +47,7 @@ class Measurement:
     """One measurement in one child process; made for one `run`.
 
     `reference_runtime` is what the reference runs with; by default what the candidate does.
+    With `profile` the candidate's kernels are timed too, in a session of their own at the end.
     `cancel` may come from any thread, before, during or after `run`.
     """
 
@@ -58,6 +59,7 @@ class Measurement:
         runtime: RuntimeRequest,
         plan: MeasurementPlan,
         reference_runtime: RuntimeRequest | None = None,
+        profile: bool = False,
         memory_limit_bytes: int | None = None,
     ) -> None:
         self._candidate = candidate
@@ -65,6 +67,7 @@ class Measurement:
         self._runtime = runtime
         self._reference_runtime = reference_runtime or runtime
         self._plan = plan
+        self._profile = profile
         self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
         self._child: subprocess.Popen[bytes] | None = None
         self._killed: Outcome | None = None
@@ -113,6 +116,7 @@ class Measurement:
             "memory_limit_bytes": self._memory_limit_bytes,
             "cpu_limit_s": math.ceil(plan.timeout_s * (threads + 1)) + 10,
             "parent_pid": os.getpid(),
+            "profile": self._profile,
         }
 
     def _start(self, job_path: Path, report_path: Path, log: Any) -> None:

@@ -24,18 +24,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from device_agents.conditions import cpu_ticks, read_conditions
 from device_agents.energy import EnergyMeter, NoEnergySensor, open_meter
 from device_agents.errors import RuntimeUnavailable
+from device_agents.feeds import make_feeds
 from device_agents.isolation import leave_network
 from device_agents.latency import energy_per_inference, summarize
+from device_agents.profile import profile
 from device_agents.runtimes import (
     InvalidArtifact,
     Runtime,
     RuntimeOptions,
-    TensorSpec,
     UnsupportedModel,
     load_runtime,
 )
@@ -70,6 +69,7 @@ class ChildJob:
     memory_limit_bytes: int | None
     cpu_limit_s: int
     parent_pid: int
+    profile: bool
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -149,6 +149,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
     blocks = sample(timers, plan, runtime.clock, meter=meter)
     gc.enable()
     after = read_conditions(since=ticks)
+    timers.clear()  # both sessions end, before the profile opens one of its own
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
     return {
         "outcome": "ok" if summary.is_steady else "unstable",
@@ -161,10 +162,17 @@ def measure(job: ChildJob) -> dict[str, Any]:
             "peak_memory_bytes": peak_memory_bytes,
             "energy_joules": energy_per_inference(blocks),
             "energy_source": source,
+            "profile": profile_of(runtime, job) if job.profile else None,
             "runtime_version": runtime.version,
             "wall_s": time.monotonic() - started_s,
         },
     }
+
+
+def profile_of(runtime: Runtime, job: ChildJob) -> dict[str, Any]:
+    """The candidate's profile."""
+    options = RuntimeOptions(provider=job.provider, threads=job.threads)
+    return profile(runtime, Path(job.candidate_path), options, seed=job.seed)
 
 
 def find_meter(provider: str) -> tuple[EnergyMeter | None, str]:
@@ -198,29 +206,6 @@ def _load(runtime: Runtime, path: str, options: RuntimeOptions, *, seed: int) ->
     session = runtime.load(Path(path), options)
     # One seed for both: where the input shapes agree, the inputs are the same numbers.
     return session.bind(make_feeds(session.inputs, seed=seed))
-
-
-def make_feeds(inputs: Sequence[TensorSpec], *, seed: int) -> dict[str, Any]:
-    """Seeded inputs at batch 1: standard normal floats, zeros and ones for whole numbers.
-
-    Raises:
-        UnsupportedModel: a dimension other than the first is free.
-    """
-    generator = np.random.default_rng(seed)
-    feeds = {}
-    for tensor in inputs:
-        shape = [size or 1 for size in tensor.shape]
-        if None in tensor.shape[1:]:
-            raise UnsupportedModel(
-                f"input {tensor.name!r} has the free shape {tensor.shape}; only the first axis "
-                "(the batch) may be free: export the model with fixed sizes"
-            )
-        if np.issubdtype(np.dtype(tensor.dtype), np.floating):
-            values = generator.standard_normal(shape).astype(tensor.dtype)
-        else:
-            values = generator.integers(0, 2, shape).astype(tensor.dtype)
-        feeds[tensor.name] = values
-    return feeds
 
 
 def _lower_limit(kind: int, value: int) -> None:

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 PROTOCOL_VERSION = 1
 # Version 1 (2026-11-21): enrol, heartbeat, lease, artifact download by range and its list of
 # segments, result with throttling and energy where a device has them.
+# 2026-11-21: `MeasurementRequest.profile`, `LatencyReport.profile` and
+# `DeviceDescription.kernel_speeds`; a peer that does not know them leaves them out.
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -52,12 +54,31 @@ class RuntimeBuild(Message):
     providers: tuple[str, ...]
 
 
+class KernelSpeed(Message):
+    """How fast one kind of operator is in one precision, against FP32 in the same runtime.
+
+    `operator` is `conv3x3`, `conv1x1`, `depthwise` or `matmul`. `precision` is a precision's
+    short name; one with 8-bit activations names the signs of activations and weights behind a
+    slash (`w8a8/u8s8`), because processors are fast with one of them. `ratio` is latency over
+    FP32's with its interval, below 1 is faster; where it is None, `missing` says why.
+    """
+
+    runtime: str
+    operator: str
+    precision: str
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    missing: str | None = None
+
+
 class DeviceDescription(Message):
     """What the device is. `host_id` is equal for processes that share one machine.
 
     `host_id` is a digest of the machine id, so that a service can tell that an agent measures
     on the very machine its own workers compute on. `cpu_flags` holds only the flags that decide
     about kernels (avx2, avx512_vnni, avx_vnni, asimddp, ...).
+    `kernel_speeds` is what the device measured when it enrolled; empty where it did not.
     """
 
     hostname: str
@@ -72,6 +93,7 @@ class DeviceDescription(Message):
     python: str
     agent_version: str
     runtimes: tuple[RuntimeBuild, ...]
+    kernel_speeds: tuple[KernelSpeed, ...] = ()
     fingerprint: str = Field(description="sha256 over the fields that decide about latency")
 
 
@@ -178,7 +200,8 @@ class MeasurementRequest(Message):
     """One artifact to measure against one reference model, at batch 1.
 
     `reference_runtime` is pinned for a whole job, so that the ratio of a candidate that runs
-    on two threads is still a ratio to the same reference.
+    on two threads is still a ratio to the same reference. With `profile` the report also says
+    how long each kernel of the candidate takes.
     """
 
     measurement_id: str
@@ -187,6 +210,7 @@ class MeasurementRequest(Message):
     runtime: RuntimeRequest
     reference_runtime: RuntimeRequest = RuntimeRequest()
     plan: MeasurementPlan
+    profile: bool = False
 
 
 class LeaseRequest(Message):
@@ -210,6 +234,34 @@ class Block(Message):
 
     subject: Literal["candidate", "reference"]
     samples_ns: tuple[int, ...]
+
+
+class KernelTime(Message):
+    """One kernel that the runtime executed, by the runtime's own names for it.
+
+    `time_ns` is the median over the runs, per inference. `group` is the layer group that it
+    computes; the service fills it in, None where it belongs to none (a reordering, a Q or DQ
+    between groups).
+    """
+
+    name: str
+    operator: str
+    time_ns: float
+    group: str | None = None
+
+
+class Profile(Message):
+    """Where one inference spends its time, in the order of execution.
+
+    Taken in a session of its own, which the notes make slower: it says which part is large, not
+    how fast the model is. `inference_ns` is the median of the whole call in that session.
+    Without kernels `missing` says why.
+    """
+
+    kernels: tuple[KernelTime, ...] = ()
+    inference_ns: float | None = None
+    n_runs: int = 0
+    missing: str | None = None
 
 
 class LatencyReport(Message):
@@ -250,6 +302,7 @@ class LatencyReport(Message):
     before: Conditions
     after: Conditions
     blocks: tuple[Block, ...] = ()
+    profile: Profile | None = None
 
 
 class MeasurementResult(Message):

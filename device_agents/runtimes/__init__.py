@@ -69,6 +69,23 @@ class Session(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRun:
+    """One execution of one kernel, by the runtime's own names for it."""
+
+    name: str
+    operator: str
+    duration_ns: float
+
+
+class ProfiledSession(Session, Protocol):
+    """A session that notes how long each kernel takes."""
+
+    def finish(self) -> list[list[KernelRun]]:
+        """What each call since loading executed, in order; ends the session."""
+        ...
+
+
 class Runtime(Protocol):
     """One runtime build on this device. Made anew in every measurement's process."""
 
@@ -86,6 +103,15 @@ class Runtime(Protocol):
         Raises:
             InvalidArtifact: the file is not a model.
             UnsupportedModel: the model or the provider cannot run here.
+        """
+        ...
+
+    def load_profiled(self, path: Path, options: RuntimeOptions) -> ProfiledSession:
+        """The same session, with notes; its calls are slower by what the notes take.
+
+        Raises:
+            InvalidArtifact: the file is not a model.
+            UnsupportedModel: the model cannot run here, or the runtime has no profiler.
         """
         ...
 

@@ -6,8 +6,10 @@ count that was asked for and nothing else, so that the figure is the one a plain
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from device_agents.runtimes import (
     Clock,
     InvalidArtifact,
+    KernelRun,
     RuntimeOptions,
     TensorSpec,
     UnsupportedModel,
@@ -35,6 +38,8 @@ LOAD_ERRORS = (
     ort_errors.RuntimeException,
 )
 PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)*")
+KERNEL_SUFFIX = "_kernel_time"
+CALL_EVENT = "model_run"
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory")
 
 # onnxruntime names an input's type like ONNX does; numpy's names differ.
@@ -67,16 +72,24 @@ class OnnxRuntime:
 
     def load(self, path: Path, options: RuntimeOptions) -> OnnxSession:
         """A sequential session with the asked thread count and defaults otherwise."""
+        return OnnxSession(self._open(path, options, session_options(options.threads)))
+
+    def load_profiled(self, path: Path, options: RuntimeOptions) -> ProfiledOnnxSession:
+        """The same session with onnxruntime's profiler on; it writes into a temporary folder."""
+        folder = tempfile.TemporaryDirectory(prefix="autotune-profile-")
+        settings = session_options(options.threads)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = f"{folder.name}/trace"
+        return ProfiledOnnxSession(self._open(path, options, settings), folder)
+
+    def _open(self, path: Path, options: RuntimeOptions, settings: Any) -> Any:
         if options.provider not in self.providers():
             has = ", ".join(self.providers())
             raise UnsupportedModel(f"this build has no {options.provider}; it has {has}")
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), session_options(options.threads), providers=[options.provider]
-            )
+            return onnxruntime.InferenceSession(str(path), settings, providers=[options.provider])
         except LOAD_ERRORS as error:
             raise _translated(error) from error
-        return OnnxSession(session)
 
 
 class OnnxSession:
@@ -89,6 +102,44 @@ class OnnxSession:
     def bind(self, feeds: Mapping[str, Any]) -> Callable[[], object]:
         """`InferenceSession.run` on these arrays; its errors pass through unchanged."""
         return partial(self._session.run, None, dict(feeds))
+
+
+class ProfiledOnnxSession(OnnxSession):
+    """A loaded ONNX model whose session writes a trace into `folder`."""
+
+    def __init__(self, session: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
+        super().__init__(session)
+        self._folder = folder
+
+    def finish(self) -> list[list[KernelRun]]:
+        """The kernels of each call; whole microseconds, rounded down, is all that a trace has."""
+        trace = Path(self._session.end_profiling()).read_bytes()
+        self._folder.cleanup()
+        return kernel_runs(json.loads(trace))
+
+
+def kernel_runs(events: Sequence[Mapping[str, Any]]) -> list[list[KernelRun]]:
+    """The kernels of each call in a trace's events (Chrome's format), in order.
+
+    The event of a whole call comes behind those of its kernels.
+    """
+    runs: list[list[KernelRun]] = []
+    current: list[KernelRun] = []
+    for event in events:
+        name = event["name"]
+        if event.get("cat") == "Node" and name.endswith(KERNEL_SUFFIX):
+            operator = str(event.get("args", {}).get("op_name", ""))
+            current.append(
+                KernelRun(
+                    name=name.removesuffix(KERNEL_SUFFIX),
+                    operator=operator,
+                    duration_ns=event["dur"] * 1e3,
+                )
+            )
+        elif name == CALL_EVENT:
+            runs.append(current)
+            current = []
+    return runs
 
 
 def session_options(threads: int) -> Any:

@@ -17,6 +17,7 @@ import openvino
 from device_agents.runtimes import (
     Clock,
     InvalidArtifact,
+    KernelRun,
     RuntimeOptions,
     TensorSpec,
     UnsupportedModel,
@@ -43,6 +44,13 @@ class OpenVino:
 
     def load(self, path: Path, options: RuntimeOptions) -> OpenVinoSession:
         """The model at batch 1, compiled for latency on the asked number of threads."""
+        return OpenVinoSession(self._compile(path, options, {}))
+
+    def load_profiled(self, path: Path, options: RuntimeOptions) -> ProfiledOpenVinoSession:
+        """The same with OpenVINO's performance counters on."""
+        return ProfiledOpenVinoSession(self._compile(path, options, {"PERF_COUNT": True}))
+
+    def _compile(self, path: Path, options: RuntimeOptions, further: dict[str, Any]) -> Any:
         if options.provider not in self.providers():
             has = ", ".join(self.providers())
             raise UnsupportedModel(f"OpenVINO has no {options.provider} here; it has {has}")
@@ -50,10 +58,10 @@ class OpenVino:
         try:
             model = self._core.read_model(path)
             model.reshape({port: _at_batch_1(port.partial_shape) for port in model.inputs})
-            compiled = self._core.compile_model(model, device, _options(device, options.threads))
+            settings = _options(device, options.threads) | further
+            return self._core.compile_model(model, device, settings)
         except RuntimeError as error:
             raise _translated(error) from error
-        return OpenVinoSession(compiled)
 
 
 class OpenVinoSession:
@@ -73,6 +81,41 @@ class OpenVinoSession:
     def bind(self, feeds: Mapping[str, Any]) -> Callable[[], object]:
         """A synchronous inference on these arrays, which OpenVINO reads in place."""
         return partial(self._request.infer, dict(feeds), share_inputs=True, share_outputs=True)
+
+
+class ProfiledOpenVinoSession(OpenVinoSession):
+    """A compiled model whose counters are read after every call."""
+
+    def __init__(self, compiled: Any) -> None:
+        super().__init__(compiled)
+        self._runs: list[list[KernelRun]] = []
+
+    def bind(self, feeds: Mapping[str, Any]) -> Callable[[], object]:
+        """An inference, and the reading of its counters."""
+        infer = super().bind(feeds)
+
+        def run() -> object:
+            outputs = infer()
+            self._runs.append([_kernel_run(x) for x in self._executed()])
+            return outputs
+
+        return run
+
+    def finish(self) -> list[list[KernelRun]]:
+        """The kernels of each call; what was fused into another has no time of its own."""
+        return self._runs
+
+    def _executed(self) -> list[Any]:
+        executed = openvino.ProfilingInfo.Status.EXECUTED
+        return [x for x in self._request.get_profiling_info() if x.status == executed]
+
+
+def _kernel_run(info: Any) -> KernelRun:
+    return KernelRun(
+        name=info.node_name,
+        operator=info.node_type,
+        duration_ns=info.real_time.total_seconds() * 1e9,
+    )
 
 
 def _at_batch_1(shape: Any) -> Any:

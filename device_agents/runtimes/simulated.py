@@ -30,6 +30,7 @@ from typing import Any
 from device_agents.runtimes import (
     Clock,
     InvalidArtifact,
+    KernelRun,
     RuntimeOptions,
     TensorSpec,
     UnsupportedModel,
@@ -118,6 +119,10 @@ class SimulatedRuntime:
             VERBS[model.verb](session)
         return session
 
+    def load_profiled(self, path: Path, options: RuntimeOptions) -> SimulatedSession:
+        """Every simulated session notes what it spends."""
+        return self.load(path, options)
+
 
 class SimulatedSession:
     """A loaded artifact."""
@@ -128,6 +133,7 @@ class SimulatedSession:
         self.inputs = (TensorSpec(name="input", shape=model.input_shape, dtype="float32"),)
         self._threads = threads
         self._calls = 0
+        self._durations: list[float] = []
         # Two sessions of one artifact must not have the same noise: their ratio would be exact.
         name = f"{model.seed}:{device.next_session()}"
         self._random = random.Random(name)  # noqa: S311 - noise, not a secret
@@ -140,7 +146,15 @@ class SimulatedSession:
         self._calls += 1
         if self.model.after_calls and self._calls >= self.model.after_calls:
             VERBS[self.model.verb](self)
-        self.device.spend(self._duration_ns())
+        self._durations.append(self._duration_ns())
+        self.device.spend(self._durations[-1])
+
+    def finish(self) -> list[list[KernelRun]]:
+        """Each call as the one kernel that a simulated model has."""
+        return [
+            [KernelRun(name="model", operator="Simulated", duration_ns=duration)]
+            for duration in self._durations
+        ]
 
     def _duration_ns(self) -> float:
         model = self.model

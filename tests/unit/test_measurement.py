@@ -16,7 +16,8 @@ import pytest
 from device_agents import measurement_child
 from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
-from device_agents.measurement_child import ChildJob, make_feeds
+from device_agents.feeds import make_feeds
+from device_agents.measurement_child import ChildJob
 from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
 from device_agents.runtimes import TensorSpec, UnsupportedModel
 from device_agents.runtimes.simulated import SimulatedModel
@@ -294,6 +295,7 @@ def child_job(folder, **changes):
         "memory_limit_bytes": None,
         "cpu_limit_s": 100,
         "parent_pid": os.getppid(),
+        "profile": False,
     }
     return ChildJob(**fields | changes)
 

@@ -29,11 +29,15 @@ _WEIGHT_SUFFIXES = (".weight", "_weight", "/weight", ".kernel", "/kernel", "_W",
 class GraphView:
     """Look-ups over a graph that nobody changes while the view is in use.
 
-    Nodes keep their graph order, which ONNX requires to be topological.
+    Nodes keep their graph order, which ONNX requires to be topological. `weights` has the values
+    of constants that the model itself does not hold (`fp32_file.py`).
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, weights: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self.model = model
+        self._weights = weights or {}
         self.nodes: list[onnx.NodeProto] = list(model.graph.node)
         self.initializers = {i.name: i for i in model.graph.initializer}
         self.producer: dict[str, onnx.NodeProto] = {
@@ -51,6 +55,9 @@ class GraphView:
         held = self._arrays.get(name)
         if held is not None:
             return held
+        if name in self._weights:
+            # Arithmetic on values that begin at an odd byte is slow.
+            return np.require(self._weights[name], requirements="A")
         array = numpy_helper.to_array(self.initializers[name])
         if array.nbytes <= _HELD_BYTES:
             self._arrays[name] = array

@@ -13,8 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from autotune.compression.graph import GraphView
-from autotune.compression.wire import Part, array_field, node_field, source_field
+from autotune.compression.wire import Part, array_field, node_field
 
 CONTRIB_DOMAIN = "com.microsoft"
 
@@ -31,13 +30,6 @@ class KeptParts:
         self._n_bytes = 0
         self._parts: dict[tuple[object, ...], bytes] = {}
         self._arrays: OrderedDict[tuple[object, ...], Mapping[str, bytes]] = OrderedDict()
-        self._source: dict[str, Part] = {}
-
-    def source(self, name: str, tensor: onnx.TensorProto) -> Part:
-        """A constant of the source model, whose data stays where it is."""
-        if name not in self._source:
-            self._source[name] = source_field(tensor)
-        return self._source[name]
 
     def part(self, key: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
         """The serialized part with that key, made once."""
@@ -68,13 +60,16 @@ def _size(parts: Mapping[str, bytes]) -> int:
 
 
 class Parts:
-    """One file's nodes and constants; each constant once, in the order of first use."""
+    """One file's nodes and constants; each constant once, in the order of first use.
 
-    def __init__(self, view: GraphView, kept: KeptParts) -> None:
+    `source` has the source model's constants by name, as fields of a graph.
+    """
+
+    def __init__(self, source: Mapping[str, Part], kept: KeptParts) -> None:
         self.nodes: list[bytes] = []
         self.constants: dict[str, Part] = {}
         self.needs_contrib = False
-        self._view = view
+        self._source = source
         self._kept = kept
 
     def node(
@@ -124,6 +119,5 @@ class Parts:
 
     def source_constant(self, name: str) -> None:
         """Add a constant of the source model; nothing happens where it is none."""
-        if name in self._view.initializers and name not in self.constants:
-            tensor = self._view.initializers[name]
-            self.constants[name] = self._kept.source(name, tensor)
+        if name in self._source and name not in self.constants:
+            self.constants[name] = self._source[name]

@@ -32,7 +32,8 @@ from onnx import helper
 
 from autotune.compression.calibration import Calibration
 from autotune.compression.equalization import Equalization
-from autotune.compression.graph import GraphView
+from autotune.compression.fp32_file import Fp32File
+from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.graph_writer import GraphWriter, Plan, weight_codes
 from autotune.compression.kernels import X86_VNNI, KernelClass
 from autotune.compression.parts import CONTRIB_DOMAIN, KeptParts, Parts
@@ -58,21 +59,24 @@ _LARGEST_HALF = float(np.finfo(np.float16).max)
 class QuantizableGraph:
     """One FP32 graph with its calibration, from which candidates are written.
 
-    Quantized weights and serialized nodes are kept, so the next candidate costs little more
-    than joining bytes. Not thread-safe. `equalize` lets 8-bit neighbours share out the ranges
-    of their channels.
+    `model` may be its file's bytes: then nothing holds the weights a second time. Quantized
+    weights and serialized nodes are kept, so the next candidate costs little more than joining
+    bytes. Not thread-safe. `equalize` lets 8-bit neighbours share out the ranges of their
+    channels.
     """
 
     def __init__(
         self,
-        model: onnx.ModelProto,
+        model: onnx.ModelProto | bytes,
         calibration: Calibration,
         *,
         kernels: KernelClass = X86_VNNI,
         rounding: Rounding | None = None,
         equalize: bool = True,
     ) -> None:
-        self.view = GraphView(model)
+        file = model if isinstance(model, bytes) else model_bytes(model)
+        self._fp32 = Fp32File.read(file)
+        self.view = GraphView(self._fp32.light, self._fp32.weights)
         self.calibration = calibration
         self.kernels = kernels
         self.rounding = rounding or Rounding()
@@ -81,19 +85,46 @@ class QuantizableGraph:
         self.layers = {x.name: x for unit in self.units.values() for x in unit.layers}
         self._equalize = equalize
         self._fits_half: set[str] = set()
-        self._model = model
         self._shells: dict[tuple[bool, str | None], tuple[bytes, bytes]] = {}
-        self._kept = KeptParts(
-            int(_KEPT_SHARE * sum(math.prod(i.dims) for i in model.graph.initializer))
-        )
+        n_weights = sum(math.prod(i.dims) for i in self._fp32.light.graph.initializer)
+        self._kept = KeptParts(int(_KEPT_SHARE * n_weights))
+
+    @property
+    def fp32(self) -> bytes:
+        """The FP32 model's file."""
+        return self._fp32.file
 
     def emit(
-        self, precisions: Mapping[str, Precision], *, kernels: KernelClass | None = None
+        self,
+        precisions: Mapping[str, Precision],
+        *,
+        kernels: KernelClass | None = None,
+        rounding: Rounding | None = None,
     ) -> bytes:
         """The file in which each group has the precision given; the others stay FP32.
 
-        The same precisions and kernels give the same bytes in every process; `kernels` stands
-        in for the graph's own.
+        The same precisions, kernels and rounding give the same bytes in every process;
+        `kernels` and `rounding` stand in for the graph's own.
+
+        Raises:
+            CompressionError: an unknown group, or a precision that a group cannot take.
+        """
+        plan = self.plan(precisions, kernels=kernels, rounding=rounding)
+        # What is kept holds the codes of the graph's own rounding.
+        parts = Parts(self._fp32.constants, self._kept if rounding is None else KeptParts(0))
+        GraphWriter(plan, parts).write()
+        has_int8 = any(precision.is_int8 for precision in plan.chosen.values())
+        outer, graph = self._shell(parts.needs_contrib, plan.kernels.name if has_int8 else None)
+        return assemble(outer, graph, (*parts.nodes, *parts.constants.values()))
+
+    def plan(
+        self,
+        precisions: Mapping[str, Precision],
+        *,
+        kernels: KernelClass | None = None,
+        rounding: Rounding | None = None,
+    ) -> Plan:
+        """What the file that `emit` writes follows from.
 
         Raises:
             CompressionError: an unknown group, or a precision that a group cannot take.
@@ -107,7 +138,7 @@ class QuantizableGraph:
             self._require_possible(unit, precision)
             chosen |= {layer.name: precision for layer in unit.layers}
         placement = place(self.view, self.layers, chosen)
-        plan = Plan(
+        return Plan(
             view=self.view,
             layers=self.layers,
             calibration=self.calibration,
@@ -116,20 +147,15 @@ class QuantizableGraph:
             wide=place_wide(self.view, self.layers, chosen, placement),
             kernels=kernels or self.kernels,
             stretched=self.equalization.in_force(placement) if self._equalize else {},
-            rounding=self.rounding,
+            rounding=self.rounding if rounding is None else rounding,
         )
-        parts = Parts(self.view, self._kept)
-        GraphWriter(plan, parts).write()
-        has_int8 = any(precision.is_int8 for precision in chosen.values())
-        outer, graph = self._shell(parts.needs_contrib, plan.kernels.name if has_int8 else None)
-        return assemble(outer, graph, (*parts.nodes, *parts.constants.values()))
 
     def _shell(self, needs_contrib: bool, kernels: str | None) -> tuple[bytes, bytes]:
         """The file around the graph; one with 8-bit layers says which kernels it is for."""
         key = (needs_contrib, kernels)
         if key not in self._shells:
             outer = onnx.ModelProto()
-            outer.CopyFrom(self._model)
+            outer.CopyFrom(self._fp32.light)
             if needs_contrib:
                 outer.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
             if kernels is not None:

@@ -17,14 +17,14 @@ import onnxruntime
 from onnx import helper
 
 from autotune.compression.graph import BATCH_AXIS
-from autotune.compression.wire import assemble
+from autotune.compression.wire import Part, assemble, field
 from autotune.errors import CompressionError
+from storage.protobuf import fields
 
 # Field numbers of onnx.proto: ModelProto.graph; GraphProto.node, .initializer; TensorProto.name.
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 2, 5, 11, 12
 _TENSOR_NAME = 8
-_LONGEST_VARINT = 10  # bytes of a 64-bit number
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +59,30 @@ class FileGraph:
         Raises:
             CompressionError: it is no ONNX model, or has several inputs or outputs.
         """
+        try:
+            return cls._read(file)
+        except ValueError as error:
+            raise CompressionError(f"this is no ONNX file: {error}") from error
+
+    @classmethod
+    def _read(cls, file: bytes) -> FileGraph:
         shell: list[memoryview] = []
         graphs = []
-        for number, field, payload in _fields(memoryview(file)):
+        for number, whole, payload in fields(memoryview(file)):
             if number == _MODEL_GRAPH:
                 graphs.append(payload)
             else:
-                shell.append(field)
+                shell.append(whole)
         if len(graphs) != 1:
             raise CompressionError(f"a model file has one graph, this one {len(graphs)}")
         nodes: list[Node] = []
         constants: dict[str, memoryview] = {}
         ends: dict[int, list[str]] = {_GRAPH_INPUT: [], _GRAPH_OUTPUT: []}
-        for number, field, payload in _fields(graphs[0]):
+        for number, whole, payload in fields(graphs[0]):
             if number == _GRAPH_NODE:
                 nodes.append(_node(bytes(payload)))
             elif number == _GRAPH_INITIALIZER:
-                constants[_tensor_name(payload)] = field
+                constants[_tensor_name(payload)] = whole
             elif number in ends:
                 ends[number].append(onnx.ValueInfoProto.FromString(bytes(payload)).name)
         data_inputs = [name for name in ends[_GRAPH_INPUT] if name not in constants]
@@ -118,8 +125,8 @@ class FileGraph:
             graph.input.append(helper.make_tensor_value_info(name, element, shape))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         taken = {name for node in kept for name in node.taken}
-        parts = [_field(_GRAPH_NODE, node.encoded) for node in kept]
-        parts += [bytes(field) for name, field in self.constants.items() if name in taken]
+        parts: list[Part] = [field(_GRAPH_NODE, node.encoded) for node in kept]
+        parts += [whole for name, whole in self.constants.items() if name in taken]
         return assemble(self.shell, graph.SerializeToString(deterministic=True), parts)
 
 
@@ -273,48 +280,8 @@ def _taken(node: onnx.NodeProto) -> Iterator[str]:
                 yield from _taken(inner)
 
 
-def _fields(payload: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Number, whole field and payload of each field (Protocol Buffers documentation, Encoding)."""
-    at = 0
-    while at < len(payload):
-        start = at
-        tag, at = _varint(payload, at)
-        kind = tag & 7
-        if kind == 2:
-            length, at = _varint(payload, at)
-            end = at + length
-        elif kind == 0:
-            _, end = _varint(payload, at)
-        elif kind in (1, 5):
-            end = at + (8 if kind == 1 else 4)
-        else:
-            raise CompressionError(f"this is no ONNX file: a field has wire type {kind}")
-        yield tag >> 3, payload[start:end], payload[at:end]
-        at = end
-
-
-def _varint(payload: memoryview, at: int) -> tuple[int, int]:
-    """The number at that place, and the place behind it."""
-    value = 0
-    for place, byte in enumerate(payload[at : at + _LONGEST_VARINT]):
-        value |= (byte & 0x7F) << 7 * place
-        if byte < 0x80:
-            return value, at + place + 1
-    raise CompressionError("this is no ONNX file: a number in it does not end")
-
-
 def _tensor_name(payload: memoryview) -> str:
-    for number, _, value in _fields(payload):
+    for number, _, value in fields(payload):
         if number == _TENSOR_NAME:
             return bytes(value).decode()
     return ""
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    tag, length = number << 3 | 2, len(payload)
-    head = bytearray([tag])
-    while length > 0x7F:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    head.append(length)
-    return bytes(head) + payload

@@ -8,9 +8,7 @@ Buffers documentation: tag = number << 3 | 2 for bytes, then a varint length).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,17 +21,16 @@ _MODEL_GRAPH = 7
 _GRAPH_NODE = 1
 _GRAPH_INITIALIZER = 5
 _TENSOR_RAW_DATA = 9
-_LEAST_SOURCE_BYTES = 4096
 
 
 def node_field(node: onnx.NodeProto) -> bytes:
     """The node as a part of a graph."""
-    return _field(_GRAPH_NODE, node.SerializeToString(deterministic=True))
+    return field(_GRAPH_NODE, node.SerializeToString(deterministic=True))
 
 
 def initializer_field(tensor: onnx.TensorProto) -> bytes:
     """The constant as a part of a graph."""
-    return _field(_GRAPH_INITIALIZER, tensor.SerializeToString(deterministic=True))
+    return field(_GRAPH_INITIALIZER, tensor.SerializeToString(deterministic=True))
 
 
 def array_field(array: np.ndarray, name: str) -> bytes:
@@ -46,29 +43,7 @@ def array_field(array: np.ndarray, name: str) -> bytes:
     return b"".join((_head(rest, data.nbytes), data.view(np.uint8).data))
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A constant of the source model: all but its data as bytes, the data where it is.
-
-    Keeping it as bytes would hold the model's weights twice.
-    """
-
-    head: bytes
-    tensor: onnx.TensorProto
-    size: int
-
-
-Part = bytes | memoryview | SourceTensor
-
-
-def source_field(tensor: onnx.TensorProto) -> bytes | SourceTensor:
-    """A source model's constant as a part of a graph; small ones are bytes at once."""
-    size = len(tensor.raw_data)
-    if size < _LEAST_SOURCE_BYTES:
-        return initializer_field(tensor)
-    rest = onnx.TensorProto()
-    _copy_fields(tensor, rest, {"raw_data"})
-    return SourceTensor(head=_head(rest, size), tensor=tensor, size=size)
+Part = bytes | memoryview
 
 
 def _head(rest: onnx.TensorProto, size: int) -> bytes:
@@ -88,41 +63,24 @@ def shell(model: onnx.ModelProto) -> tuple[bytes, bytes]:
 def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
     """The file: `shell`'s two halves with nodes and constants in the given order."""
     held = list(parts)
-    length = len(graph) + sum(_length(part) for part in held)
-    tag = _tag(_MODEL_GRAPH, length)
-    # One buffer of the right size, filled piece by piece: the file exists once, and what a
-    # growing buffer leaves behind would stay with the process.
-    file = io.BytesIO()
-    file.seek(len(outer) + len(tag) + length - 1)
-    file.write(b"\0")
-    file.seek(0)
-    for piece in (outer, tag, graph, *held):
-        if isinstance(piece, SourceTensor):
-            file.write(piece.head)
-            file.write(piece.tensor.raw_data)
-        else:
-            file.write(piece)
-    return file.getvalue()
-
-
-def _length(part: Part) -> int:
-    if isinstance(part, SourceTensor):
-        return len(part.head) + part.size
-    return len(part)
+    length = len(graph) + sum(len(part) for part in held)
+    # One buffer of the right size, every byte of which is written once.
+    return b"".join((outer, _tag(_MODEL_GRAPH, length), graph, *held))
 
 
 def _copy_fields(source: Any, target: Any, without: set[str]) -> None:
     """Copy a message's fields but some, without touching the weights in those."""
-    for field, value in source.ListFields():
-        if field.name in without:
+    for described, value in source.ListFields():
+        if described.name in without:
             continue
         if hasattr(value, "MergeFrom"):
-            getattr(target, field.name).MergeFrom(value)
+            getattr(target, described.name).MergeFrom(value)
         else:
-            setattr(target, field.name, value)
+            setattr(target, described.name, value)
 
 
-def _field(number: int, payload: bytes) -> bytes:
+def field(number: int, payload: bytes) -> bytes:
+    """A field that has a length: a message, a text or bytes."""
     return _tag(number, len(payload)) + payload
 
 

@@ -116,7 +116,7 @@ def uniform_plan(graph: QuantizableGraph) -> dict[str, Any]:
 
 def is_reproducible(graph: QuantizableGraph, data: bytes, model: Path) -> bool:
     """The same bytes from a second build here and from one in another process."""
-    again = emit_uniform(type(graph)(graph.view.model, graph.calibration))
+    again = emit_uniform(type(graph)(graph.fp32, graph.calibration))
     script = "from tests.benchmarks.oracle_equivalence import emit_elsewhere; emit_elsewhere()"
     done = subprocess.run(
         [sys.executable, "-c", script],

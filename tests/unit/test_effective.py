@@ -58,7 +58,7 @@ def test_a_float_input_of_a_quantized_layer_is_named() -> None:
 def test_a_missing_kernel_is_named() -> None:
     """On x86, onnxruntime has none for signed activations behind a MaxPool."""
     signed = QuantizableGraph(
-        quantizable("tiny").view.model, quantizable("tiny").calibration, kernels=ARM_DOT
+        quantizable("tiny").fp32, quantizable("tiny").calibration, kernels=ARM_DOT
     )
     plan = dict.fromkeys(signed.units, INT8)
     report = effective_precisions(signed.emit(plan), signed.units.values(), plan)

@@ -9,13 +9,11 @@ from onnx import numpy_helper
 
 from autotune.compression.parts import KeptParts
 from autotune.compression.wire import (
-    SourceTensor,
     array_field,
     assemble,
     initializer_field,
     node_field,
     shell,
-    source_field,
 )
 from tests.unit.compression_models import tiny_source
 
@@ -32,18 +30,10 @@ def test_an_array_that_is_not_contiguous_is_written_in_order() -> None:
     assert array_field(array, "x") == initializer_field(numpy_helper.from_array(array, "x"))
 
 
-def test_a_large_constant_of_the_source_is_not_held_a_second_time() -> None:
-    large = numpy_helper.from_array(np.zeros(5000, np.float32), "w")
-    part = source_field(large)
-    assert isinstance(part, SourceTensor)
-    assert len(part.head) < 100
-    assert isinstance(source_field(numpy_helper.from_array(np.zeros(5), "b")), bytes)
-
-
 def test_the_parts_of_a_model_join_to_the_model() -> None:
     model = tiny_source().graph
     parts = [node_field(node) for node in model.graph.node]
-    parts += [source_field(tensor) for tensor in model.graph.initializer]
+    parts += [initializer_field(tensor) for tensor in model.graph.initializer]
     joined = onnx.load_from_string(assemble(*shell(model), parts))
     expected = onnx.ModelProto()
     expected.CopyFrom(model)

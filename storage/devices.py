@@ -5,9 +5,10 @@ Tokens and keys arrive hashed; nothing here could show one.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import DeviceDescription
@@ -100,9 +101,11 @@ def revoke_agent(session: Session, agent_id: str, *, now: datetime) -> AgentReco
     return to_record(AgentRecord, row)
 
 
-def touch(session: Session, device_id: str, *, now: datetime) -> None:
-    """The device was seen."""
-    locked_by_id(session, DeviceRow, "device", device_id).last_seen_at = now
+def touch(session: Session, device_ids: Collection[str], *, now: datetime) -> None:
+    """The devices were seen; an id of none is left alone."""
+    seen = select(DeviceRow.serial).where(DeviceRow.id.in_(device_ids)).order_by(DeviceRow.serial)
+    serials = session.scalars(seen.with_for_update(key_share=True)).all()
+    session.execute(update(DeviceRow).where(DeviceRow.serial.in_(serials)).values(last_seen_at=now))
 
 
 def get(session: Session, reference: str) -> DeviceRecord:

@@ -7,10 +7,11 @@ lease's result counts. Every other one goes to `late_results`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from sqlalchemy import Select, exists, select
+from sqlalchemy import Select, exists, select, update
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import LatencyReport, MeasurementRequest, MeasurementResult, Outcome
@@ -103,18 +104,25 @@ def lease(
 
 
 def renew(
-    session: Session, lease_id: str, fencing_token: int, *, ttl_s: float, now: datetime
-) -> bool:
-    """Whether the lease is current; if so, it lasts `ttl_s` from now."""
-    row = locked(session, MeasurementRow, MeasurementRow.lease_id == lease_id)
-    if (
-        row is None
-        or row.state is not MeasurementState.LEASED
-        or row.fencing_token != fencing_token
-    ):
-        return False
-    row.lease_expires_at = now + timedelta(seconds=ttl_s)
-    return True
+    session: Session, leases: Collection[tuple[str, int]], *, ttl_s: float, now: datetime
+) -> set[tuple[str, int]]:
+    """The leases (id, fencing token) that are current; they last `ttl_s` from now."""
+    if not leases:
+        return set()
+    ids = [lease_id for lease_id, _ in leases]
+    held = session.execute(
+        select(MeasurementRow.serial, MeasurementRow.lease_id, MeasurementRow.fencing_token)
+        .where(MeasurementRow.lease_id.in_(ids), MeasurementRow.state == MeasurementState.LEASED)
+        .order_by(MeasurementRow.serial)  # one order for all who lock several
+        .with_for_update(key_share=True)
+    ).all()
+    current = {serial: (name, token) for serial, name, token in held if (name, token) in leases}
+    session.execute(
+        update(MeasurementRow)
+        .where(MeasurementRow.serial.in_(current))
+        .values(lease_expires_at=now + timedelta(seconds=ttl_s))
+    )
+    return set(current.values())
 
 
 def accept(

@@ -15,7 +15,7 @@ the module of each noun (`jobs.py`, `trials.py`, `measurements.py`, `devices.py`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -229,15 +229,20 @@ class Repository:
                 now=self._clock(),
             )
 
-    def renew_lease(self, lease_id: str, fencing_token: int, *, ttl_s: float) -> bool:
-        """Whether the lease is current; if so, it now lasts `ttl_s` seconds from here.
+    def note_heartbeats(
+        self, device_ids: Collection[str], leases: Collection[tuple[str, int]], *, ttl_s: float
+    ) -> set[tuple[str, int]]:
+        """The devices were seen now; those of the leases that are current are returned.
 
-        A lease that ran out is current until `expire_leases` takes it back: an agent that
-        returns in between goes on.
+        A lease is its id and its fencing token; a current one now lasts `ttl_s` seconds from
+        here. A lease that ran out is current until `expire_leases` takes it back:
+        an agent that returns in between goes on. One transaction, whatever the number: what a
+        heartbeat costs is the commit. Nobody is notified.
         """
         with self._writing(notify=False) as session:
             now = self._clock()
-            return measurements.renew(session, lease_id, fencing_token, ttl_s=ttl_s, now=now)
+            devices.touch(session, device_ids, now=now)
+            return measurements.renew(session, leases, ttl_s=ttl_s, now=now)
 
     def accept_result(self, result: MeasurementResult, *, agent_id: str) -> MeasurementRecord:
         """Make the measurement DONE with this result, and keep the report's raw samples.
@@ -353,15 +358,6 @@ class Repository:
         """
         with self._writing() as session:
             return devices.revoke_agent(session, agent_id, now=self._clock())
-
-    def touch_device(self, device_id: str) -> None:
-        """The device was seen now.
-
-        Raises:
-            NotFound: there is no such device.
-        """
-        with self._writing() as session:
-            devices.touch(session, device_id, now=self._clock())
 
     def get_device(self, reference: str) -> DeviceRecord:
         """The device of that id, else of that name, else of that unique id prefix.

@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from autotune.errors import ServiceError
+from autotune.service.attendance import AttendanceBook
 from autotune.service.context import Context, ServiceContext
 from autotune.service.problems import Refusal, problem_responses
 from autotune.service.security import Agent, hash_secret, new_secret, require_agent
@@ -63,10 +64,20 @@ async def enrol(context: Context, request: EnrolRequest) -> EnrolReply:
 
 
 @router.post("/heartbeat", operation_id="heartbeat", responses=problem_responses(401, 426))
-async def heartbeat(context: Context, agent: Agent, request: Heartbeat) -> HeartbeatReply:
+async def heartbeat(
+    context: Context, attendance: AttendanceBook, agent: Agent, request: Heartbeat
+) -> HeartbeatReply:
     """The agent lives; renews the lease that it names."""
     _require_version(request.protocol_version)
-    return await run_in_threadpool(_heartbeat, context, agent, request)
+    lease = None
+    if request.lease_id is not None and request.fencing_token is not None:
+        lease = (request.lease_id, request.fencing_token)
+    is_current = await attendance.note(agent.device_id, lease)
+    return HeartbeatReply(
+        heartbeat_s=context.settings.heartbeat_s,
+        drop_lease=not is_current,
+        reason=None if is_current else "the lease ran out or the job was cancelled",
+    )
 
 
 @router.post(
@@ -80,7 +91,6 @@ async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Re
     _require_version(asked.protocol_version)
     now = asyncio.get_running_loop().time
     deadline = now() + asked.wait_s
-    await run_in_threadpool(context.repository.touch_device, agent.device_id)
     while not context.broadcast.is_closed and not await request.is_disconnected():
         ticket = context.broadcast.ticket(queue_topic(agent.device_id))
         record = await run_in_threadpool(_take, context, agent)
@@ -147,21 +157,6 @@ def _require_version(version: int) -> None:
                 f"{PROTOCOL_VERSION}; {newer} (`pip install --upgrade edge-autotune`)"
             ),
         )
-
-
-def _heartbeat(context: ServiceContext, agent: AgentRecord, request: Heartbeat) -> HeartbeatReply:
-    context.repository.touch_device(agent.device_id)
-    heartbeat_s = context.settings.heartbeat_s
-    if request.lease_id is None or request.fencing_token is None:
-        return HeartbeatReply(heartbeat_s=heartbeat_s)
-    is_current = context.repository.renew_lease(
-        request.lease_id, request.fencing_token, ttl_s=context.settings.lease_ttl_s
-    )
-    return HeartbeatReply(
-        heartbeat_s=heartbeat_s,
-        drop_lease=not is_current,
-        reason=None if is_current else "the lease ran out or the job was cancelled",
-    )
 
 
 def _take(context: ServiceContext, agent: AgentRecord) -> MeasurementRecord | None:

@@ -20,6 +20,7 @@ from fastapi.openapi.utils import get_openapi
 import autotune
 from autotune.api_types import Health, Problem
 from autotune.service import agents, devices, events, fronts, jobs, sensitivity, uploads
+from autotune.service.attendance import Attendance
 from autotune.service.body_limit import BodyLimit
 from autotune.service.context import ServiceContext
 from autotune.service.problems import install_problem_handlers, problem_responses
@@ -66,6 +67,7 @@ def create_app(context: ServiceContext) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.context = context
+    app.state.attendance = Attendance(context.repository, ttl_s=context.settings.lease_ttl_s)
     app.include_router(_health)
     app.include_router(agents.router, responses=problem_responses(422))
     for router in USER_ROUTES:

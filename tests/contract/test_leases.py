@@ -118,7 +118,8 @@ def test_renewing_moves_the_end_of_the_lease_silently(world: World) -> None:
     _, lease = world.leased()
     world.topics.clear()
     world.clock.advance(20)
-    assert world.repository.renew_lease(str(lease.lease_id), lease.fencing_token, ttl_s=30)
+    held = {(str(lease.lease_id), lease.fencing_token)}
+    assert world.repository.note_heartbeats([], held, ttl_s=30) == held
     found = world.repository.get_measurement(lease.id)
     assert found.lease_expires_at == START + timedelta(seconds=50)
     assert world.topics == []
@@ -127,10 +128,12 @@ def test_renewing_moves_the_end_of_the_lease_silently(world: World) -> None:
 def test_a_lease_that_is_not_current_is_not_renewed(world: World) -> None:
     agent, lease = world.leased()
     lease_id = str(lease.lease_id)
-    assert not world.repository.renew_lease("l-none", 1, ttl_s=30)
-    assert not world.repository.renew_lease(lease_id, lease.fencing_token + 1, ttl_s=30)
+    current = {(lease_id, lease.fencing_token)}
+    wrong = {(lease_id, lease.fencing_token + 1), ("l-none", 1)}
+    assert world.repository.note_heartbeats([], wrong, ttl_s=30) == set()
+    assert world.repository.note_heartbeats([], current | wrong, ttl_s=30) == current
     world.repository.accept_result(result_of(lease), agent_id=agent.id)
-    assert not world.repository.renew_lease(lease_id, lease.fencing_token, ttl_s=30)
+    assert world.repository.note_heartbeats([], current, ttl_s=30) == set()
 
 
 def test_an_accepted_result_is_kept_with_its_raw_samples(world: World) -> None:

@@ -332,13 +332,11 @@ def test_a_revoked_agent_is_not_found_any_more(world: World) -> None:
         world.repository.find_agent("never seen")
 
 
-def test_touching_a_device_moves_when_it_was_last_seen(world: World) -> None:
+def test_a_heartbeat_moves_when_a_device_was_last_seen(world: World) -> None:
     device, _ = world.agent()
     world.clock.advance(7)
-    world.repository.touch_device(device.id)
+    assert world.repository.note_heartbeats([device.id, "d-none"], [], ttl_s=30) == set()
     assert world.repository.get_device(device.id).last_seen_at == START + timedelta(seconds=7)
-    with pytest.raises(NotFound):
-        world.repository.touch_device("d-none")
 
 
 def test_user_tokens_are_known_by_their_hash(world: World) -> None:

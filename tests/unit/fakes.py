@@ -205,7 +205,7 @@ class FakeAgent:
             if self.limit is not None and len(self.measured) >= self.limit:
                 self._wake.wait(0.05)
                 continue
-            self._repository.touch_device(self.device.id)
+            self._repository.note_heartbeats([self.device.id], [], ttl_s=30)
             record = self._repository.lease_measurement(
                 device_id=self.device.id, agent_id=self._agent_id, ttl_s=30
             )

@@ -1,0 +1,83 @@
+"""Heartbeats of many agents, written together.
+
+Owns gathering: the heartbeats that arrive while a commit is under way share the next one, so
+that a thousand agents cost a few commits a second and a single one does not wait. Each is
+answered after its commit. What a heartbeat changes is the repository's `note_heartbeats`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+
+from storage.repository import Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heartbeat:
+    device_id: str
+    lease: tuple[str, int] | None
+    is_noted: asyncio.Future[bool]
+
+
+class Attendance:
+    """Which agents live and which leases go on; used from one event loop."""
+
+    def __init__(self, repository: Repository, *, ttl_s: float) -> None:
+        self._repository = repository
+        self._ttl_s = ttl_s
+        self._arrived: list[_Heartbeat] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def note(self, device_id: str, lease: tuple[str, int] | None) -> bool:
+        """Note a heartbeat; False where its lease (id, fencing token) is no longer current.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        heartbeat = _Heartbeat(
+            device_id=device_id,
+            lease=lease,
+            is_noted=asyncio.get_running_loop().create_future(),
+        )
+        self._arrived.append(heartbeat)
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write())
+        return await heartbeat.is_noted
+
+    async def _write(self) -> None:
+        while self._arrived:
+            written, self._arrived = self._arrived, []
+            try:
+                current = await run_in_threadpool(self._commit, written)
+            except Exception as error:  # noqa: BLE001 - raised again where each is awaited
+                for heartbeat in written:
+                    if not heartbeat.is_noted.done():
+                        heartbeat.is_noted.set_exception(error)
+                continue
+            for heartbeat in written:
+                if not heartbeat.is_noted.done():  # done where the agent hung up meanwhile
+                    heartbeat.is_noted.set_result(
+                        heartbeat.lease is None or heartbeat.lease in current
+                    )
+        self._writer = None
+
+    def _commit(self, heartbeats: list[_Heartbeat]) -> set[tuple[str, int]]:
+        return self._repository.note_heartbeats(
+            {heartbeat.device_id for heartbeat in heartbeats},
+            {heartbeat.lease for heartbeat in heartbeats if heartbeat.lease is not None},
+            ttl_s=self._ttl_s,
+        )
+
+
+def attendance_of(request: Request) -> Attendance:
+    """The attendance of the service that answers this request."""
+    attendance: Attendance = request.app.state.attendance
+    return attendance
+
+
+AttendanceBook = Annotated[Attendance, Depends(attendance_of)]

@@ -82,6 +82,11 @@ class Database:
         with self._translating(), self._write_gate, self._write.begin() as session:
             yield session
 
+    @property
+    def may_be_shared(self) -> bool:
+        """Other processes may write to it, too; a SQLite file has one owner."""
+        return self._engine.dialect.name != "sqlite"
+
     def close(self) -> None:
         """Close every connection and give up the ownership of the file."""
         self._engine.dispose()

@@ -2,7 +2,8 @@
 
 This class owns the contract, the transactions and the notifications; the statements lie in
 the module of each noun (`jobs.py`, `trials.py`, `measurements.py`, `devices.py`,
-`ledger.py`). The same contract holds on SQLite and on PostgreSQL; one test suite runs on both.
+`agents.py`, `ledger.py`); keys, drained devices and quarantine are the verbs of `fleet.py`. The
+same contract holds on SQLite and on PostgreSQL; one test suite runs on both.
 
 - Every method is one transaction: it happened completely and durably when it returns, and not
   at all when it raises (except that a late result is kept although `accept_result` raises).
@@ -23,9 +24,10 @@ from sqlalchemy.orm import Session
 
 from device_agents.protocol import DeviceDescription, MeasurementRequest, MeasurementResult
 from search_spaces import Candidate
-from storage import devices, jobs, ledger, measurements, trials
+from storage import agents, devices, jobs, ledger, measurements, trials
 from storage.database import Database, changed_topics
-from storage.errors import StaleLease
+from storage.errors import InvalidToken, StaleLease
+from storage.fleet import FleetRepository
 from storage.records import (
     AgentRecord,
     ArtifactRecord,
@@ -72,6 +74,12 @@ class Repository:
         self._database = database
         self._notify = notify
         self._clock = clock
+        self.fleet = FleetRepository(database, writing=self._writing, clock=clock)
+
+    @property
+    def may_be_shared(self) -> bool:
+        """Another service may change the same rows; nobody is notified of what it does."""
+        return self._database.may_be_shared
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -181,11 +189,22 @@ class Repository:
     # -- measurements -------------------------------------------------------------------------
 
     def enqueue_measurement(
-        self, *, job_id: str, trial_id: str | None, device_id: str, request: MeasurementRequest
+        self,
+        *,
+        job_id: str,
+        trial_id: str | None,
+        device_id: str,
+        request: MeasurementRequest,
+        is_shared: bool = False,
+        avoid_device_id: str | None = None,
+        is_canary: bool = False,
     ) -> MeasurementRecord:
         """A measurement in state QUEUED, named by `request.measurement_id`.
 
-        The same call a second time returns the first one's record, whatever its state.
+        The same call a second time returns the first one's record, whatever its state. One
+        that `is_shared` may be taken by any device of the same pool and fingerprint but
+        `avoid_device_id`; only an `is_canary` reaches a device that a canary drained. An
+        artifact in quarantine there is DONE at once, with outcome QUARANTINED.
 
         Raises:
             StorageError: the id is taken by another request, or the job, the trial or the
@@ -198,13 +217,16 @@ class Repository:
                 trial_id=trial_id,
                 device_id=device_id,
                 request=request,
+                is_shared=is_shared,
+                avoid_device_id=avoid_device_id,
+                is_canary=is_canary,
                 now=self._clock(),
             )
 
     def lease_measurement(
         self, *, device_id: str, agent_id: str, ttl_s: float, max_attempts: int = MAX_ATTEMPTS
     ) -> MeasurementRecord | None:
-        """The oldest queued measurement of the device, now leased for `ttl_s` seconds.
+        """The oldest queued measurement that the device may take, leased for `ttl_s` seconds.
 
         Its `fencing_token` is larger than any before; only the result that carries it will be
         accepted. An agent holds one lease at most: one that asks while it holds another has
@@ -320,13 +342,15 @@ class Repository:
         name: str | None,
         description: DeviceDescription,
         agent_key_hash: str,
+        instance: str | None = None,
     ) -> tuple[DeviceRecord, AgentRecord]:
         """Use up an enrolment token for an agent and its device.
 
         `name` is the host name where None. The same fingerprint under the same name is the
         same device again: it keeps its id, and its earlier agent is revoked, because two
         agents that measure on one device disturb each other. Another device that comes with
-        a taken name is called `NAME-2`, `NAME-3`, ...
+        a taken name is called `NAME-2`, `NAME-3`, ... `instance` is a secret of the process
+        that enrols: with it the same token works again, for one whose answer was lost.
 
         Raises:
             InvalidToken: the token is unknown, used or expired; nothing was changed.
@@ -338,26 +362,31 @@ class Repository:
                 name=name,
                 description=description,
                 agent_key_hash=agent_key_hash,
+                instance=instance,
                 now=self._clock(),
             )
 
     def find_agent(self, key_hash: str) -> AgentRecord:
-        """The agent of that key.
+        """The agent of that key, with its device's standing.
+
+        The first use of an agent's next key makes it the current one; the one before is good
+        for another `agents.PREVIOUS_KEY_GRACE_S`. Whoever comes with it later has a copy of
+        the agent's state: the device is drained.
 
         Raises:
-            InvalidToken: the key is unknown, or its agent was revoked.
+            InvalidToken: the key is unknown, was replaced, or its agent was revoked.
         """
-        with self._database.reading() as session:
-            return devices.find_agent(session, key_hash)
-
-    def revoke_agent(self, agent_id: str) -> AgentRecord:
-        """The agent's key is worth nothing from now on; a lease it holds runs out by itself.
-
-        Raises:
-            NotFound: there is no such agent.
-        """
-        with self._writing() as session:
-            return devices.revoke_agent(session, agent_id, now=self._clock())
+        try:
+            with self._database.reading() as session:
+                found, is_next = agents.find(session, key_hash, now=self._clock())
+        except InvalidToken:
+            with self._writing() as session:
+                agents.flag_copy(session, key_hash, now=self._clock())
+            raise
+        if is_next:
+            with self._writing() as session:
+                agents.adopt_key(session, found.id, key_hash, now=self._clock())
+        return found
 
     def get_device(self, reference: str) -> DeviceRecord:
         """The device of that id, else of that name, else of that unique id prefix.

@@ -35,8 +35,8 @@ from storage.segments import find_segments
 router = APIRouter(prefix="/v1/agent", tags=["agents"])
 
 RECHECK_S = 5.0
-"""A waiting agent is woken by news of its own device's queue, and looks into the database at
-least this often, for what another service on the same database announced."""
+"""A waiting agent is woken by news of its own device's queue, and looks into a shared database
+at least this often, for what another service announced."""
 
 MAX_RESULT_BYTES = 64 * 1024**2
 """Raw samples as JSON: six million calls, which is a minute of a model that takes 10 us."""
@@ -99,7 +99,8 @@ async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Re
         left_s = deadline - now()
         if left_s <= 0:
             break
-        await context.broadcast.changed(ticket, timeout_s=min(left_s, RECHECK_S))
+        wait_s = min(left_s, RECHECK_S) if context.repository.may_be_shared else left_s
+        await context.broadcast.changed(ticket, timeout_s=wait_s)
     return Response(status_code=204)
 
 

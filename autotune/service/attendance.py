@@ -74,7 +74,7 @@ class Attendance:
         )
 
 
-def attendance_of(request: Request) -> Attendance:
+async def attendance_of(request: Request) -> Attendance:
     """The attendance of the service that answers this request."""
     attendance: Attendance = request.app.state.attendance
     return attendance

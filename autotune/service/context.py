@@ -59,8 +59,12 @@ class ServiceContext:
     clock: Callable[[], datetime] = utc_now
 
 
-def context_of(request: Request) -> ServiceContext:
-    """The context of the service that answers this request."""
+async def context_of(request: Request) -> ServiceContext:
+    """The context of the service that answers this request.
+
+    Asynchronous, because FastAPI would call a plain function in its thread pool: two switches
+    between threads in every request, for one attribute.
+    """
     context: ServiceContext = request.app.state.context
     return context
 

@@ -110,13 +110,27 @@ class Progress(Shape):
     device_online: bool | None = None
 
 
+class TargetResult(Shape):
+    """The answer on one device of a job on several: the best trial if it were the only device."""
+
+    device_id: str
+    winner: str
+    verdict: Literal["within_budget", "impossible_budget", "no_budget"]
+    explanation: str
+    missed_by_ns: float | None = None
+    latency_budget_ns: float | None = None
+    fp32_latency_ns: float | None = None
+
+
 class JobResult(Shape):
     """The answer of a finished job: never empty.
 
     `winner` is a trial id. `verdict` is `within_budget` or `impossible_budget`; for the
     latter `missed_by_ns` says by how much and `blocking_groups` which groups hold it back,
     slowest first. `beats_baseline` is False where FP32 or uniform INT8 is itself the answer.
-    `explanation` is for people.
+    `explanation` is for people. Of a job on several devices `winner` is the best on the worst
+    of them (it misses a budget by a share, so that `missed_by_ns` is None), and `targets` has
+    the winner on each; it is empty for a job on one.
     """
 
     winner: str
@@ -128,6 +142,7 @@ class JobResult(Shape):
     int8_trial: str | None = None
     beats_baseline: bool = True
     stopped_because: str = ""
+    targets: list[TargetResult] = []
 
 
 class Job(Shape):

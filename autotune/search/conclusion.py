@@ -9,10 +9,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from autotune.api_types import JobResult
+from autotune.api_types import JobResult, TargetResult
 from autotune.compression.kernels import X86_VNNI, KernelClass, why_not_faster
 from autotune.errors import InvalidJob, InvalidModel
-from autotune.search.front import Answer, answer, blocking_groups
+from autotune.search.front import Answer, blocking_groups
+from autotune.search.targets import View, views
 from autotune.spec import JobSpec
 from search_spaces import (
     LayerGroup,
@@ -35,11 +36,11 @@ _ONE_POINT = 0.01
 
 
 def build_space(
-    spec: JobSpec, inventory: LayerInventory, *, kernels: KernelClass = X86_VNNI
+    spec: JobSpec, inventory: LayerInventory, *, kernels: Sequence[KernelClass] = (X86_VNNI,)
 ) -> SearchSpace:
-    """The job's choices applied to the model's inventory, on a device with those kernels.
+    """The job's choices applied to the model's inventory, on devices with those kernels.
 
-    A precision that cannot be faster there is offered only where size is an objective.
+    A precision that cannot be faster on any is offered only where size is an objective.
     """
     return SearchSpace.build(
         inventory,
@@ -51,7 +52,7 @@ def build_space(
 
 
 def left_out(
-    spec: JobSpec, inventory: LayerInventory, *, kernels: KernelClass = X86_VNNI
+    spec: JobSpec, inventory: LayerInventory, *, kernels: Sequence[KernelClass] = (X86_VNNI,)
 ) -> list[str]:
     """Which of the job's precisions are not offered to which groups, and why; a sentence each."""
     precisions = [Precision.parse(name) for name in spec.search.precisions]
@@ -78,14 +79,17 @@ def left_out(
 
 
 def _why_left_out(
-    spec: JobSpec, group: LayerGroup, precision: Precision, kernels: KernelClass
+    spec: JobSpec, group: LayerGroup, precision: Precision, kernels: Sequence[KernelClass]
 ) -> str | None:
     if "size" in spec.search.objectives:
         return None
-    slow = why_not_faster(precision, kernels, is_matrix_product=group.is_matrix_product)
-    if slow is None:
+    slow = [
+        why_not_faster(precision, of_device, is_matrix_product=group.is_matrix_product)
+        for of_device in kernels
+    ]
+    if None in slow:
         return None
-    return f"{slow}, so the file is only smaller; add size to search.objectives to have it"
+    return f"{slow[0]}, so the file is only smaller; add size to search.objectives to have it"
 
 
 def _groups(names: Sequence[str], inventory: LayerInventory) -> str:
@@ -102,7 +106,7 @@ def limits(
     inventory: LayerInventory,
     *,
     has_training: bool,
-    kernels: KernelClass = X86_VNNI,
+    kernels: Sequence[KernelClass] = (X86_VNNI,),
 ) -> list[str]:
     """What the job asked for and this model or data cannot give, one sentence each.
 
@@ -198,9 +202,18 @@ def baseline_trials(
 
 
 def conclude(
-    job: JobRecord, trials: Sequence[TrialRecord], found: Answer, *, stopped_because: str
+    job: JobRecord,
+    trials: Sequence[TrialRecord],
+    found: Answer,
+    *,
+    stopped_because: str,
+    targets: Sequence[TargetResult] = (),
 ) -> JobResult:
-    """The answer with its reasons, for people and programs."""
+    """The answer with its reasons, for people and programs.
+
+    `trials` are seen as the job's objective has them; `targets` are the answers on each device
+    of a job on several.
+    """
     fp32, int8 = (None, None) if job.space is None else baseline_trials(job.space, trials)
     winner = found.winner
     is_baseline = winner.proposed_by == "baseline"
@@ -230,19 +243,42 @@ def conclude(
         int8_trial=int8.id if int8 else None,
         beats_baseline=not is_baseline,
         stopped_because=stopped_because,
+        targets=list(targets),
     )
+
+
+def conclude_views(
+    job: JobRecord, found: Sequence[tuple[View, Answer | None]], *, stopped_because: str
+) -> JobResult | None:
+    """The job's answer with those on each of its devices; None where its own view has none.
+
+    `found` begins with the job's own view; where it has several devices the view of each
+    follows.
+    """
+    (own, best), *on_each = found
+    if best is None:
+        return None
+    targets = [
+        TargetResult(
+            device_id=view.target.device_id,
+            winner=there.winner.id,
+            verdict=there.verdict,
+            explanation=f"trial {there.winner.number} wins: {there.explanation}",
+            missed_by_ns=there.missed_by_ns,
+            latency_budget_ns=view.latency_budget_ns,
+            fp32_latency_ns=view.target.reference_latency_ns,
+        )
+        for view, there in on_each
+        if there is not None and view.target is not None
+    ]
+    return conclude(job, own.trials, best, stopped_because=stopped_because, targets=targets)
 
 
 def conclude_cancelled(job: JobRecord, trials: Sequence[TrialRecord]) -> JobResult | None:
     """The answer of a job that was cancelled while it did not run; None without trials."""
-    found = answer(
-        trials,
-        latency_budget_ns=job.latency_budget_ns,
-        max_accuracy_drop=job.spec.get("max_accuracy_drop"),
-    )
-    if found is None:
-        return None
-    return conclude(job, trials, found, stopped_because=CANCELLED_BY_HAND)
+    max_drop = job.spec.get("max_accuracy_drop")
+    found = [(view, view.answer(max_accuracy_drop=max_drop)) for view in views(job, trials)]
+    return conclude_views(job, found, stopped_because=CANCELLED_BY_HAND)
 
 
 def nothing_ranks(trials: Sequence[TrialRecord]) -> str:

@@ -6,19 +6,25 @@ Every arrow is a row before the next one starts, so that a restart takes a trial
 was left. A candidate that fails is a trial with an outcome and a reason, never an exception.
 Accuracy is raced against a limit, so that a hopeless candidate costs few samples; baselines
 and whatever is on the front get all of them, and a confirmation all of the held-out ones.
+A job on several devices has an artifact with its accuracy per kernel class, and a latency per
+device; `targets.py` says how they are seen as one.
 Candidates are proposed by `planner.py` and `sampler.py`; `tuning.py` decides how many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from autotune.compression.kernels import kernels_of
 from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.front import REFERENCE_DROP, counts_size, non_dominated
 from autotune.search.planner import Proposal
+from autotune.search.targets import views
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
 from device_agents.protocol import ArtifactReference, MeasurementPlan, Outcome
@@ -26,9 +32,11 @@ from search_spaces import RuntimeOptions
 from storage.artifacts import ArtifactStore
 from storage.errors import ArtifactStoreFull, DuplicateTrial
 from storage.records import (
+    AccuracyReport,
     DeviceRecord,
     JobRecord,
     MeasurementRecord,
+    TargetFigures,
     TrialOutcome,
     TrialRecord,
     TrialState,
@@ -45,13 +53,14 @@ _FAILED_AT = {
 class Evaluation:
     """Everything that evaluating a candidate of one job needs.
 
-    `job` carries the calibrated reference latency once the FP32 baseline is measured;
-    `reference` is the FP32 model, pinned with its runtime options for the whole job. `race`
-    is what candidates other than baselines race against; None evaluates all on all samples.
+    `job` carries the calibrated reference latency of each target once the FP32 baseline is
+    measured; `devices` are these targets, the primary one first. `reference` is the FP32 model,
+    pinned with its runtime options for the whole job. `race` is what candidates other than
+    baselines race against; None evaluates all on all samples.
     """
 
     job: JobRecord
-    device: DeviceRecord
+    devices: tuple[DeviceRecord, ...]
     reference: ArtifactReference
     reference_runtime: RuntimeOptions
     settings: MeasurementSpec
@@ -84,154 +93,233 @@ class Evaluation:
 
         Raises:
             Stopped: the user or the service asked to stop; unfinished trials stay open.
-            DeviceAway: the device went offline; unfinished trials stay open.
+            DeviceAway: a device went offline; unfinished trials stay open.
             DiskFull: the artifact store has no room; unfinished trials stay open.
         """
-        for trial in self._compress(trials):
-            if trial.state is not TrialState.FINISHED:
-                self._measure(trial)
+        self._measure(self._compress(trials))
         self._complete_front()
         return [self.repository.get_trial(trial.id) for trial in trials]
 
     def confirm(self, trial: TrialRecord) -> TrialRecord:
         """Measure an `OK` trial again: a fresh process, a narrower interval, held-out data.
 
-        Returns the trial with what could be confirmed; a measurement that did not succeed or
-        was not steady leaves `confirmed_latency` None.
+        On every target where it is `OK`. Returns the trial with what could be confirmed; a
+        measurement that did not succeed or was not steady leaves `confirmed_latency` None.
         """
-        artifact = self._artifact_of(trial)
         if _has_raced(trial):
-            (trial,) = self._complete([trial])
-            if trial.outcome is not TrialOutcome.OK:
-                return trial
-        if trial.held_out_accuracy is None:
-            with self.window.computing():
-                calls = [Call(method="held_out", arguments=(self.artifacts.read(artifact.sha256),))]
-                ((_, report),) = list(self.pool.run(calls, should_stop=self.should_stop))
-            if not isinstance(report, CallFailed):
-                trial = self.repository.update_trial(trial.id, held_out_accuracy=report)
-        if trial.confirmed_latency is None:
-            record = self._order(trial, artifact, kind="confirmation")
+            self._complete([trial])
+            trial = self.repository.get_trial(trial.id)
+        self._hold_out(trial)
+        trial = self.repository.get_trial(trial.id)
+        devices = self.unconfirmed_on(trial)
+        orders = [(device, self._order(trial, device, kind="confirmation")) for device in devices]
+        for index, record in self.fleet.measure_all(self.job, orders, should_stop=self.should_stop):
             if record.outcome is Outcome.OK and record.report and record.report.is_steady:
-                trial = self.repository.update_trial(trial.id, confirmed_latency=record.report)
-        return trial
+                self._note(trial, devices[index], confirmed_latency=record.report)
+        return self.repository.get_trial(trial.id)
+
+    def unconfirmed_on(self, trial: TrialRecord) -> list[DeviceRecord]:
+        """The devices on which the trial is `OK` and not confirmed."""
+        return [
+            device
+            for device in self.devices
+            if trial.on(device.id).outcome is TrialOutcome.OK
+            and trial.on(device.id).confirmed_latency is None
+        ]
 
     def _compress(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Build artifacts and their accuracy on the workers, all cores at once."""
-        built = list(trials)
-        todo = [i for i, trial in enumerate(trials) if trial.accuracy is None]
+        """Build artifacts and their accuracy on the workers, all cores at once.
+
+        One artifact for each kernel class among the devices: its accuracy holds there alone.
+        """
+        todo = [
+            (trial, kernels)
+            for trial in trials
+            for kernels, (device, *_) in self._by_kernels.items()
+            if trial.on(device.id).accuracy is None and trial.on(device.id).outcome is None
+        ]
         calls = [
-            Call(method="build", arguments=(trials[i].candidate, self._race_of(trials[i])))
-            for i in todo
+            Call(method="build", arguments=(trial.candidate, self._race_of(trial), kernels))
+            for trial, kernels in todo
         ]
         with self.window.computing():
             for position, result in self.pool.run(calls, should_stop=self.should_stop):
-                index = todo[position]
-                built[index] = self._keep(trials[index], result)
-        return built
+                trial, kernels = todo[position]
+                self._keep(trial, self._by_kernels[kernels], result)
+        return [self.repository.get_trial(trial.id) for trial in trials]
+
+    def _measure(self, trials: Sequence[TrialRecord]) -> None:
+        """The latency of each trial on each device; a trial ends with its last measurement."""
+        todo = [
+            (trial, device)
+            for trial in trials
+            for device in self.devices
+            if trial.on(device.id).outcome is None
+        ]
+        left = Counter(trial.id for trial, _ in todo)
+        for trial in trials:
+            if not left[trial.id] and trial.state is not TrialState.FINISHED:
+                self._finish(trial)
+        orders = [(device, self._order(trial, device, kind="screening")) for trial, device in todo]
+        for index, record in self.fleet.measure_all(self.job, orders, should_stop=self.should_stop):
+            trial, device = todo[index]
+            left[trial.id] -= 1
+            if left[trial.id]:
+                self._note(trial, device, **_ended(record))
+            else:
+                self._finish(trial, device, **_ended(record))
 
     def _race_of(self, trial: TrialRecord) -> Race | None:
         """Everything is compared with the baselines, so they see every sample."""
         return None if trial.proposed_by == "baseline" else self.race
 
     def _complete_front(self) -> None:
-        """Show front members that raced every sample, until nothing on the front has raced."""
-        while raced := [
-            trial
-            for trial in non_dominated(
-                self.repository.list_trials(self.job.id), by_size=counts_size(self.job.spec)
-            )
-            if _has_raced(trial)
-        ]:
+        """Show front members that raced every sample, until nothing on a front has raced."""
+        while True:
+            trials = self.repository.list_trials(self.job.id)
+            members = {
+                trial.id
+                for view in views(self.job, trials)
+                for trial in non_dominated(view.trials, by_size=counts_size(self.job.spec))
+            }
+            raced = [trial for trial in trials if trial.id in members and _has_raced(trial)]
+            if not raced:
+                return
             self._complete(raced)
 
-    def _complete(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Evaluate finished trials on all of the search data."""
-        completed = list(trials)
+    def _complete(self, trials: Sequence[TrialRecord]) -> None:
+        """Evaluate artifacts of finished trials that raced on all of the search data."""
+        todo = [
+            (trial, devices)
+            for trial in trials
+            for devices in self._by_kernels.values()
+            if _stopped_early(trial.on(devices[0].id))
+        ]
+        for (trial, devices), report in self._judge("search_accuracy", todo):
+            changes: dict[str, Any] = {"accuracy": report}
+            if isinstance(report, CallFailed):
+                changes = {"outcome": TrialOutcome.ACCURACY_FAILED, "reason": report.error}
+            self._note(trial, *devices, **changes)
+
+    def _hold_out(self, trial: TrialRecord) -> None:
+        """The accuracy of a trial's artifacts on data that the search never saw."""
+        todo = [
+            (trial, devices)
+            for devices in self._by_kernels.values()
+            if trial.on(devices[0].id).outcome is TrialOutcome.OK
+            and trial.on(devices[0].id).held_out_accuracy is None
+        ]
+        for (_, devices), report in self._judge("held_out", todo):
+            if not isinstance(report, CallFailed):
+                self._note(trial, *devices, held_out_accuracy=report)
+
+    def _judge(
+        self, method: str, todo: Sequence[_Judged]
+    ) -> Iterator[tuple[_Judged, AccuracyReport | CallFailed]]:
+        """The accuracy of each trial's artifact for those devices, as the workers have it."""
         calls = [
             Call(
-                method="search_accuracy",
-                arguments=(self.artifacts.read(self._artifact_of(trial).sha256),),
+                method=method,
+                arguments=(self.artifacts.read(_artifact_of(trial.on(devices[0].id)).sha256),),
             )
-            for trial in trials
+            for trial, devices in todo
         ]
         with self.window.computing():
             for index, report in self.pool.run(calls, should_stop=self.should_stop):
-                changes: dict[str, object] = {"accuracy": report}
-                if isinstance(report, CallFailed):
-                    changes = {"outcome": TrialOutcome.ACCURACY_FAILED, "reason": report.error}
-                completed[index] = self.repository.update_trial(trials[index].id, **changes)
-        return completed
+                yield todo[index], report
 
-    def _keep(self, trial: TrialRecord, result: Built | CallFailed) -> TrialRecord:
+    def _keep(
+        self, trial: TrialRecord, devices: Sequence[DeviceRecord], result: Built | CallFailed
+    ) -> None:
+        """What a worker made of a trial, for the devices whose kernels it is for."""
         if isinstance(result, CallFailed):
             if isinstance(result.exception, DiskFull):
                 raise result.exception
-            return self._finish(trial, TrialOutcome.COMPRESSION_FAILED, result.error)
+            outcome, reason = TrialOutcome.COMPRESSION_FAILED, result.error
+            self._note(trial, *devices, outcome=outcome, reason=reason)
+            return
         if result.artifact is None:
-            return self._finish(trial, _FAILED_AT[result.failed_at or ""], result.failure)
+            outcome = _FAILED_AT[result.failed_at or ""]
+            self._note(trial, *devices, outcome=outcome, reason=result.failure)
+            return
         try:
             stored = self.artifacts.put(result.artifact)
         except ArtifactStoreFull as error:
             raise DiskFull(str(error)) from error
         self.repository.record_artifact(stored.sha256, stored.size_bytes, "candidate")
-        return self.repository.update_trial(
-            trial.id,
-            state=TrialState.RUNNING,
+        self._note(
+            trial,
+            *devices,
             artifact_sha256=stored.sha256,
             artifact_size_bytes=stored.size_bytes,
             compression=result.compression,
             accuracy=result.accuracy,
         )
 
-    def _measure(self, trial: TrialRecord) -> TrialRecord:
-        record = self._order(trial, self._artifact_of(trial), kind="screening")
-        if record.outcome is Outcome.OK:
-            return self._finish(trial, TrialOutcome.OK, None, latency=record.report)
-        outcome = record.outcome.value if record.outcome else "no outcome"
-        return self._finish(
-            trial,
-            TrialOutcome.MEASUREMENT_FAILED,
-            f"{outcome}: {record.reason or 'the agent gave no reason'}",
-            latency=record.report,
+    def _order(self, trial: TrialRecord, device: DeviceRecord, *, kind: str) -> MeasurementOrder:
+        (target,) = (t for t in self.job.targets if t.device_id == device.id)
+        return MeasurementOrder(
+            trial_id=trial.id,
+            artifact=_artifact_of(trial.on(device.id)),
+            reference=self.reference,
+            runtime=trial.candidate.runtime,
+            reference_runtime=self.reference_runtime,
+            plan=measurement_plan(
+                self.settings,
+                confirmation=kind == "confirmation",
+                reference_latency_ns=target.reference_latency_ns,
+                seed=self.seed + trial.number,
+            ),
         )
 
-    def _order(
-        self, trial: TrialRecord, artifact: ArtifactReference, *, kind: str
-    ) -> MeasurementRecord:
-        return self.fleet.measure(
-            self.job,
-            self.device,
-            MeasurementOrder(
-                trial_id=trial.id,
-                artifact=artifact,
-                reference=self.reference,
-                runtime=trial.candidate.runtime,
-                reference_runtime=self.reference_runtime,
-                plan=measurement_plan(
-                    self.settings,
-                    confirmation=kind == "confirmation",
-                    reference_latency_ns=self.job.reference_latency_ns,
-                    seed=self.seed + trial.number,
-                ),
-            ),
-            should_stop=self.should_stop,
-        )
+    def _note(self, trial: TrialRecord, *devices: DeviceRecord, **figures: Any) -> None:
+        """Keep figures of a trial that hold on those devices; one that has some is under way."""
+        for device in devices:
+            if device.id != self.devices[0].id:
+                self.repository.update_trial(trial.id, on=device.id, **figures)
+            elif trial.state is TrialState.PROPOSED:
+                self.repository.update_trial(trial.id, state=TrialState.RUNNING, **figures)
+            else:
+                self.repository.update_trial(trial.id, **figures)
 
     def _finish(
-        self, trial: TrialRecord, outcome: TrialOutcome, reason: str | None, **figures: object
-    ) -> TrialRecord:
-        finished = self.repository.update_trial(
-            trial.id, state=TrialState.FINISHED, outcome=outcome, reason=reason, **figures
-        )
+        self, trial: TrialRecord, device: DeviceRecord | None = None, **figures: Any
+    ) -> None:
+        """End a trial; with the figures of the device that it was measured on last."""
+        if device is not None and device.id != self.devices[0].id:
+            self._note(trial, device, **figures)
+            figures = {}
+        finished = self.repository.update_trial(trial.id, state=TrialState.FINISHED, **figures)
         self.on_finished(finished)
-        return finished
 
-    @staticmethod
-    def _artifact_of(trial: TrialRecord) -> ArtifactReference:
-        if trial.artifact_sha256 is None or trial.artifact_size_bytes is None:
-            raise ValueError(f"trial {trial.number} has no artifact yet")
-        return ArtifactReference(sha256=trial.artifact_sha256, size_bytes=trial.artifact_size_bytes)
+    @property
+    def _by_kernels(self) -> dict[str, list[DeviceRecord]]:
+        """The devices by the kernel class that artifacts are written for, the primary's first."""
+        found: dict[str, list[DeviceRecord]] = {}
+        for device in self.devices:
+            found.setdefault(kernels_of(device.description).name, []).append(device)
+        return found
+
+
+_Judged = tuple[TrialRecord, list[DeviceRecord]]
+
+
+def _artifact_of(trial: TrialRecord) -> ArtifactReference:
+    if trial.artifact_sha256 is None or trial.artifact_size_bytes is None:
+        raise ValueError(f"trial {trial.number} has no artifact yet")
+    return ArtifactReference(sha256=trial.artifact_sha256, size_bytes=trial.artifact_size_bytes)
+
+
+def _ended(record: MeasurementRecord) -> dict[str, Any]:
+    """How a measurement ends its trial on that device."""
+    if record.outcome is Outcome.OK:
+        return {"outcome": TrialOutcome.OK, "reason": None, "latency": record.report}
+    outcome = record.outcome.value if record.outcome else "no outcome"
+    return {
+        "outcome": TrialOutcome.MEASUREMENT_FAILED,
+        "reason": f"{outcome}: {record.reason or 'the agent gave no reason'}",
+        "latency": record.report,
+    }
 
 
 def race_of(*, max_accuracy_drop: float | None, seed: int) -> Race:
@@ -249,8 +337,12 @@ def race_of(*, max_accuracy_drop: float | None, seed: int) -> Race:
 
 
 def _has_raced(trial: TrialRecord) -> bool:
-    """Its accuracy was not evaluated on all samples."""
-    return trial.accuracy is not None and trial.accuracy.stopped_early is not None
+    """An accuracy of it was not evaluated on all samples."""
+    return _stopped_early(trial) or any(map(_stopped_early, trial.further))
+
+
+def _stopped_early(seen: TrialRecord | TargetFigures) -> bool:
+    return seen.accuracy is not None and seen.accuracy.stopped_early is not None
 
 
 def measurement_plan(

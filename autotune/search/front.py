@@ -134,27 +134,31 @@ def answer(
     *,
     latency_budget_ns: float | None,
     max_accuracy_drop: float | None,
+    on_every_device: bool = False,
 ) -> Answer | None:
     """The trial that answers the question; None only where no trial ranks at all.
 
     Inside the budget, and within the drop where one is given, the fastest trial wins when a
     drop was given and the most accurate one when it was not. Where nothing is inside the
     budget the fastest trial is the answer, with the distance. Where the drop cannot be kept,
-    the most accurate trial inside the budget is.
+    the most accurate trial inside the budget is. `on_every_device` says that the trials are
+    seen as the worst of several devices has them (`targets.py`): budget and distance are then
+    told as what they are, shares of each device's budget.
     """
+    inside = _inside(latency_budget_ns, on_every_device)
     ranking = [t for t in trials if ranks(t)]
     if not ranking:
         return None
     feasible = [t for t in ranking if is_feasible(t, latency_budget_ns)]
     if not feasible:
-        return _unreachable(ranking, latency_budget_ns or 0.0, max_accuracy_drop)
+        return _unreachable(ranking, latency_budget_ns or 0.0, max_accuracy_drop, on_every_device)
     verdict: Verdict = "no_budget" if latency_budget_ns is None else "within_budget"
     if max_accuracy_drop is None:
         winner = min(feasible, key=_least_drop_first)
         return Answer(
             winner=winner,
             verdict=verdict,
-            explanation=f"the {_of('most accurate', len(feasible))}{_inside(latency_budget_ns)}",
+            explanation=f"the {_of('most accurate', len(feasible))}{inside}",
         )
     kept = [t for t in feasible if _drop(t) <= max_accuracy_drop]
     if kept:
@@ -163,7 +167,7 @@ def answer(
             winner=winner,
             verdict=verdict,
             explanation=(
-                f"the {_of('fastest', len(kept))}{_inside(latency_budget_ns)} that "
+                f"the {_of('fastest', len(kept))}{inside} that "
                 f"{'loses' if len(kept) == 1 else 'lose'} at most "
                 f"{_points(max_accuracy_drop)} against FP32"
             ),
@@ -174,7 +178,7 @@ def answer(
         verdict=verdict,
         misses_drop=True,
         explanation=(
-            f"no trial{_inside(latency_budget_ns)} loses at most {_points(max_accuracy_drop)}; "
+            f"no trial{inside} loses at most {_points(max_accuracy_drop)}; "
             f"the one that loses least of {len(feasible)} loses {_points(_drop(winner))}"
         ),
     )
@@ -230,7 +234,10 @@ def _kept(trial: TrialRecord, layers: Sequence[str], inventory: LayerInventory) 
 
 
 def _unreachable(
-    ranking: Sequence[TrialRecord], budget_ns: float, max_accuracy_drop: float | None
+    ranking: Sequence[TrialRecord],
+    budget_ns: float,
+    max_accuracy_drop: float | None,
+    on_every_device: bool,
 ) -> Answer:
     kept = [t for t in ranking if max_accuracy_drop is None or _drop(t) <= max_accuracy_drop]
     winner = min(kept or ranking, key=_fastest_first)
@@ -240,14 +247,15 @@ def _unreachable(
     if max_accuracy_drop is not None:
         bound = f"loses at most {_points(max_accuracy_drop)}"
         within = f" that {bound}" if kept else f" (none {bound})"
+    distance = f"{missed / budget_ns:.2g} of it" if on_every_device else _ms(missed)
     return Answer(
         winner=winner,
         verdict="impossible_budget",
-        missed_by_ns=missed,
+        missed_by_ns=None if on_every_device else missed,
         misses_drop=not kept,
         explanation=(
-            f"no trial is inside {budget_ns / 1e6:.3g} ms; the fastest one{within} misses it by "
-            f"{missed / 1e6:.3g} ms (upper bound of its interval)"
+            f"no trial is{_inside(budget_ns, on_every_device)}; the fastest one{within} misses it "
+            f"by {distance} (upper bound of its interval)"
         ),
     )
 
@@ -301,8 +309,14 @@ def _of(best: str, n: int) -> str:
     return "only trial" if n == 1 else f"{best} of {n} trials"
 
 
-def _inside(budget_ns: float | None) -> str:
-    return "" if budget_ns is None else f" inside {budget_ns / 1e6:.3g} ms"
+def _inside(budget_ns: float | None, on_every_device: bool) -> str:
+    if budget_ns is None:
+        return ""
+    return f" inside {'the budget on every device' if on_every_device else _ms(budget_ns)}"
+
+
+def _ms(duration_ns: float) -> str:
+    return f"{duration_ns / 1e6:.3g} ms"
 
 
 def _points(fraction: float) -> str:

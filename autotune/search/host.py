@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ class Host:
     fleet: Fleet
     window: QuietWindow
     trust_job_code: bool
-    make_pool: Callable[[JobSpec, DataSplits, DeviceDescription], WorkerPool]
-    """The device is the one that candidates are compressed for."""
+    make_pool: Callable[[JobSpec, DataSplits, Sequence[DeviceDescription]], WorkerPool]
+    """The devices are those that candidates are compressed for, the primary target first."""
     should_stop: Callable[[], bool]
     make_room: Callable[[], None]
     """The disk is full: give up what is kept back, so that the job's end can be written."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +61,8 @@ class Runner:
         trust_job_code: bool = False,
         host_id: str | None = None,
         ray_address: str | None = None,
-        make_pool: Callable[[JobSpec, DataSplits, DeviceDescription], WorkerPool] | None = None,
+        make_pool: Callable[[JobSpec, DataSplits, Sequence[DeviceDescription]], WorkerPool]
+        | None = None,
         online_within_s: float = ONLINE_WITHIN_S,
     ) -> None:
         self._window = QuietWindow()
@@ -126,13 +127,13 @@ class Runner:
         )
 
     def _make_pool(
-        self, spec: JobSpec, splits: DataSplits, device: DeviceDescription
+        self, spec: JobSpec, splits: DataSplits, devices: Sequence[DeviceDescription]
     ) -> WorkerPool:
         start_ray(n_workers=self._n_workers, address=self._ray_address)
         return WorkerPool(
             spec,
             splits,
-            device=device,
+            devices=devices,
             cache_dir=self._data_dir / "bases",
             n_workers=self._n_workers,
             trust=self._host.trust_job_code,
@@ -184,18 +185,22 @@ class Runner:
             # A job that needs it will try again and fail with the reason.
             _log.exception("Ray could not be started yet")
 
-    def _next_job(self) -> tuple[JobRecord, DeviceRecord] | None:
-        """The oldest open job whose device is there; the others are told why they wait."""
+    def _next_job(self) -> tuple[JobRecord, tuple[DeviceRecord, ...]] | None:
+        """The oldest open job whose devices are there; the others are told why they wait."""
         open_jobs = [job for job in self._repository.list_jobs() if not job.state.is_final]
         for job in sorted(open_jobs, key=lambda job: (job.created_at, job.id)):
             if job.cancel_requested:
                 self._cancel(job)
                 continue
-            selector = job.device_id or job.spec.get("device")
-            device = self._fleet.find_device(selector)
-            if device is not None and self._fleet.is_online(device):
-                return job, device
-            self._wait(job, absence(selector, device))
+            found = [(named, self._fleet.find_device(named)) for named in _selectors(job)]
+            missing = [
+                absence(named, device)
+                for named, device in found
+                if device is None or not self._fleet.is_online(device)
+            ]
+            if not missing:
+                return job, tuple(device for _, device in found if device is not None)
+            self._wait(job, "; ".join(missing))
         return None
 
     def _wait(self, job: JobRecord, reason: str) -> None:
@@ -220,10 +225,10 @@ class Runner:
         self._repository.update_job(job.id, state=state, reason=reason, **changes)
         self._repository.append_event(job.id, "state", {"state": state.value, "reason": reason})
 
-    def _run(self, job: JobRecord, device: DeviceRecord) -> None:
+    def _run(self, job: JobRecord, devices: tuple[DeviceRecord, ...]) -> None:
         self._reserve.hold()
         try:
-            Tuning(self._host, job, device).run()
+            Tuning(self._host, job, devices).run()
         except Stopped:
             return
         except Exception as error:  # noqa: BLE001 - the loop outlives any one job
@@ -237,3 +242,11 @@ class Runner:
         except StorageError:
             _log.exception("the failure of job %s could not be recorded", job.id)
             self._stopping.wait(_IDLE_S)
+
+
+def _selectors(job: JobRecord) -> list[str | None]:
+    """The job's devices by id once they are chosen, before that as its file names them."""
+    if job.targets:
+        return [target.device_id for target in job.targets]
+    named = job.spec.get("device")
+    return list(named) if isinstance(named, list | tuple) else [named]

@@ -16,27 +16,36 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from autotune.compression.kernels import kernels_of
-from autotune.errors import AutotuneError, DeviceUnavailable, DiskFull, JobNotReady
+from autotune.errors import AutotuneError, DiskFull, JobNotReady
 from autotune.search import planner
 from autotune.search.conclusion import (
     CANCELLED_BY_HAND,
     baseline_trials,
     build_space,
-    conclude,
+    conclude_views,
     data_limits,
     limits,
     nothing_ranks,
 )
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.failures import in_users_terms
-from autotune.search.front import Answer, answer, counts_size, non_dominated
+from autotune.search.front import Answer, counts_size, non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.proposals import BATCH, Proposals
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
+from autotune.search.targets import (
+    View,
+    as_searched,
+    calibrated,
+    chosen,
+    require_different,
+    require_runtimes,
+    views,
+)
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
-from autotune.spec import LatencyBudget, name_uploads, parse_job, resolve_uploads
+from autotune.spec import name_uploads, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from search_spaces import LayerInventory, SearchSpace
 from storage.errors import StorageError
@@ -63,15 +72,15 @@ _CONFIRM_ROUNDS = 4
 class Tuning:
     """The phases of one job; `run` does those that are left."""
 
-    def __init__(self, host: Host, job: JobRecord, device: DeviceRecord) -> None:
+    def __init__(self, host: Host, job: JobRecord, devices: tuple[DeviceRecord, ...]) -> None:
         self._host = host
         self._repository = host.repository
         self._job = job
-        self._device = device
+        self._devices = devices
         self._spec = parse_job(job.spec)
         self._started = job.started_at or datetime.now(UTC)
         self._stopped_because = ""
-        self._unconfirmed: set[str] = set()
+        self._tried: set[str] = set()
         self._pool: WorkerPool | None = None
 
     def run(self) -> JobRecord:
@@ -84,8 +93,8 @@ class Tuning:
             state=JobState.RUNNING,
             phase="loading",
             started_at=self._started,
-            device_id=self._device.id,
             reason=None,
+            **chosen(self._job, self._devices),
         )
         self._event("state", {"state": JobState.RUNNING.value, "reason": None})
         # What an interrupted run left with the device would be measured while workers compute.
@@ -112,8 +121,9 @@ class Tuning:
                 self._pool.close()
 
     def _run_phases(self) -> None:
+        require_different(self._devices, self._spec.targets)
         inspection = self._inspect(self._load())
-        self._require_runtimes()
+        require_runtimes(self._devices, self._space)
         evaluation = self._baselines(inspection)
         if not self._is_over():
             entries = self._sensitivity(inspection.inventory)
@@ -133,10 +143,12 @@ class Tuning:
 
     def _inspect(self, splits: DataSplits) -> Inspection:
         with self._host.window.computing():
-            self._pool = self._host.make_pool(self._spec, splits, self._device.description)
+            described = [device.description for device in self._devices]
+            self._pool = self._host.make_pool(self._spec, splits, described)
             inspection: Inspection = self._call("inspect")
             self._workers.share_source()
-        inventory, kernels = inspection.inventory, kernels_of(self._device.description)
+        inventory = inspection.inventory
+        kernels = [kernels_of(device.description) for device in self._devices]
         if self._job.inventory is None:
             has_training = splits.training is not None
             for notice in (
@@ -175,7 +187,7 @@ class Tuning:
         evaluation = self._calibrate(evaluation, fp32[0])
         self._evaluate(evaluation, others)
         # What a restart left open comes before anything new.
-        evaluation.run([t for t in self._trials() if t.state is not TrialState.FINISHED])
+        evaluation.run([t for t in self._stored_trials() if t.state is not TrialState.FINISHED])
         return evaluation
 
     def _reopen_fp32(self) -> None:
@@ -183,7 +195,7 @@ class Tuning:
         fp32, _ = baseline_trials(self._space, self._trials())
         if fp32 is not None and fp32.outcome not in (None, TrialOutcome.OK):
             self._repository.update_trial(
-                fp32.id, state=TrialState.PROPOSED, outcome=None, reason=None
+                fp32.id, state=TrialState.PROPOSED, outcome=None, reason=None, further=()
             )
 
     def _sensitivity(self, inventory: LayerInventory) -> tuple[Sensitivity, ...]:
@@ -271,10 +283,12 @@ class Tuning:
         for trial in [*baselines, *front]:
             self._confirm_trial(evaluation, trial)
         for _ in range(_CONFIRM_ROUNDS):
-            found = self._answer()
-            if found is None or found.winner.confirmed_latency is not None:
+            winners = [found.winner for _, found in self._answers() if found is not None]
+            unconfirmed = {w.id: w for w in winners if w.confirmed_latency is None}
+            if not unconfirmed:
                 break
-            self._confirm_trial(evaluation, found.winner)
+            for winner in unconfirmed.values():
+                self._confirm_trial(evaluation, winner)
 
     # What the phases share.
 
@@ -282,21 +296,23 @@ class Tuning:
         """Evaluate what is new and what a restart left open; every trial of the proposals."""
         evaluation.open_trials(proposals)
         digests = {p.candidate.digest for p in proposals}
-        asked = [t for t in self._trials() if t.candidate.digest in digests]
+        asked = [t for t in self._stored_trials() if t.candidate.digest in digests]
         evaluation.run([t for t in asked if t.state is not TrialState.FINISHED])
         return [self._repository.get_trial(t.id) for t in asked]
 
     def _confirm_trial(self, evaluation: Evaluation, trial: TrialRecord) -> None:
         current = self._repository.get_trial(trial.id)
-        if current.outcome is not TrialOutcome.OK or current.confirmed_latency is not None:
+        if trial.id in self._tried or not evaluation.unconfirmed_on(current):
             return
+        self._tried.add(trial.id)
         confirmed = evaluation.confirm(current)
-        if confirmed.confirmed_latency is None:
-            # It could not be measured again: it stays a trial but cannot be the answer.
-            self._unconfirmed.add(confirmed.id)
-            self._notice(f"trial {confirmed.number} could not be confirmed and cannot win")
-            return
-        self._event("trial_confirmed", {"trial": confirmed.id, "number": confirmed.number})
+        missing = [device.name for device in evaluation.unconfirmed_on(confirmed)]
+        if missing:
+            # It could not be measured again: it stays a trial but cannot be the answer there.
+            where = f" on {', '.join(missing)}" if len(self._devices) > 1 else ""
+            self._notice(f"trial {trial.number} could not be confirmed{where} and cannot win")
+        if len(missing) < len(self._devices):
+            self._event("trial_confirmed", {"trial": trial.id, "number": trial.number})
 
     def _store_reference(self, fp32: bytes) -> ArtifactReference:
         stored = self._host.artifacts.put(fp32)
@@ -304,26 +320,15 @@ class Tuning:
         return ArtifactReference(sha256=stored.sha256, size_bytes=stored.size_bytes)
 
     def _calibrate(self, evaluation: Evaluation, fp32: TrialRecord) -> Evaluation:
-        """Pin the reference's own latency; everything later is a ratio times it."""
-        if fp32.latency is None or fp32.outcome is not TrialOutcome.OK:
-            raise DeviceUnavailable(
-                "the FP32 model itself could not be measured, so there is nothing to compare "
-                f"with: {fp32.reason or fp32.outcome}"
-            )
-        if self._job.reference_latency_ns is None:
-            budget = self._spec.latency_budget
-            self._job = self._update(
-                reference_latency_ns=fp32.latency.reference_p50_ns,
-                latency_budget_ns=None
-                if budget is None
-                else LatencyBudget.parse(budget).nanoseconds(fp32_latency_ns=fp32.latency.p50_ns),
-            )
+        """Pin the reference's own latency on each target; everything later is a ratio times it."""
+        if any(target.reference_latency_ns is None for target in self._job.targets):
+            self._job = self._update(**calibrated(self._job, self._spec, fp32))
         return replace(evaluation, job=self._job)
 
     def _evaluation(self, reference: ArtifactReference) -> Evaluation:
         return Evaluation(
             job=self._job,
-            device=self._device,
+            devices=self._devices,
             reference=reference,
             reference_runtime=self._space.runtimes[0],
             settings=self._spec.measurement,
@@ -357,8 +362,12 @@ class Tuning:
             raise JobNotReady("the search space is not built yet")
         return self._job.space
 
-    def _trials(self) -> list[TrialRecord]:
+    def _stored_trials(self) -> list[TrialRecord]:
         return self._repository.list_trials(self._job.id)
+
+    def _trials(self) -> list[TrialRecord]:
+        """The trials as the search sees them: on several devices, as the worst one has them."""
+        return as_searched(self._job, self._stored_trials())
 
     def _front(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
         return non_dominated(trials, by_size=counts_size(self._job.spec))
@@ -395,29 +404,30 @@ class Tuning:
 
     # The answer.
 
-    def _answer(self, *, confirmed_only: bool = False) -> Answer | None:
-        trials = [t for t in self._trials() if t.id not in self._unconfirmed]
-        confirmed = [t for t in trials if t.confirmed_latency is not None]
-        return answer(
-            confirmed if confirmed_only and confirmed else trials,
-            latency_budget_ns=self._job.latency_budget_ns,
-            max_accuracy_drop=self._spec.max_accuracy_drop,
-        )
+    def _answer(self) -> Answer | None:
+        return self._answers()[0][1]
+
+    def _answers(self, *, confirmed_only: bool = False) -> list[tuple[View, Answer | None]]:
+        """The answer to the job's question; on several devices then the answer on each."""
+        found = []
+        for view in views(self._job, self._stored_trials()):
+            # What could not be measured again is no answer.
+            asked = [t for t in view.trials if t.confirmed_latency or t.id not in self._tried]
+            confirmed = [t for t in asked if t.confirmed_latency]
+            seen = replace(view, trials=confirmed if confirmed_only and confirmed else asked)
+            found.append((view, seen.answer(max_accuracy_drop=self._spec.max_accuracy_drop)))
+        return found
 
     def _end(
         self, state: JobState, reason: str | None = None, error: str | None = None
     ) -> JobRecord:
         """Close the job with the best answer there is, whatever ended it."""
         self._repository.cancel_measurements(self._job.id)
-        found = self._answer(confirmed_only=True)
-        result = None
-        if found is not None:
-            result = conclude(
-                self._job, self._trials(), found, stopped_because=self._stopped_because
-            )
-            if found.verdict == "impossible_budget":
-                reason = reason or result.explanation
-        elif state is JobState.FINISHED:
+        found = self._answers(confirmed_only=True)
+        result = conclude_views(self._job, found, stopped_because=self._stopped_because)
+        if result is not None and result.verdict == "impossible_budget":
+            reason = reason or result.explanation
+        elif result is None and state is JobState.FINISHED:
             state, reason = JobState.FAILED, nothing_ranks(self._trials())
         self._job = self._update(
             state=state,
@@ -464,12 +474,3 @@ class Tuning:
                 "latency_ns": trial.latency.p50_ns if trial.latency else None,
             },
         )
-
-    def _require_runtimes(self) -> None:
-        offered = {build.name for build in self._device.description.runtimes}
-        missing = {r.runtime for r in self._space.runtimes} - offered
-        if missing:
-            raise DeviceUnavailable(
-                f"device {self._device.name} has no runtime {', '.join(sorted(missing))}; "
-                f"it has {', '.join(sorted(offered)) or 'none'}"
-            )

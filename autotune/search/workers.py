@@ -96,12 +96,12 @@ class CompressionWorker:
         splits: DataSplits,
         cache_dir: str,
         trust: bool,
-        device: DeviceDescription | None = None,
+        devices: Sequence[DeviceDescription] = (),
     ) -> None:
         # Loading waits for the first call, so that a wrong model is that call's error and
         # not a worker that cannot start.
         self._spec, self._cache_dir, self._trust = spec, Path(cache_dir), trust
-        self._device = device
+        self._devices = devices
         self.splits = splits
         self._evaluators: dict[str, AccuracyEvaluator] = {}
 
@@ -132,10 +132,14 @@ class CompressionWorker:
             recovery=self._spec.recovery,
             cache_dir=self._cache_dir,
             importance=self._spec.search.prune_importance,
-            channel_multiple=channel_multiple(self._device.cpu_flags if self._device else ()),
+            # A pruned base is trained once for all targets: channels that suit each of them.
+            channel_multiple=max(
+                (channel_multiple(device.cpu_flags) for device in self._devices),
+                default=channel_multiple(()),
+            ),
             seed=self._spec.seed,
             threads=1,
-            kernels=kernels_of(self._device),
+            kernels=kernels_of(self._devices[0] if self._devices else None),
         )
 
     def share(self) -> SourceModel:
@@ -163,10 +167,18 @@ class CompressionWorker:
         """Prune, recover, export and calibrate one base; kept on disk for all workers."""
         return self.compressor.prepare_base(prune_ratios).to_json()
 
-    def build(self, candidate: Candidate, race: Race | None = None) -> Built:
-        """The candidate's artifact and its accuracy on the search data, as far as it races."""
+    def build(
+        self, candidate: Candidate, race: Race | None = None, kernels: str | None = None
+    ) -> Built:
+        """The candidate's artifact and its accuracy on the search data, as far as it races.
+
+        `kernels` names the kernel class to write for; the primary target's where it is None.
+        """
+        from autotune.compression.kernels import KERNEL_CLASSES
+
         try:
-            artifact = self.compressor.build(candidate)
+            written_for = None if kernels is None else KERNEL_CLASSES[kernels]
+            artifact = self.compressor.build(candidate, kernels=written_for)
         except CompressionError as error:
             return Built(failed_at="compression", failure=str(error))
         try:
@@ -243,10 +255,10 @@ class WorkerProcess:
         splits: DataSplits,
         cache_dir: str,
         trust: bool,
-        device: DeviceDescription | None = None,
+        devices: Sequence[DeviceDescription] = (),
     ) -> None:
         """Become a worker of this job."""
-        self._worker = CompressionWorker(spec, splits, cache_dir, trust, device)
+        self._worker = CompressionWorker(spec, splits, cache_dir, trust, devices)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """One method of the worker."""
@@ -328,7 +340,8 @@ class WorkerPool:
         cache_dir: where pruned bases are kept, shared by the workers.
         n_workers: how many processes; one per core to be used.
         trust: job code may run.
-        device: what candidates are compressed for; None: what fits everywhere.
+        devices: what candidates are compressed for, the primary target first; none: what
+            fits everywhere.
         starter: where the processes come from.
     """
 
@@ -340,7 +353,7 @@ class WorkerPool:
         cache_dir: Path,
         n_workers: int,
         trust: bool,
-        device: DeviceDescription | None = None,
+        devices: Sequence[DeviceDescription] = (),
         starter: WorkerStarter | None = None,
     ) -> None:
         import ray
@@ -348,7 +361,7 @@ class WorkerPool:
         self._ray = ray
         self._starter = starter or WorkerStarter()
         self._splits = ray.put(splits)
-        self._arguments = (spec, str(cache_dir), trust, device)
+        self._arguments = (spec, str(cache_dir), trust, tuple(devices))
         self._source: Any = None
         self._idle: list[Any] = [self._new_worker() for _ in range(n_workers)]
 
@@ -426,9 +439,9 @@ class WorkerPool:
             self._idle.append(self._new_worker())
 
     def _new_worker(self) -> Any:
-        spec, cache_dir, trust, device = self._arguments
+        spec, cache_dir, trust, devices = self._arguments
         worker = self._starter.take()
-        worker.begin.remote(spec, self._splits, cache_dir, trust, device)
+        worker.begin.remote(spec, self._splits, cache_dir, trust, devices)
         if self._source is not None:
             worker.call.remote("adopt", self._source)
         return worker

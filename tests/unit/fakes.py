@@ -107,7 +107,9 @@ class FakePool:
             )
         ]
 
-    def _build(self, candidate: Candidate, race: Race | None = None) -> Built | CallFailed:
+    def _build(
+        self, candidate: Candidate, race: Race | None = None, kernels: str | None = None
+    ) -> Built | CallFailed:
         failure = self.fail_build_of(candidate)
         if failure is not None:
             return Built(failed_at="compression", failure=failure)

@@ -25,7 +25,7 @@ def test_channels_are_rounded_for_the_device(
         }
     )
     device = description().model_copy(update={"cpu_flags": flags})
-    worker = CompressionWorker(spec, tiny_splits(), str(tmp_path), True, device)
+    worker = CompressionWorker(spec, tiny_splits(), str(tmp_path), True, (device,))
     worker.adopt(tiny_source())
     pruning = worker.prepare_base({"hidden": 0.4})["pruning"]
     assert (pruning["channel_multiple"], pruning["importance"]) == (multiple, "l1")

@@ -49,31 +49,31 @@ def job(*precisions: str, objectives: tuple[str, ...] | None = None) -> JobSpec:
 
 
 def test_by_default_packed_weights_are_offered_where_a_kernel_reads_them() -> None:
-    space = build_space(job(), inventory(), kernels=X86_VNNI)
+    space = build_space(job(), inventory(), kernels=[X86_VNNI])
     assert space.precisions == {"stem": (FP32, INT8), "head": (FP32, W8, W4, INT8)}
 
 
 def test_the_user_is_told_what_is_left_out_and_how_to_have_it() -> None:
-    (notice,) = left_out(job(), inventory(), kernels=X86_VNNI)
+    (notice,) = left_out(job(), inventory(), kernels=[X86_VNNI])
     assert notice.startswith("w8, w4 not offered to layer group stem: the runtime has no conv")
     assert "add size to search.objectives to have it" in notice
-    assert notice in limits(job(), inventory(), has_training=True, kernels=X86_VNNI)
+    assert notice in limits(job(), inventory(), has_training=True, kernels=[X86_VNNI])
 
 
 def test_with_size_as_an_objective_everything_that_is_asked_for_is_offered() -> None:
     wanted = job(*ALL, objectives=("accuracy", "latency", "size"))
-    space = build_space(wanted, inventory(), kernels=X86_VNNI)
+    space = build_space(wanted, inventory(), kernels=[X86_VNNI])
     assert [p.name for p in space.precisions["stem"]] == list(ALL)
-    assert left_out(wanted, inventory(), kernels=X86_VNNI) == []
+    assert left_out(wanted, inventory(), kernels=[X86_VNNI]) == []
 
 
 def test_float16_follows_the_device() -> None:
     wanted = job("fp16", "w8a16")
-    on_arm = build_space(wanted, inventory(), kernels=ARM_DOT_HALF)
-    on_x86 = build_space(wanted, inventory(), kernels=X86_VNNI)
+    on_arm = build_space(wanted, inventory(), kernels=[ARM_DOT_HALF])
+    on_x86 = build_space(wanted, inventory(), kernels=[X86_VNNI])
     assert on_arm.precisions["stem"] == (FP32, FP16)
     assert on_x86.precisions["stem"] == (FP32,)
-    notices = left_out(wanted, inventory(), kernels=X86_VNNI)
+    notices = left_out(wanted, inventory(), kernels=[X86_VNNI])
     assert len(notices) == 2
     assert all("any layer group" in notice for notice in notices)
 

@@ -21,6 +21,7 @@ from autotune.search.host import Host
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Tuning
 from autotune.search.workers import CallFailed
+from autotune.spec import parse_job
 from device_agents.protocol import Outcome
 from search_spaces import INT8, Candidate
 from storage.artifacts import ArtifactStore
@@ -67,8 +68,7 @@ class Bench:
             return self.pools[-1]
 
         record = self.repository.get_job(job.id)
-        device = self.fleet.find_device(record.device_id or record.spec.get("device"))
-        assert device is not None
+        devices = [self.fleet.find_device(named) for named in parse_job(record.spec).targets]
         host = Host(
             repository=self.repository,
             artifacts=self.artifacts,
@@ -79,7 +79,7 @@ class Bench:
             should_stop=self.should_stop,
             make_room=lambda: self.made_room.append(True),
         )
-        return Tuning(host, record, device).run()
+        return Tuning(host, record, tuple(d for d in devices if d is not None)).run()
 
 
 @pytest.fixture
@@ -389,10 +389,10 @@ def test_what_an_interrupted_run_left_with_the_device_is_withdrawn(bench: Bench)
 
 def test_a_full_disk_in_a_worker_ends_the_job_and_no_trial(bench: Bench) -> None:
     class Full(FakePool):
-        def _build(self, candidate: Any, race: Any = None) -> Any:
+        def _build(self, candidate: Any, race: Any = None, kernels: Any = None) -> Any:
             if candidate.prune_ratios:
                 return CallFailed(error="no room", exception=DiskFull("no room in /bases"))
-            return super()._build(candidate, race)
+            return super()._build(candidate, race, kernels)
 
     bench.make_pool = Full
     with _agent(bench):

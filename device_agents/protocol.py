@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 PROTOCOL_VERSION = 1
 # Version 1 (2026-11-21): enrol, heartbeat, lease, artifact download by range and its list of
 # segments, result with throttling and energy where a device has them.
+# 2026-11-21: `instance` of enrolment and heartbeat, `rotate_key` and `drained_because` of its
+# reply, the route that gives a new key; an agent without them works as before.
 # 2026-11-21: `MeasurementRequest.profile`, `LatencyReport.profile` and
 # `DeviceDescription.kernel_speeds`; a peer that does not know them leaves them out.
 
@@ -31,7 +33,10 @@ class Message(BaseModel):
 
 
 class Outcome(StrEnum):
-    """How a measurement ended. Only `OK` ranks; every other one comes with a reason."""
+    """How a measurement ended. Only `OK` ranks; every other one comes with a reason.
+
+    `QUARANTINED` is the service's: the artifact crashed such devices before and was not sent.
+    """
 
     OK = "ok"
     UNSTABLE = "unstable"
@@ -44,6 +49,7 @@ class Outcome(StrEnum):
     DEVICE_DISK = "device_disk"
     LOST = "lost"
     CANCELLED = "cancelled"
+    QUARANTINED = "quarantined"
 
 
 class RuntimeBuild(Message):
@@ -119,12 +125,16 @@ class Conditions(Message):
 
 
 class EnrolRequest(Message):
-    """An agent introduces its device, with a one-use enrolment token."""
+    """An agent introduces its device, with a one-use enrolment token.
+
+    `instance` is random for each process: one whose answer was lost may use its token again.
+    """
 
     protocol_version: int
     token: str
     name: str | None = None
     device: DeviceDescription
+    instance: str | None = None
 
 
 class EnrolReply(Message):
@@ -137,21 +147,37 @@ class EnrolReply(Message):
     heartbeat_s: float
 
 
+class NewKey(Message):
+    """An agent's next key; the one before is good until this one was used for the first time."""
+
+    agent_key: str
+
+
 class Heartbeat(Message):
-    """The agent is alive; it renews the lease that it holds."""
+    """The agent is alive; it renews the lease that it holds.
+
+    `instance` is random for each process of an agent: two that are heard of in turns share an
+    identity that only one of them can have.
+    """
 
     protocol_version: int
+    instance: str | None = None
     lease_id: str | None = None
     fencing_token: int | None = None
     conditions: Conditions | None = None
 
 
 class HeartbeatReply(Message):
-    """`drop_lease`: the lease is no longer the agent's; stop that measurement."""
+    """`drop_lease`: the lease is no longer the agent's; stop that measurement.
+
+    `rotate_key`: ask for a new key now. `drained_because`: why the device gets no work.
+    """
 
     heartbeat_s: float
     drop_lease: bool = False
     reason: str | None = None
+    rotate_key: bool = False
+    drained_because: str | None = None
 
 
 class ArtifactReference(Message):

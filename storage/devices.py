@@ -1,6 +1,7 @@
-"""Devices, agents and tokens, as rows. Transactions and contract: `repository.py`.
+"""Devices, their enrolment, and tokens, as rows. Transactions and contract: `repository.py`.
 
-Tokens and keys arrive hashed; nothing here could show one.
+Tokens and keys arrive hashed; nothing here could show one. What becomes of an agent's key
+after the enrolment is `agents.py`'s.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import DeviceDescription
-from storage import identifiers
+from storage import agents, drains, identifiers
 from storage.errors import InvalidToken
-from storage.records import AgentRecord, DeviceRecord
-from storage.rows import locked, locked_by_id, referred, take_turns, to_record
+from storage.records import AgentRecord, DeviceRecord, DrainCause
+from storage.rows import locked, referred, take_turns, to_record
 from storage.tables import AgentRow, DeviceRow, EnrolmentTokenRow, UserTokenRow
 
 
@@ -40,10 +41,11 @@ def enrol(
     name: str | None,
     description: DeviceDescription,
     agent_key_hash: str,
+    instance: str | None,
     now: datetime,
 ) -> tuple[DeviceRecord, AgentRecord]:
     """Use up a token; the device's earlier agent is revoked."""
-    token = _use(session, token_hash, now)
+    token = _use(session, token_hash, instance=instance, now=now)
     take_turns(session, "enrolment")
     wanted = name or description.hostname
     row = session.scalars(
@@ -67,7 +69,11 @@ def enrol(
         row.description = description
         row.last_seen_at = now
         row.pool = token.pool if token.pool is not None else row.pool
-        _revoke_agents_of(session, row.id, now)
+        earlier = agents.of_device(session, row.id)
+        if earlier is not None:
+            agents.revoke(session, earlier, now=now)
+        if row.drained_by is DrainCause.IDENTITY:  # both copies have lost their key by this
+            drains.resume(session, row.id)
     session.flush()
     agent = AgentRow(
         id=identifiers.new_id(identifiers.AGENT),
@@ -77,28 +83,7 @@ def enrol(
     )
     session.add(agent)
     session.flush()
-    return to_record(DeviceRecord, row), to_record(AgentRecord, agent)
-
-
-def find_agent(session: Session, key_hash: str) -> AgentRecord:
-    """The agent of that key."""
-    row = session.scalars(select(AgentRow).where(AgentRow.key_hash == key_hash)).one_or_none()
-    if row is None:
-        raise InvalidToken("no agent has this key; enrol the agent again")
-    if row.revoked_at is not None:
-        raise InvalidToken(
-            f"the key of agent {row.id} was revoked, by hand or because its device enrolled "
-            "again; enrol the agent again, with a name of its own if it is another device"
-        )
-    return to_record(AgentRecord, row)
-
-
-def revoke_agent(session: Session, agent_id: str, *, now: datetime) -> AgentRecord:
-    """The agent's key is worth nothing from now on."""
-    row = locked_by_id(session, AgentRow, "agent", agent_id)
-    if row.revoked_at is None:
-        row.revoked_at = now
-    return to_record(AgentRecord, row)
+    return to_record(DeviceRecord, row), agents.record_of(agent, row)
 
 
 def touch(session: Session, device_ids: Collection[str], *, now: datetime) -> None:
@@ -136,23 +121,21 @@ def count_user_tokens(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(UserTokenRow)) or 0
 
 
-def _use(session: Session, token_hash: str, now: datetime) -> EnrolmentTokenRow:
+def _use(
+    session: Session, token_hash: str, *, instance: str | None, now: datetime
+) -> EnrolmentTokenRow:
+    """The token, used up: once, or again by the very process whose answer was lost."""
     token = locked(session, EnrolmentTokenRow, EnrolmentTokenRow.token_hash == token_hash)
     again = "make another with `autotune device enroll`"
     if token is None:
         raise InvalidToken(f"this enrolment token is not known here; {again}")
-    if token.used_at is not None:
+    is_again = instance is not None and token.used_by == instance
+    if token.used_at is not None and not is_again:
         raise InvalidToken(f"this enrolment token was used at {token.used_at:%F %T %Z}; {again}")
     if token.expires_at <= now:
         raise InvalidToken(f"this enrolment token expired at {token.expires_at:%F %T %Z}; {again}")
-    token.used_at = now
+    token.used_at, token.used_by = now, instance
     return token
-
-
-def _revoke_agents_of(session: Session, device_id: str, now: datetime) -> None:
-    current = select(AgentRow).where(AgentRow.device_id == device_id, AgentRow.revoked_at.is_(None))
-    for agent in session.scalars(current.with_for_update(key_share=True)):
-        agent.revoked_at = now
 
 
 def _free_name(session: Session, wanted: str) -> str:

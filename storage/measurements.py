@@ -11,16 +11,21 @@ from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from sqlalchemy import Select, exists, select, update
+from sqlalchemy import ColumnElement, Select, and_, exists, false, or_, select, update
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import LatencyReport, MeasurementRequest, MeasurementResult, Outcome
-from storage import identifiers
+from storage import identifiers, quarantine
 from storage.errors import InvalidToken, NotFound, StorageError
-from storage.records import LateResultRecord, MeasurementRecord, MeasurementState
+from storage.records import (
+    DrainCause,
+    LateResultRecord,
+    MeasurementRecord,
+    MeasurementState,
+)
 from storage.rows import locked, locked_by_id, to_record
 from storage.samples import decode_blocks, encode_blocks, split_blocks
-from storage.tables import AgentRow, LateResultRow, MeasurementRow, SamplesRow
+from storage.tables import AgentRow, DeviceRow, LateResultRow, MeasurementRow, SamplesRow
 
 
 def enqueue(
@@ -30,12 +35,19 @@ def enqueue(
     trial_id: str | None,
     device_id: str,
     request: MeasurementRequest,
+    is_shared: bool,
+    avoid_device_id: str | None,
+    is_canary: bool,
     now: datetime,
 ) -> MeasurementRecord:
     """A measurement in state QUEUED; the same request a second time is the first one."""
+    device = _device(session, device_id)
+    pool, fingerprint = (device.pool, device.fingerprint) if is_shared else (None, None)
     row = locked(session, MeasurementRow, MeasurementRow.id == request.measurement_id)
     if row is not None:
-        if (row.job_id, row.device_id, row.request) == (job_id, device_id, request):
+        asked = (row.job_id, row.pool, row.fingerprint, row.request)
+        is_same_device = row.device_id == device_id or is_shared
+        if is_same_device and asked == (job_id, pool, fingerprint, request):
             return to_record(MeasurementRecord, row)
         raise StorageError(f"measurement {request.measurement_id!r} exists with other contents")
     row = MeasurementRow(
@@ -43,12 +55,19 @@ def enqueue(
         job_id=job_id,
         trial_id=trial_id,
         device_id=device_id,
+        pool=pool,
+        fingerprint=fingerprint,
+        avoid_device_id=avoid_device_id,
+        is_canary=is_canary,
         request=request,
         state=MeasurementState.QUEUED,
         fencing_token=0,
         attempts=0,
         created_at=now,
     )
+    barred = quarantine.find(session, request, device.fingerprint)
+    if barred is not None:
+        quarantine.end_quarantined(row, barred, now=now)
     session.add(row)
     session.flush()
     return to_record(MeasurementRecord, row)
@@ -56,8 +75,8 @@ def enqueue(
 
 def may_lease(session: Session, *, device_id: str, agent_id: str) -> bool:
     """Whether `lease` would do anything: lease, end the agent's lease, or refuse the agent."""
-    of_device = MeasurementRow.device_id == device_id
-    queued = exists().where(of_device, MeasurementRow.state == MeasurementState.QUEUED)
+    for_device = _may_take(_device(session, device_id))
+    queued = exists().where(for_device, MeasurementRow.state == MeasurementState.QUEUED)
     held = exists().where(
         MeasurementRow.leased_by == agent_id, MeasurementRow.state == MeasurementState.LEASED
     )
@@ -74,7 +93,7 @@ def lease(
     max_attempts: int,
     now: datetime,
 ) -> MeasurementRecord | None:
-    """The oldest queued measurement of the device; an agent's earlier lease ends here."""
+    """The oldest queued measurement for the device; an agent's earlier lease ends here."""
     agent = locked_by_id(session, AgentRow, "agent", agent_id)
     if agent.revoked_at is not None:
         raise InvalidToken(f"agent {agent_id} was revoked; enrol it again")
@@ -85,7 +104,7 @@ def lease(
     row = session.scalars(
         select(MeasurementRow)
         .where(
-            MeasurementRow.device_id == device_id,
+            _may_take(_device(session, device_id)),
             MeasurementRow.state == MeasurementState.QUEUED,
         )
         .order_by(MeasurementRow.serial)
@@ -95,6 +114,7 @@ def lease(
     if row is None:
         return None
     row.state = MeasurementState.LEASED
+    row.device_id = device_id  # in a pool: who has it now
     row.fencing_token += 1
     row.attempts += 1
     row.lease_id = identifiers.new_id(identifiers.LEASE)
@@ -116,7 +136,8 @@ def renew(
         .order_by(MeasurementRow.serial)  # one order for all who lock several
         .with_for_update(key_share=True)
     ).all()
-    current = {serial: (name, token) for serial, name, token in held if (name, token) in leases}
+    found = {serial: (name or "", token) for serial, name, token in held}
+    current = {serial: lease for serial, lease in found.items() if lease in leases}
     session.execute(
         update(MeasurementRow)
         .where(MeasurementRow.serial.in_(current))
@@ -139,6 +160,7 @@ def accept(
         return _with_samples(session, row)  # the same result again: its answer was lost
     if not is_current or row.state is not MeasurementState.LEASED:
         _set_aside(session, result, agent_id=agent_id, now=now)
+        _note_crash(session, row, result, agent_id=agent_id, now=now)
         return None
     report, blocks = split_blocks(result.report)
     row.state = MeasurementState.DONE
@@ -150,6 +172,7 @@ def accept(
     if blocks:
         session.add(SamplesRow(measurement_id=row.id, encoded=encode_blocks(blocks)))
     session.flush()
+    _note_crash(session, row, result, agent_id=agent_id, now=now)
     return _with_samples(session, row)
 
 
@@ -214,6 +237,53 @@ def late_results(session: Session, measurement_id: str) -> list[LateResultRecord
         )
         for row in session.scalars(wanted.order_by(LateResultRow.serial))
     ]
+
+
+def _may_take(device: DeviceRow) -> ColumnElement[bool]:
+    """What an agent of the device may lease: its own, and what it shares with its pool.
+
+    A drained device gets nothing; one that is off its pool gets canaries, to show that it is
+    in line again.
+    """
+    own = and_(MeasurementRow.device_id == device.id, MeasurementRow.pool.is_(None))
+    if device.drained_by is DrainCause.IDENTITY:
+        return false()
+    if device.drained_by is DrainCause.CANARY:
+        return and_(own, MeasurementRow.is_canary)
+    if device.pool is None:
+        return own
+    shared = and_(
+        MeasurementRow.pool == device.pool,
+        MeasurementRow.fingerprint == device.fingerprint,
+        MeasurementRow.avoid_device_id.is_distinct_from(device.id),
+    )
+    return or_(own, shared)
+
+
+def _device(session: Session, device_id: str) -> DeviceRow:
+    row = session.scalars(select(DeviceRow).where(DeviceRow.id == device_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no device {device_id!r}")
+    return row
+
+
+def _note_crash(
+    session: Session,
+    row: MeasurementRow,
+    result: MeasurementResult,
+    *,
+    agent_id: str,
+    now: datetime,
+) -> None:
+    """A crash counts for the device that reports it, whoever has the lease by now."""
+    reporter = (
+        select(DeviceRow)
+        .join(AgentRow, AgentRow.device_id == DeviceRow.id)
+        .where(AgentRow.id == agent_id)
+    )
+    device = session.scalars(reporter).one_or_none()
+    if device is not None:
+        quarantine.note(session, row, result, device=device, now=now)
 
 
 def _leased() -> Select[MeasurementRow]:

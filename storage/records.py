@@ -369,25 +369,31 @@ class DeviceRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStanding:
+    """What decides about the work that a device gets."""
+
+    name: str
+    pool: str | None
+    fingerprint: str
+    drained_because: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
-    """The process on a device, known by its key's hash."""
+    """The process on a device, known by its key's hash.
+
+    `is_rotation_due`: someone asked for a new key; `key_changed_at` is when it last got one,
+    None before the first time.
+    """
 
     id: str
     device_id: str
     key_hash: str
+    key_changed_at: datetime | None = None
+    is_rotation_due: bool = False
     enrolled_at: datetime
     revoked_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentStanding:
-    """What the service tells an agent that it heard of.
-
-    `device` is the agent's; `rotate_key`: the agent is to ask for a new key now.
-    """
-
-    device: DeviceRecord
-    rotate_key: bool
+    device: DeviceStanding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

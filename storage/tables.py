@@ -242,7 +242,7 @@ class AgentRow(Base):
     """An agent; at most one per device is not revoked.
 
     `next_key_hash` is a key that was handed out and not used yet, `previous_key_hash` the one
-    that it replaced at `key_changed_at`. `instances` are the processes heard of lately.
+    that it replaced at `key_changed_at`.
     """
 
     __tablename__ = "agents"
@@ -260,7 +260,6 @@ class AgentRow(Base):
     previous_key_hash: Mapped[str | None]
     key_changed_at: Mapped[datetime | None]
     is_rotation_due: Mapped[bool] = mapped_column(server_default=false())
-    instances: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
     enrolled_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
 

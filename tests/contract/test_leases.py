@@ -88,7 +88,7 @@ def test_nothing_queued_is_no_lease_and_no_notification(world: World) -> None:
 
 def test_only_a_known_agent_that_is_not_revoked_gets_a_lease(world: World) -> None:
     device, agent = world.agent()
-    world.repository.revoke_agent(agent.id)
+    world.repository.fleet.revoke(device.id)
     with pytest.raises(InvalidToken):
         world.lease(agent)
     with pytest.raises(NotFound):

@@ -324,9 +324,9 @@ def test_a_device_without_a_name_is_called_after_its_host(world: World) -> None:
 
 
 def test_a_revoked_agent_is_not_found_any_more(world: World) -> None:
-    _, agent = world.agent()
-    assert world.repository.revoke_agent(agent.id).revoked_at == START
-    with pytest.raises(InvalidToken):
+    device, agent = world.agent()
+    world.repository.fleet.revoke(device.id)
+    with pytest.raises(InvalidToken, match="revoked"):
         world.repository.find_agent(agent.key_hash)
     with pytest.raises(InvalidToken):
         world.repository.find_agent("never seen")

@@ -9,6 +9,8 @@ Create Date: 2026-11-21
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -20,7 +22,7 @@ depends_on = None
 _SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _TIME = sa.DateTime(timezone=True)
 
-_ADDED = {
+_ADDED: dict[str, dict[str, sa.types.TypeEngine[Any]]] = {
     "measurements": {
         "pool": sa.Text(),
         "fingerprint": sa.Text(),
@@ -39,12 +41,11 @@ _ADDED = {
         "next_key_hash": sa.String(),
         "previous_key_hash": sa.String(),
         "key_changed_at": _TIME,
-        "instances": sa.Text(),
     },
     "enrolment_tokens": {"used_by": sa.Text()},
 }
 _FLAGS = {"measurements": "is_canary", "agents": "is_rotation_due"}
-_INDEXES = {
+_INDEXES: dict[str, tuple[str, list[str], bool]] = {
     "ix_measurements_pool_fingerprint_state_serial": (
         "measurements",
         ["pool", "fingerprint", "state", "serial"],
@@ -60,10 +61,12 @@ def upgrade() -> None:
         for name, kind in columns.items():
             op.add_column(table, sa.Column(name, kind, nullable=True))
     for table, name in _FLAGS.items():
-        flag = sa.Column(name, sa.Boolean(), server_default=sa.false(), nullable=False)
+        flag: sa.Column[bool] = sa.Column(
+            name, sa.Boolean(), server_default=sa.false(), nullable=False
+        )
         op.add_column(table, flag)
-    for name, (table, columns, is_unique) in _INDEXES.items():
-        op.create_index(name, table, columns, unique=is_unique)
+    for name, (table, keys, is_unique) in _INDEXES.items():
+        op.create_index(name, table, keys, unique=is_unique)
     op.create_table(
         "crashes",
         sa.Column("serial", _SERIAL, nullable=False),

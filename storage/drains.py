@@ -1,0 +1,151 @@
+"""Drained devices, canaries, and results that are not trusted any more, as rows.
+
+Owns what a drain takes with it: the device's leases go back to the queue, and what it measured
+since it was last known to be in line is opened again, to be measured elsewhere. When to drain
+is decided above: `autotune/search/canary.py` compares the members of a pool, the service's
+`identities.py` watches for copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from storage.records import (
+    CanaryRecord,
+    DeviceRecord,
+    DrainCause,
+    JobState,
+    MeasurementState,
+    TargetFigures,
+    TrialOutcome,
+    TrialState,
+)
+from storage.rows import locked_by_id, to_record
+from storage.tables import CrashRow, DeviceRow, JobRow, MeasurementRow, TrialRow
+
+_FINAL = tuple(state for state in JobState if state.is_final)
+
+
+def drain(
+    session: Session,
+    device_id: str,
+    *,
+    cause: DrainCause,
+    because: str,
+    distrust_since: datetime,
+    now: datetime,
+) -> DeviceRecord:
+    """No more work for the device, and what it did since then is to be done again.
+
+    One that is drained for its identity stays so: a canary says nothing about that.
+    """
+    row = locked_by_id(session, DeviceRow, "device", device_id)
+    if row.drained_by is not DrainCause.IDENTITY:
+        row.drained_by, row.drained_because = cause, because
+        row.drained_at = row.drained_at or now
+    end_leases(session, device_id, f"device {row.name} was drained")
+    distrust(session, device_id, since=distrust_since, because=because)
+    return to_record(DeviceRecord, row)
+
+
+def resume(session: Session, device_id: str) -> DeviceRecord:
+    """The device gets work again."""
+    row = locked_by_id(session, DeviceRow, "device", device_id)
+    row.drained_by = row.drained_because = row.drained_at = None
+    return to_record(DeviceRecord, row)
+
+
+def record_canary(
+    session: Session, device_id: str, canary: CanaryRecord, *, passed: bool, now: datetime
+) -> DeviceRecord:
+    """How the device compared with its pool; passing ends a drain that a canary began."""
+    row = locked_by_id(session, DeviceRow, "device", device_id)
+    row.canary, row.canary_at = canary, now
+    if passed:
+        row.canary_passed_at = now
+        if row.drained_by is DrainCause.CANARY:
+            row.drained_by = row.drained_because = row.drained_at = None
+    return to_record(DeviceRecord, row)
+
+
+def end_leases(session: Session, device_id: str, why: str) -> None:
+    """What the device is at goes back to the queue, as if it had never been leased."""
+    held = select(MeasurementRow).where(
+        MeasurementRow.device_id == device_id, MeasurementRow.state == MeasurementState.LEASED
+    )
+    for row in session.scalars(held.with_for_update(key_share=True)):
+        row.state = MeasurementState.QUEUED
+        row.attempts -= 1
+        row.reason = why
+        row.lease_id = row.leased_by = row.lease_expires_at = None
+
+
+def distrust(session: Session, device_id: str, *, since: datetime, because: str) -> None:
+    """Open again what the device's results since then made of unfinished jobs' trials.
+
+    Its crashes since then are forgotten: they may be the device's and not the artifacts'.
+    """
+    rows = session.scalars(
+        select(MeasurementRow)
+        .join(JobRow, JobRow.id == MeasurementRow.job_id)
+        .where(
+            MeasurementRow.device_id == device_id,
+            MeasurementRow.state == MeasurementState.DONE,
+            MeasurementRow.finished_at >= since,
+            MeasurementRow.distrusted_because.is_(None),
+            MeasurementRow.is_canary.is_(False),
+            JobRow.state.not_in(_FINAL),
+        )
+        .order_by(MeasurementRow.serial)
+        .with_for_update(key_share=True, of=MeasurementRow)
+    ).all()
+    for row in rows:
+        row.distrusted_because = because
+        if row.trial_id is not None:
+            _reopen(locked_by_id(session, TrialRow, "trial", row.trial_id), row)
+    crashes = delete(CrashRow).where(CrashRow.device_id == device_id, CrashRow.created_at >= since)
+    session.execute(crashes)
+
+
+def _reopen(trial: TrialRow, measured: MeasurementRow) -> None:
+    """Take out of a trial what came from this measurement, on whichever target it was for."""
+    further = tuple(_without(figures, measured) for figures in trial.further or ())
+    was_screened = _screened(trial, measured) or any(
+        was.outcome is not now.outcome
+        for was, now in zip(trial.further or (), further, strict=True)
+    )
+    if _screened(trial, measured):
+        trial.outcome = trial.reason = trial.latency = None
+    if _confirmed(trial, measured):
+        trial.confirmed_latency = None
+    if further:
+        trial.further = further
+    if was_screened:
+        trial.state, trial.finished_at = TrialState.RUNNING, None
+
+
+def _without(figures: TargetFigures, measured: MeasurementRow) -> TargetFigures:
+    if _screened(figures, measured):
+        figures = replace(figures, outcome=None, reason=None, latency=None)
+    if _confirmed(figures, measured):
+        figures = replace(figures, confirmed_latency=None)
+    return figures
+
+
+def _screened(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bool:
+    """The figures' outcome is this measurement's: the same report, or the same failure."""
+    if figures.outcome not in (TrialOutcome.OK, TrialOutcome.MEASUREMENT_FAILED):
+        return False
+    if figures.artifact_sha256 != measured.request.artifact.sha256:
+        return False
+    if measured.report is not None:
+        return figures.latency == measured.report
+    return figures.latency is None and (figures.reason or "").endswith(measured.reason or "")
+
+
+def _confirmed(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bool:
+    return measured.report is not None and figures.confirmed_latency == measured.report

@@ -1,0 +1,160 @@
+"""Artifacts that crash devices, as rows. Transactions and contract: `repository.py`.
+
+Owns the count of crashes and the rule that ends them: an artifact that crashed two devices of
+one fingerprint, or one of them three times, with one runtime, is not sent to devices of that
+fingerprint for that runtime again, whatever job asks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy import ColumnElement, and_, delete, select
+from sqlalchemy.orm import Session
+
+from device_agents.protocol import MeasurementRequest, MeasurementResult, Outcome
+from storage.errors import NotFound
+from storage.records import MeasurementState, QuarantineRecord
+from storage.rows import to_record
+from storage.tables import CrashRow, DeviceRow, MeasurementRow, QuarantineRow
+
+MAX_CRASHED_DEVICES: Final = 2
+MAX_CRASHES_OF_ONE: Final = 3
+"""One crash may be the device's fault and two the same one's; a second device, or a third time,
+makes the artifact the likelier cause. Choices, not measurements."""
+
+
+def note(
+    session: Session,
+    row: MeasurementRow,
+    result: MeasurementResult,
+    *,
+    device: DeviceRow,
+    now: datetime,
+) -> None:
+    """Count a crash, also one whose result came late; quarantine the artifact when it is due."""
+    same = select(CrashRow.serial).where(
+        CrashRow.measurement_id == row.id, CrashRow.fencing_token == result.fencing_token
+    )
+    if result.outcome is not Outcome.RUNTIME_CRASH or session.scalars(same).first() is not None:
+        return
+    session.add(
+        CrashRow(
+            measurement_id=row.id,
+            fencing_token=result.fencing_token,
+            artifact_sha256=row.request.artifact.sha256,
+            fingerprint=device.fingerprint,
+            runtime=row.request.runtime.runtime,
+            device_id=device.id,
+            reason=result.reason,
+            created_at=now,
+        )
+    )
+    session.flush()
+    why = _reason(session, row.request, device.fingerprint)
+    if why is not None and find(session, row.request, device.fingerprint) is None:
+        session.add(
+            QuarantineRow(
+                artifact_sha256=row.request.artifact.sha256,
+                fingerprint=device.fingerprint,
+                runtime=row.request.runtime.runtime,
+                reason=why,
+                job_id=row.job_id,
+                created_at=now,
+            )
+        )
+        session.flush()
+        _withdraw(session, row.request, device.fingerprint, now=now)
+
+
+def find(session: Session, request: MeasurementRequest, fingerprint: str) -> QuarantineRow | None:
+    """The quarantine that keeps this request from devices of the fingerprint."""
+    return session.get(
+        QuarantineRow, (request.artifact.sha256, fingerprint, request.runtime.runtime)
+    )
+
+
+def end_quarantined(row: MeasurementRow, why: QuarantineRow, *, now: datetime) -> None:
+    """The measurement is over without having been sent."""
+    row.state = MeasurementState.DONE
+    row.outcome = Outcome.QUARANTINED
+    row.reason = (
+        f"{why.reason}; `autotune device quarantine --clear {why.artifact_sha256[:12]}` lets it "
+        "be tried again"
+    )
+    row.finished_at = now
+
+
+def listed(session: Session) -> list[QuarantineRecord]:
+    """Everything in quarantine, oldest first."""
+    rows = session.scalars(select(QuarantineRow).order_by(QuarantineRow.created_at))
+    return [to_record(QuarantineRecord, row) for row in rows]
+
+
+def clear(session: Session, prefix: str) -> list[QuarantineRecord]:
+    """End the quarantine of the artifacts whose digest begins so, and forget their crashes.
+
+    Raises:
+        NotFound: none does.
+    """
+    found = [
+        entry for entry in listed(session) if prefix and entry.artifact_sha256.startswith(prefix)
+    ]
+    if not found:
+        raise NotFound(f"no artifact whose digest begins with {prefix!r} is in quarantine")
+    for digest in {entry.artifact_sha256 for entry in found}:
+        session.execute(delete(QuarantineRow).where(QuarantineRow.artifact_sha256 == digest))
+        session.execute(delete(CrashRow).where(CrashRow.artifact_sha256 == digest))
+    return found
+
+
+def _reason(session: Session, request: MeasurementRequest, fingerprint: str) -> str | None:
+    rows = session.execute(
+        select(DeviceRow.name, CrashRow.reason)
+        .join(DeviceRow, DeviceRow.id == CrashRow.device_id)
+        .where(_of(request, fingerprint))
+        .order_by(CrashRow.serial)
+    ).all()
+    times = Counter(name for name, _ in rows)
+    last = rows[-1].reason or "no reason given"
+    if len(times) >= MAX_CRASHED_DEVICES:
+        return f"the artifact crashed {len(times)} devices ({', '.join(times)}), at last: {last}"
+    name, n = times.most_common(1)[0]
+    if n >= MAX_CRASHES_OF_ONE:
+        return f"the artifact crashed {name} {n} times, at last: {last}"
+    return None
+
+
+def _of(request: MeasurementRequest, fingerprint: str) -> ColumnElement[bool]:
+    return and_(
+        CrashRow.artifact_sha256 == request.artifact.sha256,
+        CrashRow.fingerprint == fingerprint,
+        CrashRow.runtime == request.runtime.runtime,
+    )
+
+
+def _withdraw(
+    session: Session, request: MeasurementRequest, fingerprint: str, *, now: datetime
+) -> None:
+    """End what other jobs have queued of the artifact for these devices."""
+    why = find(session, request, fingerprint)
+    queued = (
+        select(MeasurementRow)
+        .join(DeviceRow, DeviceRow.id == MeasurementRow.device_id)
+        .where(
+            MeasurementRow.state == MeasurementState.QUEUED, DeviceRow.fingerprint == fingerprint
+        )
+        .with_for_update(key_share=True, of=MeasurementRow)
+    )
+    for row in session.scalars(queued).all():
+        if why is not None and _is_same(row.request, request):
+            end_quarantined(row, why, now=now)
+
+
+def _is_same(one: MeasurementRequest, other: MeasurementRequest) -> bool:
+    return (
+        one.artifact.sha256 == other.artifact.sha256
+        and one.runtime.runtime == other.runtime.runtime
+    )

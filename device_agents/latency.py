@@ -31,6 +31,13 @@ N_SEGMENTS = 6
 """Parts of a measurement whose medians are held against each other."""
 SEGMENT_STUDENT = 2.5706
 """Student's quantile for `CONFIDENCE_LEVEL`, two-sided, at `N_SEGMENTS - 1` degrees of freedom."""
+TREND_PARTS = 9
+"""Parts of a measurement whose medians are put in order to see a trend."""
+TREND_SCORE = 28
+"""Of 36 pairs of parts, how many more must rise than fall, or fall than rise: 0.24 % of all
+orders of nine unrelated values do (Kendall 1938, exact)."""
+LARGEST_TREND = 0.03
+"""Fraction by which the reference may change over a measurement; past it a trend is a drift."""
 WIDEST_STEADY_INTERVAL = 0.2
 """Half width of the ratio's interval, as a fraction, past which a report does not rank: an
 interval of ±20 % spans what quantization gains or loses on many models, so it orders nothing."""
@@ -303,6 +310,28 @@ def unsteady_reason(interval: Interval) -> str | None:
         f"±{WIDEST_STEADY_INTERVAL:.0%}: the device is busy with something else, or its clock "
         "changes"
     )
+
+
+def reference_trend(blocks: Sequence[TimedBlock]) -> float | None:
+    """By which fraction the reference became slower (below 0: faster), if that is a drift.
+
+    None where the trend is under `LARGEST_TREND`, cannot be told from noise, or has fewer than
+    `TREND_PARTS` blocks. The slope is the median of all slopes between parts (Theil 1950, Sen
+    1968), the test Mann's (1945); medians of parts, because neighbouring blocks are disturbed
+    together and are not nine independent values, their parts nearly are. A single step is no
+    trend: what slows both models from one moment on cancels in the ratio.
+    """
+    references = reference_medians(blocks)
+    if references.size < TREND_PARTS:
+        return None
+    parts = np.array_split(np.log(references), TREND_PARTS)
+    logs = np.array([np.median(part) for part in parts])
+    first, second = np.triu_indices(TREND_PARTS, k=1)
+    rises = logs[second] - logs[first]
+    if abs(float(np.sign(rises).sum())) < TREND_SCORE:
+        return None
+    change = math.expm1(float(np.median(rises / (second - first))) * (TREND_PARTS - 1))
+    return change if abs(change) > LARGEST_TREND else None
 
 
 def reference_medians(blocks: Sequence[TimedBlock]) -> Floats:

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from device_agents.runtimes import (
     load_runtime,
 )
 from device_agents.sampling import Call, SamplingPlan, Subject, Timer, make_timers, sample
+from device_agents.watch import DeviceWatch
 
 LARGEST_FILE_BYTES = 2**30
 """What a runtime may write to one file: compiled kernels and profiles are far smaller."""
@@ -146,11 +147,15 @@ def measure(job: ChildJob) -> dict[str, Any]:
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
     meter, source = find_meter(job.provider)
-    blocks = sample(timers, plan, runtime.clock, meter=meter)
+    watch = runtime.watch or DeviceWatch()
+    sampled = sample(timers, plan, runtime.clock, watch=watch, meter=meter)
+    blocks = sampled.blocks
     gc.enable()
     after = read_conditions(since=ticks)
     timers.clear()  # both sessions end, before the profile opens one of its own
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
+    if sampled.drift is not None:
+        summary = replace(summary, is_steady=False, unsteady_reason=sampled.drift)
     return {
         "outcome": "ok" if summary.is_steady else "unstable",
         "reason": summary.unsteady_reason,
@@ -162,6 +167,9 @@ def measure(job: ChildJob) -> dict[str, Any]:
             "peak_memory_bytes": peak_memory_bytes,
             "energy_joules": energy_per_inference(blocks),
             "energy_source": source,
+            "tainted_pairs": dict(sampled.tainted_pairs),
+            "are_tainted_used": sampled.are_tainted_used,
+            "n_restarts": sampled.n_restarts,
             "profile": profile_of(runtime, job) if job.profile else None,
             "runtime_version": runtime.version,
             "wall_s": time.monotonic() - started_s,

@@ -20,8 +20,9 @@ PROTOCOL_VERSION = 1
 # segments, result with throttling and energy where a device has them.
 # 2026-11-21: `instance` of enrolment and heartbeat, `rotate_key` and `drained_because` of its
 # reply, the route that gives a new key; an agent without them works as before.
-# 2026-11-21: `MeasurementRequest.profile`, `LatencyReport.profile` and
-# `DeviceDescription.kernel_speeds`; a peer that does not know them leaves them out.
+# 2026-11-21: `MeasurementRequest.profile`; `profile`, `tainted_pairs`, `are_tainted_used` and
+# `n_restarts` of `LatencyReport`; `DeviceDescription.kernel_speeds`. A peer that does not know
+# them leaves them out.
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -301,7 +302,10 @@ class LatencyReport(Message):
     `is_steady` is false where the interval is too wide to order anything; what slows both
     models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
     the candidate cost what `energy_source` names, idle share included; where it is None,
-    `energy_source` says why.
+    `energy_source` says why. `tainted_pairs` counts by reason the pairs of blocks that were
+    measured again because the device was throttled, preempted or changed its clock meanwhile
+    (`are_tainted_used`: most were, so they count after all); `n_restarts` is how often a drift
+    made everything begin anew.
     """
 
     p50_ns: float
@@ -329,6 +333,9 @@ class LatencyReport(Message):
     after: Conditions
     blocks: tuple[Block, ...] = ()
     profile: Profile | None = None
+    tainted_pairs: dict[str, int] = Field(default_factory=dict)
+    are_tainted_used: bool = False
+    n_restarts: int = 0
 
 
 class MeasurementResult(Message):

@@ -1,8 +1,8 @@
 """The timed loop: blocks of candidate and reference in random alternation, until enough.
 
-Owns warm-up, grouping of calls, alternation and the looks at the interval. Gets two calls and
-a clock and knows neither runtime nor process; the statistics are `latency.py`'s, loading the
-models is `measurement_child.py`'s.
+Owns warm-up, grouping of calls, alternation, the looks at the interval, and what is repeated.
+Gets two calls, a clock and a watch and knows neither runtime nor process; the statistics are
+`latency.py`'s, what disturbs a device `watch.py`'s, loading the models `measurement_child.py`'s.
 
 One thing is kept out of the samples because it belongs to the measuring and not to the model:
 the call after a switch of models, whose caches the other model has just emptied.
@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
 from device_agents.energy import EnergyMeter
-from device_agents.latency import StoppingRule, TimedBlock, ratio_interval
+from device_agents.latency import (
+    LARGEST_TREND,
+    StoppingRule,
+    TimedBlock,
+    ratio_interval,
+    reference_trend,
+)
 from device_agents.runtimes import Clock
+from device_agents.watch import Watch, taint
 
 Subject = Literal["candidate", "reference"]
 Call = Callable[[], object]
@@ -34,6 +42,13 @@ LONG_CALL_NS = 1e8
 does not notice, and every further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
+MAX_RESTARTS = 3
+PAUSE_SHARE = 0.1
+"""Of the time cap: how long a device may cool before a measurement begins anew. A board's heat
+sink takes minutes; what a second shows is whether it cools at all."""
+LEAST_LEFT_SHARE = 0.2
+"""Of the time cap, that must be left for beginning anew: with less the interval would be worse
+than the trend, which the ratio has taken out already."""
 WARM_UP_NS = 30e6
 MIN_WARM_UP_CALLS = 3
 
@@ -126,35 +141,139 @@ def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Ti
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What sampling brought: `blocks` in pairs, in order of time.
+
+    `tainted_pairs` counts the pairs that were measured while the device was disturbed, by
+    reason; `are_tainted_used` says that they are among the blocks, because they are the rule
+    here. `n_restarts` is how often the device was given a pause and everything began anew;
+    `drift` says why the result must not rank.
+    """
+
+    blocks: list[TimedBlock]
+    tainted_pairs: Mapping[str, int]
+    are_tainted_used: bool = False
+    n_restarts: int = 0
+    drift: str | None = None
+
+
 def sample(
     timers: Mapping[Subject, Timer],
     plan: SamplingPlan,
     clock: Clock,
     *,
+    watch: Watch,
     meter: EnergyMeter | None = None,
-) -> list[TimedBlock]:
-    """Blocks in order of time, until the interval is narrow enough or the time cap is reached.
+) -> Sampled:
+    """Pairs of blocks until the interval is narrow enough or the time cap is reached.
 
-    Nothing is thrown away: what slows the device slows both blocks of a pair, and what does
-    not cancel belongs into the interval.
+    A pair during which the device was disturbed (`watch.taint`) is measured again; where most
+    pairs are, that is the device as it is, and they count. A reference with a trend means a
+    device that heats up or is still busy: after a pause everything begins anew, `MAX_RESTARTS`
+    times at most and only while there is time for it. Noise is no trend: it slows both blocks
+    of a pair, and what does not cancel belongs into the interval.
 
     Raises:
         InvalidDuration: the clock cannot be trusted.
     """
     cap_ns = clock.now_ns() + plan.time_cap_s * 1e9
-    rule = StoppingRule(target_half_width=plan.target_half_width, min_blocks=plan.min_blocks)
-    look = rule.first_look()
-    blocks: list[TimedBlock] = []
-    for pair in alternation(random.Random(plan.seed)):  # noqa: S311 - an order, not a secret
-        blocks += [_metered(timers[subject], subject, meter) for subject in pair]
-        n_pairs = len(blocks) // 2
-        if clock.now_ns() >= cap_ns and n_pairs >= MIN_PAIRS:
+    pause_s = PAUSE_SHARE * plan.time_cap_s
+    order = alternation(random.Random(plan.seed))  # noqa: S311 - an order, not a secret
+    trends: list[float] = []
+    while True:
+        attempt = _Attempt(timers=timers, plan=plan, clock=clock, watch=watch, meter=meter)
+        trend = attempt.run(order, cap_ns)
+        if trend is None:
+            n_restarts, drift = len(trends), None
             break
-        if n_pairs >= look:
-            if rule.is_satisfied(ratio_interval(blocks, seed=plan.seed)):
+        trends.append(trend)
+        left_s = (cap_ns - clock.now_ns()) / 1e9 - pause_s
+        if len(trends) > MAX_RESTARTS or left_s < LEAST_LEFT_SHARE * plan.time_cap_s:
+            n_restarts, drift = len(trends) - 1, drift_reason(trends)
+            break
+        clock.sleep(pause_s)
+        for timer in timers.values():
+            timer.call()  # what the pause let go cold
+    return Sampled(
+        blocks=attempt.blocks,
+        tainted_pairs=dict(attempt.taints),
+        are_tainted_used=attempt.are_tainted_used,
+        n_restarts=n_restarts,
+        drift=drift,
+    )
+
+
+def drift_reason(trends: Sequence[float]) -> str | None:
+    """Why a measurement must not rank whose attempts had these trends of the reference.
+
+    A trend that came once was not given the time to be a drift, and trends up and down are the
+    slow noise of a shared machine.
+    """
+    if len(trends) < 2 or min(trends) < 0 < max(trends):
+        return None
+    word = "slower" if trends[-1] > 0 else "faster"
+    listed = ", ".join(f"{abs(trend):.0%}" for trend in trends)
+    return (
+        f"the device became {word} over each of {len(trends)} attempts with pauses between "
+        f"them (the reference by {listed}, more than {LARGEST_TREND:.0%}): it heats up or "
+        "something else is starting on it; let it come to rest, cool it, or fix its clock"
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Attempt:
+    """Pairs from one beginning on, with what disturbed each of them."""
+
+    timers: Mapping[Subject, Timer]
+    plan: SamplingPlan
+    clock: Clock
+    watch: Watch
+    meter: EnergyMeter | None
+    taints: Counter[str] = field(default_factory=Counter)
+    _all: list[TimedBlock] = field(default_factory=list)
+    _clean: list[TimedBlock] = field(default_factory=list)
+
+    def run(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> float | None:
+        """Sample to the end, or to the first look that shows a trend, which is returned."""
+        plan = self.plan
+        rule = StoppingRule(target_half_width=plan.target_half_width, min_blocks=plan.min_blocks)
+        look = rule.first_look()
+        before = self.watch.look()
+        for pair in order:
+            blocks = [_metered(self.timers[subject], subject, self.meter) for subject in pair]
+            after = self.watch.look()
+            self._add(blocks, taint(before, after))
+            before = after
+            if self.clock.now_ns() >= cap_ns and len(self._all) // 2 >= MIN_PAIRS:
                 break
-            look = rule.next_look(n_pairs)
-    return blocks
+            n_pairs = len(self.blocks) // 2
+            if n_pairs >= look:
+                trend = reference_trend(self.blocks)
+                if trend is not None:
+                    return trend
+                if rule.is_satisfied(ratio_interval(self.blocks, seed=plan.seed)):
+                    return None
+                look = rule.next_look(n_pairs)
+        return reference_trend(self.blocks)
+
+    @property
+    def are_tainted_used(self) -> bool:
+        """Most pairs are tainted: what disturbs the device is how it is."""
+        n_pairs, n_clean = len(self._all) // 2, len(self._clean) // 2
+        return n_clean < n_pairs and n_clean < max(MIN_PAIRS, n_pairs / 2)
+
+    @property
+    def blocks(self) -> list[TimedBlock]:
+        """What counts: the pairs that nothing disturbed, or all of them."""
+        return self._all if self.are_tainted_used else self._clean
+
+    def _add(self, blocks: Sequence[TimedBlock], reason: str | None) -> None:
+        self._all += blocks
+        if reason is None:
+            self._clean += blocks
+        else:
+            self.taints[reason] += 1
 
 
 def _metered(timer: Timer, subject: Subject, meter: EnergyMeter | None) -> TimedBlock:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from device_agents.errors import RuntimeUnavailable
+from device_agents.watch import Watch
 
 ENTRY_POINT_GROUP = "edge_autotune.runtimes"
 
@@ -54,9 +55,13 @@ class RuntimeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """What calls are timed with: monotonic, in ns; only a simulation brings its own."""
+    """What calls are timed with, and what a pause waits by; a simulation brings its own.
+
+    `now_ns` is monotonic, in ns.
+    """
 
     now_ns: Callable[[], int] = time.perf_counter_ns
+    sleep: Callable[[float], None] = time.sleep
 
 
 class Session(Protocol):
@@ -92,6 +97,8 @@ class Runtime(Protocol):
     name: str
     version: str
     clock: Clock
+    watch: Watch | None
+    """Who looks at the device; None: its kernel shows it, as that of any real device does."""
 
     def providers(self) -> tuple[str, ...]:
         """The execution providers this build can use here, preferred first."""

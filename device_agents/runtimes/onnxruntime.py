@@ -60,6 +60,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     clock = Clock()
+    watch = None
 
     def __init__(self) -> None:
         self.version: str = onnxruntime.__version__

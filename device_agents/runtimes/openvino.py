@@ -33,6 +33,7 @@ class OpenVino:
 
     name = "openvino"
     clock = Clock()
+    watch = None
 
     def __init__(self) -> None:
         self._core = openvino.Core()

@@ -35,9 +35,11 @@ from device_agents.runtimes import (
     TensorSpec,
     UnsupportedModel,
 )
+from device_agents.watch import Glimpse, Watch
 
 FORMAT = "edge-autotune-simulated/1"
 # Version 1 (2026-11-21): verb, latency, noise, drift, throttling, after_calls, input_shape.
+# 2026-11-21: drift_until_s and throttle_until_s, without end before.
 
 MODEL_BASE_NS = 50_000.0
 MODEL_NS_PER_BYTE = 0.05
@@ -55,8 +57,10 @@ class SimulatedModel:
         verb: what happens, see `VERBS`.
         latency_ns: of one inference on the undisturbed device.
         noise: standard deviation of the latency's logarithm, about the relative spread.
-        drift_per_s: the device becomes slower by this fraction in each second of its clock.
-        throttle_after_s: from then on each call takes `throttle_factor` times as long.
+        drift_per_s: the device becomes slower by this fraction in each second of its clock,
+            until `drift_until_s`.
+        throttle_after_s: from then to `throttle_until_s` each call takes `throttle_factor` times
+            as long, and the device says that it is throttled.
         after_calls: the call at which a failing verb strikes; 0 strikes at loading.
         sleep_s: how long the verb `sleep` really sleeps in each call.
         input_shape: of the one input, with its batch axis.
@@ -67,7 +71,9 @@ class SimulatedModel:
     latency_ns: float = 400_000.0
     noise: float = 0.0
     drift_per_s: float = 0.0
+    drift_until_s: float = math.inf
     throttle_after_s: float = math.inf
+    throttle_until_s: float = math.inf
     throttle_factor: float = 1.0
     after_calls: int = 2
     sleep_s: float = 0.01
@@ -90,7 +96,9 @@ class SimulatedRuntime:
     def __init__(self) -> None:
         self._now_ns = 0.0
         self._n_sessions = 0
-        self.clock = Clock(now_ns=self.now_ns)
+        self._throttling: list[SimulatedModel] = []
+        self.clock = Clock(now_ns=self.now_ns, sleep=lambda pause_s: self.spend(pause_s * 1e9))
+        self.watch: Watch = self
 
     def providers(self) -> tuple[str, ...]:
         """The one provider, named like the real one so that plans fit both."""
@@ -100,10 +108,22 @@ class SimulatedRuntime:
         """The simulated time, in ns."""
         return int(self._now_ns)
 
-    def next_session(self) -> int:
-        """The ordinal of a new session, from 0."""
+    def register(self, model: SimulatedModel) -> int:
+        """The ordinal of a new session, from 0; what its model does to the device shows."""
         self._n_sessions += 1
+        self._throttling.append(model)
         return self._n_sessions - 1
+
+    def look(self) -> Glimpse:
+        """The device now: nobody takes the processor away, and it tells when it is throttled."""
+        elapsed_s = self._now_ns / 1e9
+        is_throttled = any(
+            model.throttle_after_s <= elapsed_s < model.throttle_until_s
+            for model in self._throttling
+        )
+        return Glimpse(
+            held_back=("throttled",) if is_throttled else (), wall_s=elapsed_s, cpu_s=elapsed_s
+        )
 
     def spend(self, duration_ns: float) -> None:
         """Let simulated time pass."""
@@ -135,7 +155,7 @@ class SimulatedSession:
         self._calls = 0
         self._durations: list[float] = []
         # Two sessions of one artifact must not have the same noise: their ratio would be exact.
-        name = f"{model.seed}:{device.next_session()}"
+        name = f"{model.seed}:{device.register(model)}"
         self._random = random.Random(name)  # noqa: S311 - noise, not a secret
 
     def bind(self, feeds: Mapping[str, Any]) -> Callable[[], object]:  # noqa: ARG002 - see there
@@ -159,8 +179,8 @@ class SimulatedSession:
     def _duration_ns(self) -> float:
         model = self.model
         elapsed_s = self.device.now_ns() / 1e9
-        slower = 1 + model.drift_per_s * elapsed_s
-        if elapsed_s >= model.throttle_after_s:
+        slower = 1 + model.drift_per_s * min(elapsed_s, model.drift_until_s)
+        if model.throttle_after_s <= elapsed_s < model.throttle_until_s:
             slower *= model.throttle_factor
         # Amdahl's law with nine tenths of the work in parallel.
         alone = 0.1 + 0.9 / self._threads

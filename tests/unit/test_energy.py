@@ -5,6 +5,7 @@ import pytest
 from device_agents.energy import NoEnergySensor, Nvml, PowerMonitor, Rapl, open_meter
 from device_agents.latency import TimedBlock, energy_per_inference
 from device_agents.runtimes import Clock
+from device_agents.runtimes.simulated import SimulatedRuntime
 from device_agents.sampling import SamplingPlan, Timer, sample
 
 PACKAGE = "sys/class/powercap/intel-rapl:0"
@@ -90,7 +91,7 @@ def test_each_model_is_charged_for_its_own_blocks():
         for subject, joules in costs.items()
     }
     plan = SamplingPlan(target_half_width=0.1, time_cap_s=1, min_blocks=4, seed=3)
-    blocks = sample(timers, plan, clock, meter=device)
+    blocks = sample(timers, plan, clock, watch=SimulatedRuntime(), meter=device).blocks
     assert energy_per_inference(blocks) == pytest.approx(1.0)
 
 

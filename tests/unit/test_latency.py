@@ -227,3 +227,37 @@ def test_a_clock_that_jumps_under_both_models_leaves_the_ratio_right():
     summary = summary_of(blocks_of(is_candidate, medians * jumps))
     assert summary.ratio == pytest.approx(RATIO, rel=0.01)
     assert summary.is_steady
+
+
+def references(values_ns):
+    return [
+        TimedBlock(subject="reference", samples_ns=(round(ns),), median_ns=float(ns))
+        for ns in values_ns
+    ]
+
+
+@pytest.mark.parametrize("kind", ["quiet", "noisy", "disturbed", "correlated"])
+@pytest.mark.parametrize("n", [9, 60])
+def test_noise_is_seldom_taken_for_a_drift(kind, n):
+    generator = np.random.default_rng(7)
+    series = (1e6 * np.exp(disturbances(kind, generator, n)) for _ in range(200))
+    found = [latency.reference_trend(references(values)) for values in series]
+    assert sum(trend is not None for trend in found) <= 10
+
+
+@pytest.mark.parametrize("change", [0.1, -0.1])
+def test_a_drift_is_seen_through_noise_and_told_with_its_sign(change):
+    generator = np.random.default_rng(8)
+    noise = np.exp(generator.normal(0, 0.02, 60))
+    trend = latency.reference_trend(references(1e6 * np.linspace(1, 1 + change, 60) * noise))
+    assert trend == pytest.approx(change, abs=0.03)
+
+
+def test_a_single_step_is_no_drift():
+    generator = np.random.default_rng(9)
+    steps = np.repeat([1.0, 1.5], 30) * np.exp(generator.normal(0, 0.02, 60))
+    assert latency.reference_trend(references(1e6 * steps)) is None
+
+
+def test_too_few_blocks_show_no_drift():
+    assert latency.reference_trend(references([1e6, 1.1e6, 1.2e6])) is None

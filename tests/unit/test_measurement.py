@@ -113,20 +113,23 @@ def test_a_measurement_cancelled_before_it_runs_starts_no_process(tmp_path):
     assert never.run().outcome is Outcome.CANCELLED
 
 
-def test_a_drifting_device_still_tells_the_ratio(tmp_path):
+def test_a_device_that_goes_on_drifting_is_unstable_with_its_figures(tmp_path):
     ended = Measurement(
         candidate=artifact(tmp_path, latency_ns=2e5, drift_per_s=0.3),
         reference=artifact(tmp_path, "reference", drift_per_s=0.3),
         runtime=SIMULATED,
         plan=MeasurementPlan(target_half_width=0.001),
     ).run()
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is Outcome.UNSTABLE
+    assert "4 attempts" in ended.reason
+    assert not ended.report.is_steady
+    assert ended.report.n_restarts == 3
     assert ended.report.ratio == pytest.approx(0.5, rel=0.01)
 
 
-def test_a_ratio_that_changes_half_way_is_unstable_with_its_figures(tmp_path):
+def test_a_ratio_that_changes_all_the_time_is_unstable_with_its_figures(tmp_path):
     ended = Measurement(
-        candidate=artifact(tmp_path, noise=0.01, throttle_after_s=2.5, throttle_factor=1.8),
+        candidate=artifact(tmp_path, noise=0.01, drift_per_s=0.5),
         reference=artifact(tmp_path, "reference", noise=0.01),
         runtime=SIMULATED,
         plan=MeasurementPlan(target_half_width=0.0005, time_cap_s=5.0),
@@ -135,6 +138,19 @@ def test_a_ratio_that_changes_half_way_is_unstable_with_its_figures(tmp_path):
     assert "wide at the time cap" in ended.reason
     assert ended.report.unsteady_reason == ended.reason
     assert ended.report.ratio_high - ended.report.ratio_low > 0.4
+
+
+def test_what_was_measured_while_the_device_was_throttled_is_left_out(tmp_path):
+    spell = {"throttle_after_s": 0.3, "throttle_until_s": 1.0, "throttle_factor": 1.8}
+    ended = Measurement(
+        candidate=artifact(tmp_path, noise=0.01, **spell),
+        reference=artifact(tmp_path, "reference", noise=0.01),
+        runtime=SIMULATED,
+        plan=MeasurementPlan(target_half_width=0.0005, time_cap_s=3.0),
+    ).run()
+    assert ended.outcome is Outcome.OK
+    assert ended.report.ratio == pytest.approx(1.0, rel=0.01)
+    assert ended.report.tainted_pairs["throttled"] > 10
 
 
 @pytest.mark.parametrize(("pinned", "ratio"), [(SIMULATED, 0.55), (None, 1.0)])

@@ -2,15 +2,15 @@
 
 import random
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 
 from device_agents import sampling
-from device_agents.latency import ratio_interval
+from device_agents.latency import ratio_interval, reference_medians
 from device_agents.runtimes import Clock
 from device_agents.runtimes.simulated import SimulatedModel, SimulatedRuntime, SimulatedSession
 from device_agents.sampling import InvalidDuration, SamplingPlan
+from device_agents.watch import Glimpse
 
 PLAN = SamplingPlan(target_half_width=0.02, time_cap_s=10.0, min_blocks=8, seed=1)
 
@@ -22,8 +22,9 @@ class Bench:
     device: SimulatedRuntime
     calls: dict
 
-    def sample(self, plan=PLAN):
-        return sampling.sample(self.timers(), plan, self.device.clock)
+    def sample(self, plan=PLAN, watch=None):
+        watch = watch or self.device
+        return sampling.sample(self.timers(), plan, self.device.clock, watch=watch)
 
     def timers(self):
         return sampling.make_timers(self.calls, self.device.clock)
@@ -36,19 +37,27 @@ def bench(candidate, reference):
     return Bench(device, {name: session.bind({}) for name, session in sessions.items()})
 
 
+class Silent:
+    """A device that tells nothing of itself."""
+
+    def look(self):
+        return Glimpse()
+
+
 def noisy(latency_ns, **changes):
     return SimulatedModel(latency_ns=latency_ns, noise=0.02, **changes)
 
 
 def test_a_quiet_device_needs_no_more_than_the_first_look():
     measured = bench(noisy(2e5), noisy(4e5)).sample()
-    assert len(measured) == 2 * 9
+    assert len(measured.blocks) == 2 * 9
+    assert (measured.n_restarts, measured.tainted_pairs) == (0, {})
 
 
 def test_a_narrower_target_takes_more_pairs():
     plan = SamplingPlan(target_half_width=0.002, time_cap_s=10.0, min_blocks=8, seed=1)
     device = bench(noisy(2e5), noisy(4e5))
-    assert len(device.sample(plan)) > 2 * 9
+    assert len(device.sample(plan).blocks) > 2 * 9
 
 
 def test_the_time_cap_ends_a_hopeless_measurement():
@@ -56,14 +65,14 @@ def test_the_time_cap_ends_a_hopeless_measurement():
     plan = SamplingPlan(target_half_width=0.001, time_cap_s=1.0, min_blocks=8, seed=1)
     timers = device.timers()
     start_ns = device.device.now_ns()
-    sampling.sample(timers, plan, device.device.clock)
+    sampling.sample(timers, plan, device.device.clock, watch=device.device)
     assert 1.0 <= (device.device.now_ns() - start_ns) / 1e9 < 1.1
 
 
 def test_a_cap_that_is_too_short_still_gives_an_interval():
     plan = SamplingPlan(target_half_width=0.02, time_cap_s=0.1, min_blocks=8, seed=1)
     measured = bench(noisy(2e8), noisy(2e8)).sample(plan)
-    assert len(measured) == 2 * sampling.MIN_PAIRS
+    assert len(measured.blocks) == 2 * sampling.MIN_PAIRS
 
 
 def test_short_calls_are_grouped_until_the_clock_resolves_them():
@@ -105,27 +114,74 @@ def test_pairs_come_in_both_orders():
     assert 10 <= first.count("candidate") <= 30
 
 
-def test_a_drifting_device_keeps_every_block_and_the_right_ratio():
-    device = bench(noisy(2e5, drift_per_s=0.3), noisy(4e5, drift_per_s=0.3))
-    taken = []
+def drifting(per_s, **changes):
+    models = (noisy(ns, drift_per_s=per_s, **changes) for ns in (2e5, 4e5))
+    plan = SamplingPlan(target_half_width=0.002, time_cap_s=10.0, min_blocks=8, seed=1)
+    return bench(*models).sample(plan)
 
-    def recorded(timer):
-        return SimpleNamespace(block=lambda name: taken.append(timer.block(name)) or taken[-1])
 
-    timers = {name: recorded(timer) for name, timer in device.timers().items()}
-    plan = SamplingPlan(target_half_width=0.0005, time_cap_s=5.0, min_blocks=8, seed=1)
-    blocks = sampling.sample(timers, plan, device.device.clock)
-    assert blocks == taken
-    assert len(blocks) > 100
-    assert ratio_interval(blocks, seed=1).center == pytest.approx(0.5, rel=0.01)
+@pytest.mark.parametrize(("per_s", "word"), [(0.3, "slower"), (-0.05, "faster")])
+def test_a_drift_that_persists_is_unstable_after_three_restarts(per_s, word):
+    measured = drifting(per_s)
+    assert measured.n_restarts == sampling.MAX_RESTARTS == 3
+    assert word in measured.drift
+    assert "4 attempts" in measured.drift
+
+
+def test_a_device_that_settles_is_measured_after_a_restart():
+    measured = drifting(0.3, drift_until_s=1.0)
+    assert 1 <= measured.n_restarts < 3
+    assert measured.drift is None
+    assert ratio_interval(measured.blocks, seed=1).center == pytest.approx(0.5, rel=0.01)
+    assert min(reference_medians(measured.blocks)) > 1.25 * 4e5
+
+
+def test_a_drift_of_two_percent_is_left_to_the_ratio():
+    measured = drifting(0.002)
+    assert (measured.n_restarts, measured.drift) == (0, None)
+
+
+def test_a_measurement_too_short_for_another_attempt_is_no_drift():
+    models = (noisy(ns, drift_per_s=0.3) for ns in (2e5, 4e5))
+    plan = SamplingPlan(target_half_width=1e-5, time_cap_s=0.1, min_blocks=8, seed=1)
+    assert bench(*models).sample(plan).drift is None
+
+
+def test_slow_noise_in_both_directions_is_no_drift():
+    assert sampling.drift_reason([0.06, -0.05, 0.04]) is None
+    assert "6%, 5%" in sampling.drift_reason([0.06, 0.05])
+
+
+def test_noise_without_a_trend_starts_nothing_anew():
+    models = (SimulatedModel(latency_ns=ns, noise=0.2) for ns in (2e5, 4e5))
+    plan = SamplingPlan(target_half_width=0.001, time_cap_s=3.0, min_blocks=8, seed=1)
+    measured = bench(*models).sample(plan)
+    assert (measured.n_restarts, measured.drift) == (0, None)
+    assert len(measured.blocks) > 100
+
+
+def test_pairs_of_a_throttled_spell_are_measured_again():
+    spell = {"throttle_after_s": 0.3, "throttle_until_s": 0.5, "throttle_factor": 3.0}
+    plan = SamplingPlan(target_half_width=1e-4, time_cap_s=2.0, min_blocks=8, seed=1)
+    measured = bench(noisy(2e5, **spell), noisy(4e5)).sample(plan)
+    assert set(measured.tainted_pairs) == {"throttled"}
+    assert not measured.are_tainted_used
+    candidate_ns = [b.median_ns for b in measured.blocks if b.subject == "candidate"]
+    assert max(candidate_ns) < 1.2 * 2e5
+
+
+def test_a_device_that_is_always_throttled_is_measured_as_it_is():
+    measured = bench(noisy(2e5, throttle_after_s=0.0), noisy(4e5)).sample()
+    assert measured.are_tainted_used
+    assert len(measured.blocks) == 2 * 9 == 2 * measured.tainted_pairs["throttled"]
 
 
 def test_a_clock_that_falls_half_way_does_not_end_the_measurement():
     throttled = {"throttle_after_s": 1.2, "throttle_factor": 1.5}
     plan = SamplingPlan(target_half_width=0.0015, time_cap_s=10.0, min_blocks=8, seed=1)
-    interval = ratio_interval(
-        bench(noisy(2e5, **throttled), noisy(4e5, **throttled)).sample(plan), seed=1
-    )
+    measured = bench(noisy(2e5, **throttled), noisy(4e5, **throttled)).sample(plan, watch=Silent())
+    interval = ratio_interval(measured.blocks, seed=1)
+    assert measured.n_restarts == 0
     assert interval.center == pytest.approx(0.5, rel=0.01)
     assert interval.half_width < 0.01
 

@@ -1,0 +1,298 @@
+"""A job's search space as factors and links, with what is known before anything is measured.
+
+Owns the encoding: candidates to rows of integers and back, prior effects on latency (as a
+fraction of FP32's) and on accuracy, and which choices bear on each other. The regression is
+`surrogate.py`'s, the choice of the next point `improvement.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, ranks
+from autotune.search.improvement import Landscape, Promise, most_promising
+from autotune.search.screening import pruned_macs
+from autotune.search.surrogate import Factor, Features, Link, Surrogate
+from search_spaces import FP32, Candidate, LayerInventory, SearchSpace
+from storage.records import TrialRecord
+
+INT8_SAVING = 0.4
+"""Share of its time that a group is thought to save at 8 bits, before anything is measured:
+the 3x3 convolution of design.md saves 0.7, a depthwise one costs 0.35 more; the scale below
+says how little this is trusted."""
+
+_EFFECT_SCALE = 0.5
+"""How far a group's true effect may lie from the one thought of, as a share of its time."""
+
+_LEAST_SHARE = 0.01
+"""Of the time, for a group that hardly computes: launching its kernels takes time too."""
+
+_BOUNDARY_SCALE = 0.5
+"""The price of converting all activations once, as a share of FP32's time: a 128x28x28 tensor
+takes about as long to convert as a depthwise layer to compute. A choice."""
+
+_BASE_SCALE = 0.3
+_RUNTIME_SCALE = 0.5
+_DAMAGE_SCALE = 0.7
+_UNKNOWN_DAMAGE = 0.002
+"""Drop of a group whose sensitivity is not known; two thirds of a point in ten."""
+
+_PRUNED_DAMAGE = 0.02
+"""Drop of a pruned base after its recovery training. A choice; its first trial tells."""
+
+DROP_CEILING = 4 * REFERENCE_DROP
+"""Larger drops count as this: how bad a useless candidate is must not bend the model."""
+
+_DROP_PER_NAT = 0.5
+"""Accuracy drop per nat of divergence until trials tell: for small divergences half of the
+samples whose answer is in doubt go either way. A choice; the trials' own ratio replaces it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """Candidates as rows: one column per group with a choice, then the base, then the runtime.
+
+    `bases` are sets of prune ratios, the unpruned one first.
+    """
+
+    space: SearchSpace
+    bases: tuple[Mapping[str, float], ...]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that have a choice, in graph order."""
+        return tuple(name for name, choices in self.space.precisions.items() if len(choices) > 1)
+
+    def point(self, candidate: Candidate) -> np.ndarray | None:
+        """Its row; None where it is not of this space and these bases."""
+        digests = [Candidate(prune_ratios=base).base_digest for base in self.bases]
+        if candidate.base_digest not in digests or candidate.runtime not in self.space.runtimes:
+            return None
+        options = [self.space.precisions[g] for g in self.groups]
+        chosen = [candidate.precision(g) for g in self.groups]
+        if any(c not in o for c, o in zip(chosen, options, strict=True)) or candidate.rounding:
+            return None
+        return np.array(
+            [
+                *(o.index(c) for o, c in zip(options, chosen, strict=True)),
+                digests.index(candidate.base_digest),
+                self.space.runtimes.index(candidate.runtime),
+            ]
+        )
+
+    def candidate(self, point: np.ndarray) -> Candidate:
+        """The candidate of a row."""
+        return Candidate(
+            precisions={
+                name: self.space.precisions[name][option]
+                for name, option in zip(self.groups, point, strict=False)
+            },
+            prune_ratios=self.bases[point[-2]],
+            runtime=self.space.runtimes[point[-1]],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """What is known of a job before its trials.
+
+    `damage` is the sensitivity of (group, precision name), mean KL in nats. `shares` is each
+    group's share of FP32's time on the device, where a profile tells; without it the work
+    counted in the inventory stands in.
+    """
+
+    inventory: LayerInventory
+    damage: Mapping[tuple[str, str], float]
+    shares: Mapping[str, float] | None = None
+
+    def time_shares(self) -> dict[str, float]:
+        """Per group; they sum to 1 over the inventory's groups."""
+        if self.shares:
+            return {g.name: self.shares.get(g.name, 0.0) for g in self.inventory.groups}
+        work = {g.name: float(g.macs) for g in self.inventory.groups}
+        moved = {g.name: float(_moved(g.layers)) for g in self.inventory.groups}
+        total, bytes_moved = sum(work.values()) or 1.0, sum(moved.values()) or 1.0
+        # Half by arithmetic, half by memory: depthwise layers have little of the first.
+        return {n: 0.5 * work[n] / total + 0.5 * moved[n] / bytes_moved for n in work}
+
+    def saved(self, base: Mapping[str, float]) -> float:
+        """The share of multiply-accumulates that a base is without."""
+        macs = pruned_macs(self.inventory)
+        total = sum(group.macs for group in self.inventory.groups) or 1
+        return min(sum(macs.get(name, 0.0) * r for name, r in base.items()) / total, 0.95)
+
+
+def _moved(layers: Sequence[object]) -> int:
+    return sum(
+        math.prod(getattr(layer, "input_shape", ())) + math.prod(getattr(layer, "output_shape", ()))
+        for layer in layers
+    )
+
+
+def propose(
+    encoding: Encoding,
+    knowledge: Knowledge,
+    trials: Sequence[TrialRecord],
+    *,
+    n: int,
+    seed: int,
+) -> list[tuple[Candidate, Promise]]:
+    """The `n` most promising candidates that no trial has, most promising first.
+
+    Empty where nothing ranks yet or nothing new is left.
+    """
+    seen = [(encoding.point(t.candidate), t) for t in trials]
+    measured = [(p, t) for p, t in seen if p is not None and ranks(t)]
+    origin = next((t for p, t in measured if not p.any()), None)
+    if origin is None:
+        return []
+    points = np.array([p for p, _ in measured])
+    figures, noise = _figures([t for _, t in measured])
+    landscape = Landscape(
+        Surrogate(
+            latency_features(encoding, knowledge),
+            points,
+            figures[:, 0],
+            noise[:, 0],
+            base=float(figures[[not p.any() for p in points]][0, 0]),
+        ),
+        Surrogate(
+            drop_features(encoding, knowledge, drop_per_nat([t for _, t in measured])),
+            points,
+            figures[:, 1],
+            noise[:, 1],
+            base=0.0,
+        ),
+    )
+    rejected = [p for p, t in seen if p is not None and not ranks(t)]
+    promises = most_promising(
+        landscape,
+        points,
+        reference=(REFERENCE_RATIO, REFERENCE_DROP),
+        n=n,
+        rng=np.random.default_rng(seed + len(trials)),
+        excluded=rejected,
+    )
+    return [(encoding.candidate(promise.point), promise) for promise in promises]
+
+
+def _figures(trials: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
+    """(ratio to FP32, drop) of ranking trials and their standard deviations, each `(n, 2)`."""
+    figures, noise = [], []
+    for trial in trials:
+        latency, accuracy = latency_of(trial), trial.accuracy
+        if latency is None or accuracy is None:  # `ranks` has made sure of both
+            continue
+        half = (latency.ratio_high - latency.ratio_low) / 2
+        figures.append((latency.ratio, min(max(accuracy.drop, 0.0), DROP_CEILING)))
+        noise.append((max(half / 1.96, 1e-3 * latency.ratio), 1.0 / accuracy.n_samples))
+    return np.array(figures), np.array(noise)
+
+
+def drop_per_nat(trials: Sequence[TrialRecord]) -> float:
+    """How much accuracy a nat of divergence costs, as these trials have it."""
+    pairs = [(t.accuracy.mean_kl, t.accuracy.drop) for t in trials if t.accuracy is not None]
+    # Sums weigh the candidates that lose something most; the default counts as one of them.
+    prior_kl = 0.01
+    kl = prior_kl + sum(k for k, _ in pairs)
+    drop = prior_kl * _DROP_PER_NAT + sum(max(d, 0.0) for _, d in pairs)
+    return drop / kl
+
+
+def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
+    """Factors and links for the ratio to FP32's latency."""
+    shares = knowledge.time_shares()
+    groups = encoding.groups
+    factors = [
+        Factor(
+            n_options=len(encoding.space.precisions[name]),
+            effects=np.array(
+                [
+                    -INT8_SAVING * shares[name] if p.is_int8 else 0.0
+                    for p in encoding.space.precisions[name]
+                ]
+            ),
+            scale=_EFFECT_SCALE * max(shares[name], _LEAST_SHARE),
+        )
+        for name in groups
+    ]
+    factors.append(
+        Factor(
+            n_options=len(encoding.bases),
+            effects=np.array([-knowledge.saved(base) for base in encoding.bases]),
+            scale=_BASE_SCALE,
+        )
+    )
+    n_runtimes = len(encoding.space.runtimes)
+    factors.append(Factor(n_options=n_runtimes, effects=np.zeros(n_runtimes), scale=_RUNTIME_SCALE))
+    links = _boundaries(encoding, knowledge)
+    for column, name in enumerate(groups):
+        scale = _EFFECT_SCALE * max(shares[name], _LEAST_SHARE)
+        links += [
+            Link(first=column, second=len(groups) + which, scale=scale)
+            for which in (0, 1)
+            if factors[len(groups) + which].n_options > 1
+        ]
+    return Features(factors, links)
+
+
+def _boundaries(encoding: Encoding, knowledge: Knowledge) -> list[Link]:
+    """A link from each group to the next one in graph order, as strong as the tensor is large."""
+    groups = encoding.groups
+    layers = {group.name: group.layers for group in knowledge.inventory.groups}
+    size = {name: math.prod(layers[name][-1].output_shape) for name in groups}
+    total = sum(size.values()) or 1
+    return [
+        Link(
+            first=column,
+            second=column + 1,
+            scale=_BOUNDARY_SCALE * size[groups[column]] / total,
+            is_boundary=True,
+        )
+        for column in range(len(groups) - 1)
+    ]
+
+
+def drop_features(encoding: Encoding, knowledge: Knowledge, per_nat: float) -> Features:
+    """Factors and links for the accuracy drop."""
+    groups, factors = encoding.groups, []
+    for name in groups:
+        effects = np.array(
+            [
+                0.0
+                if p == FP32
+                else per_nat * max(knowledge.damage.get((name, p.name), -1.0), 0.0)
+                if (name, p.name) in knowledge.damage
+                else _UNKNOWN_DAMAGE
+                for p in encoding.space.precisions[name]
+            ]
+        ).clip(max=DROP_CEILING)
+        factors.append(
+            Factor(
+                n_options=len(effects),
+                effects=effects,
+                scale=_DAMAGE_SCALE * max(float(effects.max()), 1e-4),
+            )
+        )
+    n_bases, n_runtimes = len(encoding.bases), len(encoding.space.runtimes)
+    pruned = np.array([_PRUNED_DAMAGE if any(base.values()) else 0.0 for base in encoding.bases])
+    factors.append(Factor(n_options=n_bases, effects=pruned, scale=_PRUNED_DAMAGE))
+    factors.append(Factor(n_options=n_runtimes, effects=np.zeros(n_runtimes), scale=1e-3))
+    links = [
+        Link(
+            first=column,
+            second=column + 1,
+            scale=math.sqrt(factors[column].scale * factors[column + 1].scale),
+        )
+        for column in range(len(groups) - 1)
+    ]
+    if n_bases > 1:
+        links += [
+            Link(first=column, second=len(groups), scale=factors[column].scale)
+            for column in range(len(groups))
+        ]
+    return Features(factors, links)

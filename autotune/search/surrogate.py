@@ -1,0 +1,263 @@
+"""A model of one figure (latency, accuracy drop) over the choices, fitted on measured trials.
+
+Owns the regression: an additive Gaussian process over single choices and over pairs of linked
+ones, which is Bayesian ridge regression with one coefficient per (factor, option) and per
+(link, option, option). Points are rows of integers, one per factor; what the factors mean is
+`landscape.py`'s, what to try next `improvement.py`'s. Deterministic; nothing is random here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+_SAME_FACTOR = 0.5
+"""Correlation of a factor's options: leaving FP32 at all costs a group about as much whichever
+precision it goes to (its float neighbours must be converted either way). A choice."""
+
+_EXPECTED = (1.0, 0.5, 0.3)
+"""Where the scales of single choices, pairs and the error of the prior are expected to lie, as
+multiples of what the caller states; their logarithms are normal around it with `_SPREADS`."""
+
+_SPREADS = (1.0, 1.0, 0.7, 1.0)
+_MISFIT_SHARE = 0.1
+"""Expected standard deviation of what no choice explains, of that of all figures."""
+
+_STEPS = (3.0, 1.7, 1.3)
+"""Factors by which the scales are moved, one at a time, while the evidence grows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """One choice: `n_options` of them, option 0 leaves the model as it is.
+
+    `effects` is what each option is thought to add to the figure, `(n_options,)`, 0 first;
+    `scale` how far the truth may be from it (a standard deviation). Options that are
+    `is_ordered` differ the more the further they are apart, as prune ratios do.
+    """
+
+    n_options: int
+    effects: np.ndarray
+    scale: float
+    is_ordered: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Two factors whose choices bear on each other; `scale` is how strongly, a standard deviation.
+
+    With `is_boundary` a conversion stands between them wherever one alone is at option 0.
+    """
+
+    first: int
+    second: int
+    scale: float
+    is_boundary: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """The predicted mean as a sum of tables: `(n_options,)` per factor, a matrix per pair of them.
+
+    A matrix stands for both directions: its rows are the options of the pair's first factor.
+    """
+
+    base: float
+    singles: tuple[np.ndarray, ...]
+    pairs: Mapping[tuple[int, int], np.ndarray]
+
+
+class Features:
+    """Points as rows of numbers whose weighted sum is the figure.
+
+    Three blocks: single choices, pairs, and the figure thought of beforehand. Their columns are
+    scaled so that weights of one block have the same standard deviation.
+    """
+
+    def __init__(self, factors: Sequence[Factor], links: Sequence[Link]) -> None:
+        self.factors, self.links = tuple(factors), tuple(links)
+        roots = [_root(f) for f in factors]
+        self.singles = [f.scale * root for f, root in zip(factors, roots, strict=True)]
+        self.pairs = [
+            link.scale * _pair_table(roots[link.first], roots[link.second], link.is_boundary)
+            for link in links
+        ]
+        ends = np.cumsum([0, *(t.shape[-1] for t in (*self.singles, *self.pairs))]).tolist()
+        self.slices = [slice(a, b) for a, b in pairwise(ends)]
+        n_single = ends[len(self.singles)]
+        # The last column but one joins all boundaries: one price per byte, whichever they are.
+        self.width = ends[-1] + 2
+        self.block = np.full(self.width, 1)
+        self.block[:n_single] = 0
+        self.block[-1] = 2
+
+    def rows(self, points: np.ndarray) -> np.ndarray:
+        """`(n, width)` for points `(n, n_factors)`."""
+        found = np.zeros((len(points), self.width))
+        tables = self.slices[: len(self.singles)]
+        for column, (table, where) in enumerate(zip(self.singles, tables, strict=True)):
+            found[:, where] = table[points[:, column]]
+        for link, table, where in zip(
+            self.links, self.pairs, self.slices[len(self.singles) :], strict=True
+        ):
+            part = table[points[:, link.first], points[:, link.second]]
+            found[:, where] = part
+            if link.is_boundary:
+                found[:, -2] += part[:, 0]
+        found[:, -1] = self.expected(points)
+        return found
+
+    def expected(self, points: np.ndarray) -> np.ndarray:
+        """What the options were thought to add, summed over the factors."""
+        total = np.zeros(len(points))
+        for column, factor in enumerate(self.factors):
+            total += factor.effects[points[:, column]]
+        return total
+
+
+def _root(factor: Factor) -> np.ndarray:
+    """A root of the options' covariance, `(n_options, n_options - 1)`; option 0 is certain."""
+    n = factor.n_options - 1
+    if n <= 0:
+        return np.zeros((1, 0))
+    steps = np.arange(1, n + 1)
+    covariance = (
+        np.minimum.outer(steps, steps) / n
+        if factor.is_ordered
+        else _SAME_FACTOR + (1 - _SAME_FACTOR) * np.eye(n)
+    )
+    return np.vstack([np.zeros(n), np.linalg.cholesky(covariance)])
+
+
+def _pair_table(first: np.ndarray, second: np.ndarray, is_boundary: bool) -> np.ndarray:
+    """`(options, options, columns)`: the boundary first, then the products of both."""
+    products = np.einsum("ia,jb->ijab", first, second) * math.sqrt(0.5)
+    table: np.ndarray = products.reshape(len(first), len(second), -1)
+    if not is_boundary:
+        return table
+    moved = [np.arange(len(root)) > 0 for root in (first, second)]
+    crossing = np.not_equal.outer(*moved).astype(float)
+    return np.concatenate([crossing[..., None], table], axis=-1)
+
+
+class Surrogate:
+    """The model, fitted.
+
+    Args:
+        features: of the factors and links.
+        points: measured points, `(n, n_factors)`, at least one.
+        values: their figures, `(n,)`.
+        noise: standard deviation of each figure, `(n,)`.
+        base: the figure of the point that is 0 throughout.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        points: np.ndarray,
+        values: np.ndarray,
+        noise: np.ndarray,
+        *,
+        base: float,
+    ) -> None:
+        self.features, self.base = features, base
+        self._rows = features.rows(points)
+        expected = self._rows[:, -1]
+        self._residuals = values - base - expected
+        self._noise = noise
+        self.scales = self._most_likely()
+        self._solve()
+
+    def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the figure itself (without its noise), each `(n,)`."""
+        rows = self.features.rows(points)
+        weighted = rows * self._variances
+        mean = self.base + rows[:, -1] + rows @ self._weights
+        cross = np.linalg.solve(self._lower, self._rows @ weighted.T)
+        variance = (weighted * rows).sum(axis=1) - (cross**2).sum(axis=0)
+        return mean, np.sqrt(np.maximum(variance, 1e-12))
+
+    def energy(self) -> Energy:
+        """The mean of `predict` as tables, so that single choices can be weighed at once."""
+        f, w = self.features, self._weights
+        n = len(f.singles)
+        trust = 1.0 + w[-1]
+        pairs: dict[tuple[int, int], np.ndarray] = {}
+        for link, table, where in zip(f.links, f.pairs, f.slices[n:], strict=True):
+            own = table @ w[where] + (w[-2] * table[..., 0] if link.is_boundary else 0.0)
+            pair = (link.first, link.second)
+            pairs[pair] = pairs[pair] + own if pair in pairs else own
+        return Energy(
+            base=self.base,
+            singles=tuple(
+                table @ w[where] + trust * factor.effects
+                for factor, table, where in zip(f.factors, f.singles, f.slices[:n], strict=True)
+            ),
+            pairs=pairs,
+        )
+
+    def believing(self, point: np.ndarray) -> Surrogate:
+        """The model after a measurement that gives what is predicted: the mean stays.
+
+        For several proposals at once ("kriging believer", Ginsbourger et al. 2010).
+        """
+        other = object.__new__(Surrogate)
+        row = self.features.rows(point[None])
+        other.features, other.base, other.scales = self.features, self.base, self.scales
+        other._rows = np.vstack([self._rows, row])
+        other._residuals = np.append(self._residuals, row @ self._weights)
+        other._noise = np.append(self._noise, float(np.median(self._noise)))
+        other._solve()
+        return other
+
+    def _solve(self) -> None:
+        self._variances = _variances(self.features, self.scales)
+        self._lower = self._cholesky(self._grams(), self.scales)
+        half = np.linalg.solve(self._lower, self._residuals)
+        self._weights = self._variances * (self._rows.T @ np.linalg.solve(self._lower.T, half))
+
+    def _grams(self) -> list[np.ndarray]:
+        blocks = [self._rows[:, self.features.block == b] for b in range(3)]
+        return [block @ block.T for block in blocks]
+
+    def _cholesky(self, grams: Sequence[np.ndarray], scales: np.ndarray) -> np.ndarray:
+        noise = np.diag(self._noise**2 + scales[3] ** 2)
+        kernel = sum((s**2 * g for s, g in zip(scales[:3], grams, strict=True)), noise)
+        lower: np.ndarray = np.linalg.cholesky(kernel)
+        return lower
+
+    def _most_likely(self) -> np.ndarray:
+        """The scales of the three blocks and of the misfit with the largest posterior density.
+
+        The evidence of a Gaussian process (Rasmussen and Williams 2006, eq. 5.8) with
+        log-normal priors, climbed one coordinate at a time.
+        """
+        grams = self._grams()
+        spread = max(float(np.std(self._residuals)), 1e-9)
+        expected = np.array([*_EXPECTED, _MISFIT_SHARE * spread])
+
+        def loss(scales: np.ndarray) -> float:
+            lower = self._cholesky(grams, scales)
+            half = np.linalg.solve(lower, self._residuals)
+            prior = (np.log(scales / expected) / _SPREADS) ** 2
+            return float(0.5 * half @ half + np.log(np.diag(lower)).sum() + 0.5 * prior.sum())
+
+        best, least = expected, loss(expected)
+        for step in _STEPS:
+            for index in (0, 1, 2, 3) * 2:
+                for change in (step, 1 / step):
+                    tried = best.copy()
+                    tried[index] *= change
+                    found = loss(tried)
+                    if found < least:
+                        best, least = tried, found
+        return best
+
+
+def _variances(features: Features, scales: np.ndarray) -> np.ndarray:
+    found: np.ndarray = scales[features.block] ** 2
+    return found

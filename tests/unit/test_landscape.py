@@ -1,0 +1,93 @@
+"""A job's space as numbers and back, and proposals that follow from trials."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from autotune.search.landscape import Encoding, Knowledge, drop_per_nat, propose
+from search_spaces import FP32, INT8, Candidate, RuntimeOptions
+from storage.records import TrialRecord
+from tests.unit.records import trial
+from tests.unit.spaces import inventory, space
+
+BASE = {"stem": 0.5, "body": 0.5}
+DAMAGE = {("stem", "w8a8"): 0.05, ("body", "w8a8"): 0.001, ("dw", "w8a8"): 0.001}
+
+
+def encoding() -> Encoding:
+    return Encoding(space=space(threads=(1, 2)), bases=({}, BASE))
+
+
+def knowledge() -> Knowledge:
+    return Knowledge(inventory=inventory(), damage=DAMAGE)
+
+
+def measured() -> list[TrialRecord]:
+    """FP32, and INT8 everywhere: twice as fast, five points lost."""
+    built = encoding().space
+    return [
+        trial(0, 4.0, 0.95, candidate=built.fp32()),
+        trial(1, 2.0, 0.90, candidate=built.uniform_int8()),
+    ]
+
+
+def test_every_candidate_survives_its_encoding() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        drawn = encoding().space.sample(rng)
+        candidate = replace(drawn, prune_ratios=rng.choice([{}, BASE]))
+        point = encoding().point(candidate)
+        assert point is not None
+        assert encoding().candidate(point) == candidate
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        Candidate(prune_ratios={"stem": 0.25}),
+        Candidate(runtime=RuntimeOptions(threads=8)),
+        Candidate(rounding="adaround"),
+    ],
+)
+def test_what_is_not_of_this_space_has_no_row(foreign: Candidate) -> None:
+    assert encoding().point(foreign) is None
+
+
+def test_shares_of_time_sum_to_one_and_a_profile_beats_the_count() -> None:
+    assert sum(knowledge().time_shares().values()) == pytest.approx(1.0)
+    told = replace(knowledge(), shares={"stem": 0.9, "body": 0.1})
+    assert told.time_shares() == {"stem": 0.9, "dw": 0.0, "body": 0.1, "head": 0.0}
+
+
+def test_proposals_are_new_and_the_same_for_the_same_trials() -> None:
+    first, again = (propose(encoding(), knowledge(), measured(), n=4, seed=3) for _ in range(2))
+    candidates = [c for c, _ in first]
+    assert candidates == [c for c, _ in again]
+    assert len({c.digest for c in candidates}) == 4
+    assert not {c.digest for c in candidates} & {t.candidate.digest for t in measured()}
+
+
+def test_the_group_that_hurts_is_left_in_fp32_first() -> None:
+    found = [c for c, _ in propose(encoding(), knowledge(), measured(), n=4, seed=0)]
+    unpruned = [c for c in found if not c.prune_ratios]
+    assert any(c.precision("stem") == FP32 and c.precision("body") == INT8 for c in unpruned)
+
+
+def test_without_a_measured_fp32_nothing_is_proposed() -> None:
+    assert propose(encoding(), knowledge(), measured()[1:], n=4, seed=0) == []
+
+
+def test_what_failed_is_not_proposed_again() -> None:
+    first = propose(encoding(), knowledge(), measured(), n=1, seed=0)[0][0]
+    failed = trial(2, None, None, candidate=first)
+    following = propose(encoding(), knowledge(), [*measured(), failed], n=6, seed=0)
+    assert first.digest not in {c.digest for c, _ in following}
+
+
+def test_trials_say_what_a_nat_costs() -> None:
+    expensive = [trial(i, 3.0, 0.85) for i in range(3)]  # 10 points for 0.1 nats each
+    assert drop_per_nat([]) == pytest.approx(0.5)
+    assert drop_per_nat(expensive) == pytest.approx(1.0, abs=0.05)

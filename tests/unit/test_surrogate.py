@@ -1,0 +1,104 @@
+"""The regression over choices: it learns sums and boundaries, and knows what it does not know."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from autotune.search.surrogate import Factor, Features, Link, Surrogate
+
+N = 6
+
+
+def features(*, scale: float = 0.1) -> Features:
+    factors = [Factor(n_options=3, effects=np.zeros(3), scale=scale) for _ in range(N)]
+    links = [Link(first=i, second=i + 1, scale=scale / 2, is_boundary=True) for i in range(N - 1)]
+    return Features(factors, links)
+
+
+def truth(points: np.ndarray) -> np.ndarray:
+    """A sum of effects, and 0.05 wherever one of two neighbours alone is at 0."""
+    effects = np.array([[0.0, -0.1, -0.05 * i] for i in range(N)])
+    crossings = ((points[:, 1:] > 0) != (points[:, :-1] > 0)).sum(axis=1)
+    found: np.ndarray = 1.0 + effects[np.arange(N), points].sum(axis=1) + 0.05 * crossings
+    return found
+
+
+def fitted(n: int = 30, *, seed: int = 0) -> tuple[Surrogate, np.ndarray]:
+    points = np.random.default_rng(seed).integers(0, 3, (n, N))
+    points[0] = 0
+    return Surrogate(features(), points, truth(points), np.full(n, 0.002), base=1.0), points
+
+
+def test_it_predicts_mixtures_that_it_has_not_seen() -> None:
+    model, _ = fitted()
+    everything = np.array(list(itertools.product(range(3), repeat=N)))
+    mean, _ = model.predict(everything)
+    error = np.sqrt(((mean - truth(everything)) ** 2).mean())
+    assert error < 0.2 * truth(everything).std()
+
+
+def test_its_deviation_covers_its_errors() -> None:
+    model, _ = fitted(20)
+    everything = np.array(list(itertools.product(range(3), repeat=N)))
+    mean, deviation = model.predict(everything)
+    inside = np.abs(mean - truth(everything)) <= 1.96 * deviation
+    assert inside.mean() >= 0.9
+
+
+def test_it_is_surest_where_it_has_measured() -> None:
+    model, points = fitted()
+    _, seen = model.predict(points)
+    _, anywhere = model.predict(np.array(list(itertools.product(range(3), repeat=N))))
+    assert seen.max() < np.median(anywhere)
+
+
+def test_its_tables_add_up_to_its_mean() -> None:
+    model, points = fitted()
+    energy = model.energy()
+    total = np.full(len(points), energy.base)
+    for column, table in enumerate(energy.singles):
+        total += table[points[:, column]]
+    for (first, second), table in energy.pairs.items():
+        total += table[points[:, first], points[:, second]]
+    assert total == pytest.approx(model.predict(points)[0], abs=1e-9)
+
+
+def test_believing_a_prediction_moves_no_mean_and_narrows_the_deviation() -> None:
+    model, _ = fitted(10)
+    point = np.array([2, 2, 0, 1, 2, 0])
+    after = model.believing(point)
+    others = np.random.default_rng(1).integers(0, 3, (50, N))
+    assert after.predict(others)[0] == pytest.approx(model.predict(others)[0], abs=1e-9)
+    assert after.predict(point[None])[1] < model.predict(point[None])[1]
+
+
+def test_what_was_thought_beforehand_counts_until_something_is_measured() -> None:
+    effects = np.array([0.0, -0.2])
+    known = [Factor(n_options=2, effects=effects, scale=0.01) for _ in range(3)]
+    start = np.zeros((1, 3), dtype=int)
+    model = Surrogate(Features(known, []), start, np.ones(1), np.full(1, 0.01), base=1.0)
+    assert model.predict(np.array([[1, 1, 0]]))[0] == pytest.approx([0.6])
+
+
+def test_a_prior_that_is_wrong_throughout_is_unlearned() -> None:
+    effects = np.array([0.0, -0.1])
+    factors = [Factor(n_options=2, effects=effects, scale=0.02) for _ in range(N)]
+    points = np.random.default_rng(0).integers(0, 2, (12, N))
+    values = 1.0 + 0.05 * points.sum(axis=1)  # 8 bits are slower here, everywhere
+    model = Surrogate(Features(factors, []), points, values, np.full(12, 0.005), base=1.0)
+    everything = np.array(list(itertools.product(range(2), repeat=N)))
+    mean, _ = model.predict(everything)
+    assert np.abs(mean - 1.0 - 0.05 * everything.sum(axis=1)).max() < 0.03
+
+
+def test_neighbouring_options_of_an_ordered_factor_are_alike() -> None:
+    factor = Factor(n_options=5, effects=np.zeros(5), scale=1.0, is_ordered=True)
+    points = np.array([[0], [4]])
+    model = Surrogate(
+        Features([factor], []), points, np.array([1.0, 0.2]), np.full(2, 0.01), base=1.0
+    )
+    mean, _ = model.predict(np.arange(5)[:, None])
+    assert (np.diff(mean) < 0).all()

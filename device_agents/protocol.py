@@ -10,6 +10,7 @@ a result is accepted once, while its fencing token is current.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -289,6 +290,22 @@ class Profile(Message):
     inference_ns: float | None = None
     n_runs: int = 0
     missing: str | None = None
+
+    def group_ns(self) -> dict[str, float]:
+        """Kernel time per layer group, in ns; only the groups that kernels were found for."""
+        return self._sums(lambda kernel: kernel.group)
+
+    def other_ns(self) -> dict[str, float]:
+        """Kernel time in no group, in ns by operator: what leads from one group to another."""
+        return self._sums(lambda kernel: None if kernel.group else kernel.operator)
+
+    def _sums(self, key: Callable[[KernelTime], str | None]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for kernel in self.kernels:
+            name = key(kernel)
+            if name is not None:
+                sums[name] = sums.get(name, 0.0) + kernel.time_ns
+        return sums
 
 
 class LatencyReport(Message):

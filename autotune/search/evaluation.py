@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotune.compression.kernels import kernels_of
+from autotune.compression.layer_times import with_groups
 from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
@@ -27,7 +28,12 @@ from autotune.search.planner import Proposal
 from autotune.search.targets import views
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
-from device_agents.protocol import ArtifactReference, MeasurementPlan, Outcome
+from device_agents.protocol import (
+    ArtifactReference,
+    LatencyReport,
+    MeasurementPlan,
+    Outcome,
+)
 from search_spaces import RuntimeOptions
 from storage.artifacts import ArtifactStore
 from storage.errors import ArtifactStoreFull, DuplicateTrial
@@ -115,7 +121,8 @@ class Evaluation:
         orders = [(device, self._order(trial, device, kind="confirmation")) for device in devices]
         for index, record in self.fleet.measure_all(self.job, orders, should_stop=self.should_stop):
             if record.outcome is Outcome.OK and record.report and record.report.is_steady:
-                self._note(trial, devices[index], confirmed_latency=record.report)
+                report = self._by_group(record.report, trial.on(devices[index].id))
+                self._note(trial, devices[index], confirmed_latency=report)
         return self.repository.get_trial(trial.id)
 
     def unconfirmed_on(self, trial: TrialRecord) -> list[DeviceRecord]:
@@ -164,10 +171,13 @@ class Evaluation:
         for index, record in self.fleet.measure_all(self.job, orders, should_stop=self.should_stop):
             trial, device = todo[index]
             left[trial.id] -= 1
+            ended = _ended(record)
+            if record.report is not None:
+                ended["latency"] = self._by_group(record.report, trial.on(device.id))
             if left[trial.id]:
-                self._note(trial, device, **_ended(record))
+                self._note(trial, device, **ended)
             else:
-                self._finish(trial, device, **_ended(record))
+                self._finish(trial, device, **ended)
 
     def _race_of(self, trial: TrialRecord) -> Race | None:
         """Everything is compared with the baselines, so they see every sample."""
@@ -270,7 +280,18 @@ class Evaluation:
                 reference_latency_ns=target.reference_latency_ns,
                 seed=self.seed + trial.number,
             ),
+            # The search weighs groups by the baselines' profiles, people look at the winner's.
+            profile=kind == "confirmation" or trial.proposed_by == "baseline",
         )
+
+    def _by_group(self, report: LatencyReport, trial: TrialRecord) -> LatencyReport:
+        """The report with the layer groups of its profile's kernels; itself without a profile."""
+        inventory = self.job.inventory
+        if report.profile is None or not report.profile.kernels or inventory is None:
+            return report
+        artifact = self.artifacts.read(_artifact_of(trial).sha256)
+        profile = with_groups(report.profile, artifact, inventory.groups)
+        return report.model_copy(update={"profile": profile})
 
     def _note(self, trial: TrialRecord, *devices: DeviceRecord, **figures: Any) -> None:
         """Keep figures of a trial that hold on those devices; one that has some is under way."""

@@ -81,6 +81,7 @@ class MeasurementOrder:
     runtime: RuntimeOptions
     reference_runtime: RuntimeOptions
     plan: MeasurementPlan
+    profile: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,7 +141,8 @@ class Fleet:
     def find_device(self, selector: str | None) -> DeviceRecord | None:
         """The device of that name, id or pool; without one, the online device seen last.
 
-        In a pool the online device seen last is preferred. None where nothing fits.
+        In a pool the device seen last that may work is preferred; it stands for the whole pool
+        (`members`). None where nothing fits.
         """
         devices = self._repository.list_devices()
         if selector is not None:
@@ -149,136 +151,33 @@ class Fleet:
         else:
             devices = [d for d in devices if self.is_online(d)]
         newest_first = sorted(devices, key=lambda d: d.last_seen_at, reverse=True)
-        return next(iter(newest_first), None)
+        return next(iter(sorted(newest_first, key=lambda d: d.drained_by is not None)), None)
 
-    def is_online(self, device: DeviceRecord) -> bool:
-        """The device's agent was heard of lately."""
-        silent_s = (datetime.now(UTC) - device.last_seen_at).total_seconds()
-        return silent_s <= self._online_within_s
+    def members(self, job: JobRecord, device: DeviceRecord) -> list[DeviceRecord]:
+        """Who measures for a device of the job: itself, or its pool where the job names that.
 
-    def shares_host(self, device: DeviceRecord) -> bool:
-        """The device is the host that the workers compute on."""
-        return self._host_id is not None and device.description.host_id == self._host_id
-
-    def wait_for_change(self, seen: int, timeout_s: float = _POLL_S) -> None:
-        """Return when something changed since `changes` was `seen`, or after the timeout."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._changes != seen, timeout_s)
-
-    def measure(
-        self,
-        job: JobRecord,
-        device: DeviceRecord,
-        order: MeasurementOrder,
-        *,
-        should_stop: Callable[[], bool],
-    ) -> MeasurementRecord:
-        """`measure_all` for one order."""
-        ((_, record),) = self.measure_all(job, [(device, order)], should_stop=should_stop)
-        return record
-
-    def measure_all(
-        self,
-        job: JobRecord,
-        orders: Sequence[tuple[DeviceRecord, MeasurementOrder]],
-        *,
-        should_stop: Callable[[], bool],
-    ) -> Iterator[tuple[int, MeasurementRecord]]:
-        """Measure each order on its device in one quiet window, all devices at once.
-
-        Yields the position of an order with its finished record, whatever its outcome, in the
-        order in which they end. A request that was queued before a restart is found again by
-        its id and not repeated. An outcome that speaks of the moment (unstable, lost) is tried
-        once more, and so is a report that is not steady.
-
-        Raises:
-            Stopped: `should_stop` became true.
-            DeviceAway: a device is offline; what is open is withdrawn and made again later.
+        The members of a pool that share work are those with the device's own fingerprint.
         """
-        shares_host = any(self.shares_host(device) for device, _ in orders)
-        pursuits = [
-            _Pursuit(index=index, device=device, order=order)
-            for index, (device, order) in enumerate(orders)
-        ]
-        with self._window.quiet(shares_host=shares_host):
-            try:
-                for pursuit in pursuits:
-                    self._pursue(job, pursuit)
-                while pursuits:
-                    seen = self.changes
-                    ended = [p for p in pursuits if self._has_ended(job, p)]
-                    for pursuit in ended:
-                        pursuits.remove(pursuit)
-                        yield pursuit.index, pursuit.record
-                    if ended:
-                        continue
-                    if should_stop():
-                        raise Stopped
-                    self._require_online(pursuits)
-                    self.wait_for_change(seen)
-            finally:
-                if pursuits:
-                    # Withdrawn, or an agent would measure it when nobody keeps quiet.
-                    self._repository.cancel_measurements(job.id)
+        if not is_shared(job, device):
+            return [self._repository.get_device(device.id)]
+        own = (device.pool, device.description.fingerprint)
+        devices = self._repository.list_devices()
+        return [d for d in devices if (d.pool, d.description.fingerprint) == own]
 
-    def _pursue(self, job: JobRecord, pursuit: _Pursuit) -> None:
-        """Find the order's latest request that counts, or queue the next one."""
-        while True:
-            found = self._existing(pursuit.order, pursuit.device, pursuit.attempt)
-            pursuit.attempt += 1
-            if found is None:
-                pursuit.n_queued += 1
-                found = self._enqueue(job, pursuit.device, pursuit.order, pursuit.attempt - 1)
-            elif _speaks_of_the_moment(found):
-                continue
-            pursuit.latest = found
-            return
+    def workers_of(self, job: JobRecord, device: DeviceRecord) -> list[DeviceRecord]:
+        """The `members` that are online and not drained."""
+        members = self.members(job, device)
+        return [d for d in members if self.is_online(d) and d.drained_by is None]
 
-    def _has_ended(self, job: JobRecord, pursuit: _Pursuit) -> bool:
-        record = pursuit.latest = self._repository.get_measurement(pursuit.record.id)
-        if record.state is not MeasurementState.DONE:
-            return False
-        if not _speaks_of_the_moment(record) or pursuit.n_queued == _TRIES:
-            return True
-        self._pursue(job, pursuit)
-        return False
-
-    def _require_online(self, pursuits: Sequence[_Pursuit]) -> None:
-        for device_id in {p.device.id for p in pursuits}:
-            device = self._repository.get_device(device_id)
-            if not self.is_online(device):
-                raise DeviceAway(absence(device.name, device))
-
-    def _existing(
-        self, order: MeasurementOrder, device: DeviceRecord, attempt: int
-    ) -> MeasurementRecord | None:
-        try:
-            return self._repository.get_measurement(_measurement_id(order, device, attempt))
-        except NotFound:
-            return None
-
-    def _enqueue(
-        self, job: JobRecord, device: DeviceRecord, order: MeasurementOrder, attempt: int
-    ) -> MeasurementRecord:
-        return self._repository.enqueue_measurement(
-            job_id=job.id,
-            trial_id=order.trial_id,
-            device_id=device.id,
-            request=MeasurementRequest(
-                measurement_id=_measurement_id(order, device, attempt),
-                artifact=order.artifact,
-                reference=order.reference,
-                runtime=_runtime_request(order.runtime),
-                reference_runtime=_runtime_request(order.reference_runtime),
-                plan=order.plan,
-            ),
-        )
+    def is_shared(job: JobRecord, device: DeviceRecord) -> bool:
+    """The job names the device's pool and not the device."""
+    named = job.spec.get("device")
+    named = named if isinstance(named, list | tuple) else [named]
+    return device.pool in named and device.id not in named and device.name not in named
 
 
-def absence(selector: str | None, device: DeviceRecord | None) -> str:
-    """Why a job waits, and what to do: for the user."""
-    if device is not None:
-        return f"device {device.name} is offline; the job goes on when its agent is back"
+def absence(selector: str | None) -> str:
+    """Why a job waits whose device nobody knows, and what to do: for the user."""
     if selector is None:
         return "no device is online; start an agent (`autotune device enroll`)"
     return (
@@ -287,28 +186,32 @@ def absence(selector: str | None, device: DeviceRecord | None) -> str:
     )
 
 
-def _speaks_of_the_moment(record: MeasurementRecord) -> bool:
+def is_to_repeat(record: MeasurementRecord) -> bool:
+    """The result says more about the moment or the device than about the artifact."""
     unsteady = record.report is not None and not record.report.is_steady
-    return record.outcome in _OF_THE_MOMENT or unsteady
+    is_in_doubt = record.distrusted_because is not None or record.outcome is Outcome.RUNTIME_CRASH
+    return record.outcome in _OF_THE_MOMENT or unsteady or is_in_doubt
 
 
-def _runtime_request(options: RuntimeOptions) -> RuntimeRequest:
+def runtime_request(options: RuntimeOptions) -> RuntimeRequest:
+    """The options as an agent is asked for them."""
     return RuntimeRequest(
         runtime=options.runtime, provider=options.provider, threads=options.threads
     )
 
 
-def _measurement_id(order: MeasurementOrder, device: DeviceRecord, attempt: int) -> str:
+def _measurement_id(job: JobRecord, pursuit: _Pursuit) -> str:
     """The same order gets the same id again, before and after a restart."""
+    order = pursuit.order
     identity = ":".join(
         (
             order.trial_id,
-            device.id,
+            pursuit.device.id,
             order.artifact.sha256,
             repr(order.runtime),
             order.plan.kind,
             str(order.plan.seed),
-            str(attempt),
+            str(pursuit.attempt),
         )
     )
     return "m-" + hashlib.sha256(identity.encode()).hexdigest()[:16]

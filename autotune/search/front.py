@@ -208,9 +208,13 @@ def select(trials: Sequence[TrialRecord], how: str) -> TrialRecord | None:
 def blocking_groups(trial: TrialRecord, inventory: LayerInventory, *, n: int = 5) -> list[str]:
     """The layer groups that hold the trial's latency up, heaviest first.
 
-    Weighed by multiply-accumulates times the planned bits of weights and activations, scaled
-    by what pruning kept: where no per-layer profile exists, the work left is what is known.
+    By the device's own profile; without one weighed by multiply-accumulates times the planned
+    bits of weights and activations, scaled by what pruning kept.
     """
+    profiles = (r.profile for r in (trial.confirmed_latency, trial.latency) if r is not None)
+    measured = next((p.group_ns() for p in profiles if p is not None), {})
+    if measured:
+        return sorted(measured, key=lambda name: -measured[name])[:n]
     weights = {
         group.name: group.macs
         * max(

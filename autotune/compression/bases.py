@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from autotune.compression.calibration import Calibration
 from autotune.compression.rounding import Rounding
 from autotune.errors import CompressionError, DiskFull
@@ -67,10 +65,10 @@ class BaseFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A pruned FP32 graph with the ranges of its tensors and its rounded 8-bit weights."""
+    """A pruned FP32 graph's file, the ranges of its tensors and its rounded 8-bit weights."""
 
     facts: BaseFacts
-    model: onnx.ModelProto
+    file: bytes
     calibration: Calibration
     rounding: Rounding = field(default_factory=Rounding)
 
@@ -113,14 +111,13 @@ class BaseStore:
             return None
         return Base(
             facts=BaseFacts.from_json(facts["facts"]),
-            model=onnx.load_from_string(data),
+            file=data,
             calibration=Calibration.from_text(text),
             rounding=Rounding.from_bytes(rounding),
         )
 
     def _write(self, digest: str, base: Base) -> None:
-        data = base.model.SerializeToString(deterministic=True)
-        text, rounding = base.calibration.to_text(), base.rounding.to_bytes()
+        data, text, rounding = base.file, base.calibration.to_text(), base.rounding.to_bytes()
         facts = {
             "version": BASE_VERSION,
             "sha256": _sha256(data, text.encode(), rounding),

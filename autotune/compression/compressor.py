@@ -24,7 +24,7 @@ from autotune.compression.bases import Base, BaseFacts, BaseStore
 from autotune.compression.channels import kept_channels
 from autotune.compression.data import DataSplits, LabelledData
 from autotune.compression.effective import GroupPrecision, effective_precisions
-from autotune.compression.graph import GraphView
+from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.inventory import build_inventory, count_cost
 from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
 from autotune.compression.post_training import POST_TRAINING_VERSION, post_training
@@ -206,7 +206,7 @@ class Compressor:
         if digest not in self._warm:
             base = self._store.get_or_make(digest, lambda: self._make(digest, ratios))
             graph = QuantizableGraph(
-                base.model, base.calibration, kernels=self.kernels, rounding=base.rounding
+                base.file, base.calibration, kernels=self.kernels, rounding=base.rounding
             )
             self._warm[digest] = _WarmBase(facts=base.facts, graph=graph)
             if len(self._warm) > _WARM_BASES:
@@ -367,7 +367,7 @@ class Compressor:
         facts["post_training"] = {"mean_kl": found.mean_kl, "plain_kl": found.plain_kl}
         return Base(
             facts=BaseFacts(digest=digest, macs=macs, parameters=parameters, **facts),
-            model=model,
+            file=model_bytes(model),
             calibration=found.calibration,
             rounding=found.rounding,
         )

@@ -13,7 +13,8 @@ candidate. The factors exist in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,8 +97,9 @@ class FreeChannels:
     def __init__(self, view: GraphView) -> None:
         self._view = view
         self._layers = {layer.name for layer in find_layers(view)}
-        self._parents: list[int] = []
-        self._pinned: set[int] = set()
+        # Tens of thousands of variables: as objects they would outweigh a small model.
+        self._parents = array("q")
+        self._is_pinned = bytearray()
         self._variables: dict[str, np.ndarray] = {}
         self.bounds: dict[str, tuple[float, float]] = {}
         """Tensors behind a Clip, with its bounds."""
@@ -105,22 +107,30 @@ class FreeChannels:
         for node in view.nodes:
             self._visit(node)
         self._pin(view.output_name)
+        self._numbers = self._settled()
 
     @property
     def tensors(self) -> list[str]:
         """Every tensor with a free channel, in graph order."""
-        pinned = {self._root(v) for v in self._pinned}
-        return [
-            name
-            for name, variables in self._variables.items()
-            if any(self._root(int(v)) not in pinned for v in variables)
-        ]
+        return [name for name in self._variables if (self.variables(name) >= 0).any()]
+
+    @property
+    def n_variables(self) -> int:
+        """All numbers are below this one."""
+        return len(self._numbers)
 
     def variables(self, tensor: str) -> np.ndarray:
         """One number per channel; equal numbers must have equal factors; -1 must have 1."""
-        pinned = {self._root(v) for v in self._pinned}
-        roots = [self._root(int(v)) for v in self._of(tensor)]
-        return np.array([-1 if root in pinned else root for root in roots], dtype=np.int64)
+        return self._numbers[self._variables[tensor]]
+
+    def _settled(self) -> np.ndarray:
+        """Each variable's number."""
+        roots = np.array(self._parents, dtype=np.int64)
+        while not np.array_equal(above := roots[roots], roots):
+            roots = above
+        is_pinned = np.zeros(len(roots), dtype=bool)
+        is_pinned[roots[np.frombuffer(self._is_pinned, dtype=bool)]] = True
+        return np.where(is_pinned[roots], -1, roots)
 
     def _visit(self, node: onnx.NodeProto) -> None:
         inputs = self._view.data_inputs(node)
@@ -172,7 +182,8 @@ class FreeChannels:
             shape = self._view.shape(tensor)
             count = shape[0] if shape else 0
             fresh = np.arange(len(self._parents), len(self._parents) + count)
-            self._parents.extend(int(v) for v in fresh)
+            self._parents.extend(fresh.tolist())
+            self._is_pinned.extend(bytes(count))
             self._variables[tensor] = fresh
             # Images and flat features have their channels in the first axis, sequences do not.
             if len(shape) not in (1, 3) or self._view.is_constant(tensor):
@@ -184,7 +195,8 @@ class FreeChannels:
             self._pin(name)
 
     def _pin(self, tensor: str) -> None:
-        self._pinned.update(int(v) for v in self._of(tensor))
+        for variable in self._of(tensor).tolist():
+            self._is_pinned[variable] = True
 
     def _tie(self, left: str, right: str) -> None:
         for a, b in zip(self._of(left), self._of(right), strict=True):
@@ -204,12 +216,9 @@ def _components(view: GraphView, free: FreeChannels, calibration: Calibration) -
         if name in calibration.channels and len(calibration.channels[name].low) > 1
     }
     offsets = centring_offsets(view, variables, calibration)
-    factors = equalizing_factors(view, variables, offsets, calibration, free.bounds)
-    members: dict[int, set[str]] = {}
-    for group in _joined(variables):
-        members[len(members)] = group
+    factors = equalizing_factors(view, variables, offsets, calibration, free)
     found = []
-    for names in members.values():
+    for names in _joined(variables, free.n_variables):
         tensors = {
             name: _stretched(
                 variables[name],
@@ -288,10 +297,11 @@ def equalizing_factors(
     variables: Mapping[str, np.ndarray],
     offsets: Mapping[str, np.ndarray],
     calibration: Calibration,
-    bounds: Mapping[str, tuple[float, float]],
-) -> dict[int, float]:
+    free: FreeChannels,
+) -> np.ndarray:
     """The factor of every variable, from the least and largest value of each channel; at least 1.
 
+    `(n_variables + 1,)`: the last one, which the number -1 finds, is 1.
     With r the larger of a channel's two magnitudes, its factor in a tensor is max(r) / r over
     the headroom: the tensor's largest channel, and so its range, stays as it is. (Equation 11
     without the weights' part, which their own scales carry.) Channels of several tensors, as
@@ -299,8 +309,8 @@ def equalizing_factors(
     Tensors that no 8-bit range ends in (before the activation that a range replaces) do not
     count.
     """
-    logs: dict[int, list[float]] = {}
-    most: dict[int, float] = {}
+    n = free.n_variables
+    logs, counts, most = np.zeros(n), np.zeros(n), np.full(n, math.inf)
     for name, numbers in variables.items():
         taker = view.only_consumer(name)
         if taker is not None and clip_bounds(view, taker) is not None:
@@ -312,12 +322,14 @@ def equalizing_factors(
         if largest <= 0:
             continue
         room = HEADROOM * np.maximum(widths, largest / LARGEST_FACTOR)
-        for number, factor in zip(numbers, np.maximum(1.0, largest / room), strict=True):
-            logs.setdefault(int(number), []).append(math.log(factor))
-            if name in bounds:
-                most[int(number)] = min(factor, most.get(int(number), math.inf))
-    means = {n: math.exp(sum(v) / len(v)) for n, v in logs.items() if n >= 0}
-    return {n: min(mean, most.get(n, math.inf)) for n, mean in means.items()}
+        own = np.maximum(1.0, largest / room)
+        known = numbers >= 0
+        np.add.at(logs, numbers[known], np.log(own[known]))
+        np.add.at(counts, numbers[known], 1)
+        if name in free.bounds:
+            np.minimum.at(most, numbers[known], own[known])
+    means = np.exp(logs / np.maximum(counts, 1))
+    return np.append(np.minimum(means, most), 1.0)
 
 
 def scaled_weight(
@@ -329,50 +341,69 @@ def scaled_weight(
 ) -> np.ndarray:
     """The weights, float64, each times its input channel's and its output channel's number."""
     values: np.ndarray = weight.astype(np.float64)
+    for factor in channel_factors(weight.shape, layer, inputs=inputs, outputs=outputs):
+        values *= factor
+    return values
+
+
+def channel_factors(
+    shape: Sequence[int],
+    layer: WeightedNode,
+    *,
+    inputs: np.ndarray | None = None,
+    outputs: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """The numbers as arrays that broadcast against a weight of that shape, with all its axes."""
     transposed = layer.kind is LayerKind.MATMUL or (
         layer.kind is LayerKind.GEMM and not attribute(layer.node, "transB", 0)
     )
-    values = values.T if transposed else values
-    tail = (1,) * (values.ndim - 2)
+    made, read = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    tail = (1,) * (len(shape) - 2)
+    factors = []
     if inputs is not None:
         # Output channel o of group g reads the input channels of group g alone.
         groups = attribute(layer.node, "group", 1)
-        made, read = values.shape[:2]
-        numbers = inputs.reshape(groups, 1, read).repeat(made // groups, axis=1)
-        values *= numbers.reshape(made, read, *tail)
+        numbers = inputs.reshape(groups, 1, read)
+        if groups > 1:
+            numbers = numbers.repeat(made // groups, axis=1)
+        factors.append(numbers.reshape(-1, read, *tail))
     if outputs is not None:
-        values *= outputs.reshape(-1, 1, *tail)
-    return values.T if transposed else values
+        factors.append(outputs.reshape(-1, 1, *tail))
+    return [factor.T for factor in factors] if transposed else factors
 
 
-def _joined(variables: Mapping[str, np.ndarray]) -> list[set[str]]:
+def _joined(variables: Mapping[str, np.ndarray], n_variables: int) -> list[set[str]]:
     """The tensors by component: those that share a variable belong together."""
-    owner: dict[int, str] = {}
-    parent = {name: name for name in variables}
+    names = list(variables)
+    parent = list(range(len(names)))
 
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
+    def root(place: int) -> int:
+        while parent[place] != place:
+            place = parent[place]
+        return place
 
-    for name, numbers in variables.items():
-        for number in set(numbers.tolist()) - {-1}:
-            parent[root(name)] = root(owner.setdefault(number, name))
-    groups: dict[str, set[str]] = {}
-    for name in variables:
-        groups.setdefault(root(name), set()).add(name)
+    owner = np.full(n_variables, -1)
+    for place, numbers in enumerate(variables.values()):
+        own = numbers[numbers >= 0]
+        for other in sorted(set(owner[own].tolist())):
+            if other >= 0:
+                parent[root(place)] = root(other)
+        owner[own] = place
+    groups: dict[int, set[str]] = {}
+    for place, name in enumerate(names):
+        groups.setdefault(root(place), set()).add(name)
     return list(groups.values())
 
 
 def _stretched(
     numbers: np.ndarray,
-    factors: Mapping[int, float],
+    factors: np.ndarray,
     offsets: np.ndarray,
     seen: ChannelRange,
     *,
     bounds: tuple[float, float] | None,
 ) -> Stretched:
-    values = np.array([factors.get(int(n), 1.0) for n in numbers])
+    values = factors[numbers]
     low = float(((np.array(seen.low) - offsets) * values).min())
     high = float(((np.array(seen.high) - offsets) * values).max())
     if bounds is not None:

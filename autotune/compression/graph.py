@@ -51,13 +51,12 @@ class GraphView:
         self._arrays: dict[str, np.ndarray] = {}
 
     def array(self, name: str) -> np.ndarray:
-        """The constant of that name; a small one is read once, a large one held by nobody."""
+        """The constant of that name, read-only; a small one is read once, a large one a view."""
         held = self._arrays.get(name)
         if held is not None:
             return held
         if name in self._weights:
-            # Arithmetic on values that begin at an odd byte is slow.
-            return np.require(self._weights[name], requirements="A")
+            return self._weights[name]
         array = numpy_helper.to_array(self.initializers[name])
         if array.nbytes <= _HELD_BYTES:
             self._arrays[name] = array

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autotune.compression.equalization import Stretched, scaled_weight
+from autotune.compression.equalization import Stretched, channel_factors
 from autotune.compression.operators import WeightedNode
 from autotune.compression.rounding import Rounding
 from autotune.compression.weights import (
     BIAS_MAX,
     INT8_MAX,
     QuantizedWeight,
+    largest_weights,
     quantize_bias,
-    quantize_weight,
+    weight_codes,
+    weight_scale,
+    weight_sums,
 )
 from search_spaces.choices import Granularity
 
@@ -53,34 +56,37 @@ def layer_codes(
     every weight goes to its nearest code.
     """
     gain = np.ones(weight.shape[axis]) if after is None else after.factors
-    folded = weight  # most layers are not stretched, and a float64 copy of them costs time
-    if before is not None or after is not None:
-        inputs = None if before is None else 1 / before.factors
-        folded = scaled_weight(weight, layer, inputs=inputs, outputs=gain)
+    factors = channel_factors(
+        weight.shape,
+        layer,
+        inputs=None if before is None else 1 / before.factors,
+        outputs=None if after is None else gain,
+    )
     plain = None
     if needs_bias(layer, before, after) or shift:
         own = 0.0 if bias is None else bias.astype(np.float64)
         plain = gain * (own + _offset_terms(layer, weight, axis, before, after)) + shift
-    quantized = quantize_weight(
-        folded,
-        axis=axis,
+    largest = largest_weights(weight, axis=axis, factors=factors)
+    scale = weight_scale(
+        largest,
         input_scale=input_scale,
         bias=plain,
         granularity=granularity,
         largest_code=largest_code,
     )
-    variants = rounding and (rounding.plain if before is None else rounding.stretched)
-    rounded = variants and variants.get(layer.name)
+    codes = None
+    rounded = rounding and rounding.of(layer.name, stretched=before is not None)
     if rounded and granularity is None and largest_code == INT8_MAX:
         corrected = None if plain is None else plain - rounded.mean_error * gain
-        if _has_same_steps(folded, quantized, corrected, input_scale):
-            quantized = QuantizedWeight(codes=rounded.codes, scale=quantized.scale, axis=axis)
-            plain = corrected
+        if _has_same_steps(largest, scale, corrected, input_scale):
+            codes, plain = rounded.codes, corrected
+    if codes is None:
+        codes = weight_codes(weight, scale, axis=axis, factors=factors, largest_code=largest_code)
     return LayerCodes(
-        weight=quantized,
+        weight=QuantizedWeight(codes=codes, scale=scale, axis=axis),
         bias=None
         if plain is None
-        else quantize_bias(plain, input_scale=input_scale, weight_scale=quantized.scale),
+        else quantize_bias(plain, input_scale=input_scale, weight_scale=scale),
     )
 
 
@@ -100,18 +106,16 @@ def _offset_terms(
     """What offsets add to each output's bias: W times the input's, less the output's."""
     added = np.zeros(weight.shape[axis])
     if before is not None and before.offsets.any():
-        others = tuple(a for a in range(weight.ndim) if a != axis)
-        added += scaled_weight(weight, layer, inputs=before.offsets).sum(axis=others)
+        factors = channel_factors(weight.shape, layer, inputs=before.offsets)
+        added += weight_sums(weight, axis=axis, factors=factors)
     return added if after is None else added - after.offsets
 
 
 def _has_same_steps(
-    folded: np.ndarray, quantized: QuantizedWeight, bias: np.ndarray | None, input_scale: float
+    largest: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, input_scale: float
 ) -> bool:
     """No scale was widened for its bias' sake: the codes were chosen for max / 127."""
-    others = tuple(a for a in range(folded.ndim) if a != quantized.axis)
-    largest = np.abs(folded).max(axis=others)
-    same = (largest == 0) | (quantized.scale <= largest / INT8_MAX * (1 + 1e-6))
+    same = (largest == 0) | (scale <= largest / INT8_MAX * (1 + 1e-6))
     if bias is not None:
-        same &= np.abs(bias) <= input_scale * quantized.scale.astype(np.float64) * BIAS_MAX
+        same &= np.abs(bias) <= input_scale * scale.astype(np.float64) * BIAS_MAX
     return bool(same.all())

@@ -29,7 +29,7 @@ class KeptParts:
         self._limit_bytes = limit_bytes
         self._n_bytes = 0
         self._parts: dict[tuple[object, ...], bytes] = {}
-        self._arrays: OrderedDict[tuple[object, ...], Mapping[str, bytes]] = OrderedDict()
+        self._arrays: OrderedDict[tuple[object, ...], Mapping[str, Part]] = OrderedDict()
 
     def part(self, key: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
         """The serialized part with that key, made once."""
@@ -40,7 +40,7 @@ class KeptParts:
 
     def arrays(
         self, key: tuple[object, ...], make: Callable[[], Mapping[str, np.ndarray]]
-    ) -> Mapping[str, bytes]:
+    ) -> Mapping[str, Part]:
         """The serialized constants with that key, made anew only where they had to go."""
         parts = self._arrays.get(key)
         if parts is not None:
@@ -55,7 +55,7 @@ class KeptParts:
         return parts
 
 
-def _size(parts: Mapping[str, bytes]) -> int:
+def _size(parts: Mapping[str, Part]) -> int:
     return sum(len(part) for part in parts.values())
 
 

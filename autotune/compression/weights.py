@@ -6,7 +6,7 @@ graph, is the business of `weight_only.py` and `graph_writer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,32 +75,106 @@ def quantize_weight(
     bias: np.ndarray | None,
     granularity: Granularity | None = None,
     largest_code: int = INT8_MAX,
+    factors: Sequence[np.ndarray] = (),
 ) -> QuantizedWeight:
     """Symmetric codes in [-largest_code, largest_code]; a channel of zeros gets scale 1.
 
+    `factors` broadcast against the weight; what is quantized is the product of all.
+    """
+    scale = weight_scale(
+        largest_weights(weight, axis=axis, factors=factors),
+        input_scale=input_scale,
+        bias=bias,
+        granularity=granularity,
+        largest_code=largest_code,
+    )
+    codes = weight_codes(weight, scale, axis=axis, factors=factors, largest_code=largest_code)
+    return QuantizedWeight(codes=codes, scale=scale, axis=axis)
+
+
+def largest_weights(
+    weight: np.ndarray, *, axis: int, factors: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """The largest magnitude in each output channel (`axis`), float32."""
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    largest = np.zeros(weight.shape[axis], np.float32)
+    for part, values in _parts(weight, factors, np.float32):
+        channels = part if axis == 0 else slice(None)
+        here = np.maximum(values.max(axis=others), -values.min(axis=others))
+        np.maximum(largest[channels], here, out=largest[channels])
+    return largest
+
+
+def weight_scale(
+    largest: np.ndarray,
+    *,
+    input_scale: float,
+    bias: np.ndarray | None,
+    granularity: Granularity | None = None,
+    largest_code: int = INT8_MAX,
+) -> np.ndarray:
+    """The scales, float32, of channels whose largest magnitudes are given.
+
     A channel whose bias would not fit into int32 gets a larger scale than its weights need.
     """
-    others = tuple(a for a in range(weight.ndim) if a != axis)
-    largest = np.maximum(weight.max(axis=others), -weight.min(axis=others))
     scale: np.ndarray = largest.astype(np.float64) / largest_code
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * BIAS_MAX))
     if isinstance(granularity, PerTensor):
         scale = scale.max()
     scale = np.where(scale > 0, np.clip(scale, _LEAST_SCALE, _LARGEST_SCALE), 1.0)
-    scale = scale.astype(np.float32)
-    # float32 as in ONNX's QuantizeLinear, and in small parts: large fresh arrays cost more
-    # than the arithmetic, and a worker's memory as well.
+    return scale.astype(np.float32)
+
+
+def weight_codes(
+    weight: np.ndarray,
+    scale: np.ndarray,
+    *,
+    axis: int,
+    factors: Sequence[np.ndarray] = (),
+    largest_code: int = INT8_MAX,
+) -> np.ndarray:
+    """The nearest codes, int8, in float32 arithmetic as in ONNX's QuantizeLinear."""
     codes = np.empty(weight.shape, np.int8)
     along = _along(scale, axis, weight.ndim)
+    for part, steps in _parts(weight, factors, np.float32):
+        steps /= along[part] if axis == 0 and scale.ndim else along
+        np.rint(steps, out=steps)
+        codes[part] = np.clip(steps, -largest_code, largest_code, out=steps)
+    return codes
+
+
+def weight_sums(weight: np.ndarray, *, axis: int, factors: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of the weights, times the factors, of each output channel (`axis`), float64."""
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    sums = np.zeros(weight.shape[axis])
+    for part, values in _parts(weight, factors, np.float64):
+        sums[part if axis == 0 else slice(None)] += values.sum(axis=others)
+    return sums
+
+
+def _parts(
+    weight: np.ndarray, factors: Sequence[np.ndarray], dtype: type[np.floating]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """A few rows of the product at a time, in a buffer that the next ones overwrite.
+
+    Large fresh arrays cost more than the arithmetic, and a worker's memory as well.
+    """
     rows = max(1, _VALUES_AT_ONCE * len(weight) // max(weight.size, 1))
+    buffer = np.empty((min(rows, len(weight)), *weight.shape[1:]), dtype)
+    factors = [_filled(factor, weight.shape).astype(dtype) for factor in factors]
     for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        divisor = along[part] if axis == 0 and scale.ndim else along
-        steps = np.divide(weight[part], divisor, dtype=np.float32)
-        np.clip(np.rint(steps, out=steps), -largest_code, largest_code, out=steps)
-        codes[part] = steps
-    return QuantizedWeight(codes=codes, scale=scale, axis=axis)
+        part = slice(start, min(start + rows, len(weight)))
+        values = buffer[: part.stop - start]
+        np.copyto(values, weight[part])
+        for factor in factors:
+            values *= factor[part] if len(factor) > 1 else factor
+        yield part, values
+
+
+def _filled(factor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A factor that all rows share, with a row's shape: numpy multiplies whole rows at once."""
+    return np.broadcast_to(factor, (1, *shape[1:])) if len(factor) == 1 else factor
 
 
 def quantize_bias(

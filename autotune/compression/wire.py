@@ -8,7 +8,10 @@ Buffers documentation: tag = number << 3 | 2 for bytes, then a varint length).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+import io
+import mmap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,12 @@ _MODEL_GRAPH = 7
 _GRAPH_NODE = 1
 _GRAPH_INITIALIZER = 5
 _TENSOR_RAW_DATA = 9
+_OWN_PAGES_BYTES = 64 * 1024
+_FRESH_PAGES_BYTES = 32 * 1024 * 1024
+"""glibc never keeps a freed buffer from this size on (mallopt(3), M_MMAP_THRESHOLD's maximum)."""
+_libc = ctypes.CDLL(None)
+
+Part = bytes | memoryview
 
 
 def node_field(node: onnx.NodeProto) -> bytes:
@@ -33,17 +42,25 @@ def initializer_field(tensor: onnx.TensorProto) -> bytes:
     return field(_GRAPH_INITIALIZER, tensor.SerializeToString(deterministic=True))
 
 
-def array_field(array: np.ndarray, name: str) -> bytes:
-    """`initializer_field` of an array's tensor, without the copies that making one takes."""
+def array_field(array: np.ndarray, name: str) -> Part:
+    """`initializer_field` of an array's tensor, without the copies that making one takes.
+
+    A large one has pages of its own, which the system takes back with it. Those who keep and
+    drop such fields would else fill the heap with holes that no whole file fits into.
+    """
     if array.dtype.isbuiltin != 1 or array.size == 0:
         return initializer_field(numpy_helper.from_array(array, name))
     data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
     data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     rest = onnx.TensorProto(dims=array.shape, data_type=data_type, name=name)
-    return b"".join((_head(rest, data.nbytes), data.view(np.uint8).data))
-
-
-Part = bytes | memoryview
+    head, values = _head(rest, data.nbytes), data.view(np.uint8).data
+    if data.nbytes < _OWN_PAGES_BYTES:
+        return head + values
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, len(head) + data.nbytes, flags=private)
+    pages[: len(head)] = head
+    pages[len(head) :] = values
+    return memoryview(pages)
 
 
 def _head(rest: onnx.TensorProto, size: int) -> bytes:
@@ -64,8 +81,36 @@ def assemble(outer: bytes, graph: bytes, parts: Iterable[Part]) -> bytes:
     """The file: `shell`'s two halves with nodes and constants in the given order."""
     held = list(parts)
     length = len(graph) + sum(len(part) for part in held)
-    # One buffer of the right size, every byte of which is written once.
-    return b"".join((outer, _tag(_MODEL_GRAPH, length), graph, *held))
+    return _joined((outer, _tag(_MODEL_GRAPH, length), graph, *held))
+
+
+def _joined(pieces: Sequence[Part]) -> bytes:
+    """The pieces in one buffer of the right size.
+
+    A large one lies on pages that the process never had before, and asking for 45 MB of those
+    4 KiB at a time takes four times as long (20 against 5 ms) as filling them in huge pages.
+    """
+    size = sum(len(piece) for piece in pieces)
+    if size < _FRESH_PAGES_BYTES:
+        return b"".join(pieces)
+    room = bytes(size)  # not touched yet
+    _advise_huge_pages(room)
+    file = io.BytesIO(room)
+    del room  # it is the file's alone, which writes into it instead of a copy
+    for piece in pieces:
+        file.write(piece)
+    return file.getvalue()
+
+
+def _advise_huge_pages(room: bytes) -> None:
+    """Ask for huge pages under a buffer (madvise(2)); where there are none, nothing happens."""
+    madvise, advice = getattr(_libc, "madvise", None), getattr(mmap, "MADV_HUGEPAGE", None)
+    if madvise is None or advice is None:
+        return
+    start = ctypes.cast(ctypes.c_char_p(room), ctypes.c_void_p).value or 0
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (start + len(room)) // mmap.PAGESIZE * mmap.PAGESIZE
+    madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def _copy_fields(source: Any, target: Any, without: set[str]) -> None:

@@ -94,12 +94,16 @@ class Benchmark:
             "raw": self.raw,
         }
 
-    def report(self) -> None:
-        """Write the JSON, then print the closing lines on stdout."""
+    def save(self) -> None:
+        """Write the JSON with what is known so far: a long run that ends early is not lost."""
         if self.json_path is not None:
             self.json_path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.document(), indent=2, allow_nan=False)
             self.json_path.write_text(text + "\n", encoding="utf-8")
+
+    def report(self) -> None:
+        """Write the JSON, then print the closing lines on stdout."""
+        self.save()
         for key, figure in self.figures.items():
             print(f"  {key:<32} {described(figure)}")
         if self.quick:

@@ -14,6 +14,7 @@ import pytest
 from autotune.compression.bases import Base, BaseFacts, BaseStore
 from autotune.compression.calibration import Calibration, Range
 from autotune.compression.compressor import Compressor
+from autotune.compression.graph import model_bytes
 from autotune.errors import CompressionError, DiskFull
 from autotune.spec import RecoverySpec
 from search_spaces import INT8, W4, Candidate, Precision, RuntimeOptions
@@ -195,7 +196,7 @@ def test_a_full_disk_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.M
 def _base(digest: str) -> Base:
     return Base(
         facts=BaseFacts(digest=digest, macs=1, parameters=2),
-        model=tiny_source().graph,
+        file=model_bytes(tiny_source().graph),
         calibration=Calibration(ranges={"x": Range(low=0.0, high=0.1)}, n_samples=1),
     )
 

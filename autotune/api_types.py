@@ -35,6 +35,7 @@ class GroupPrecision(Shape):
     """What one layer group was asked to be and what the runtime really executes.
 
     `stored_bits` is what a weight takes in the file; None in trials of earlier releases.
+    `kernel_ns` is what its kernels take by the trial's profile; None without one.
     """
 
     group: str
@@ -42,6 +43,20 @@ class GroupPrecision(Shape):
     effective: str
     reason: str | None = None
     stored_bits: int | None = None
+    kernel_ns: float | None = None
+
+
+class TrialProfile(Shape):
+    """Where one inference spends its time, measured apart from the latency in a slower session.
+
+    The groups' times are with the groups; `other_ns` has by operator those of kernels between
+    and outside groups. `inference_ns` is the whole call. Without kernels `missing` says why.
+    """
+
+    inference_ns: float | None = None
+    n_runs: int = 0
+    other_ns: dict[str, float] = {}
+    missing: str | None = None
 
 
 class Trial(Shape):
@@ -83,6 +98,7 @@ class Trial(Shape):
     confirmed_latency_samples: int | None = None
     confirmed_fp32_ratio: Interval | None = None
     groups: list[GroupPrecision] = []
+    profile: TrialProfile | None = None
     prune_ratios: dict[str, float] = {}
     recovery_s: float | None = None
     pruned_base: dict[str, Any] | None = Field(

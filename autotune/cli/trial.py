@@ -33,12 +33,12 @@ def list_trials(session: Session, job: str) -> None:
 @shared_options
 @click.pass_obj
 def show(session: Session, job: str, reference: str) -> None:
-    """Show one trial: figures, and per layer group the planned and effective precision.
+    """Show one trial: figures, and per layer group the precisions and what its kernels take.
 
     TRIAL is a number, an id or the unique start of one.
     """
     from autotune.cli.output import print_one, print_rows
-    from autotune.cli.views.trials import GROUPS, PRUNING, TRIAL
+    from autotune.cli.views.trials import BETWEEN_GROUPS, GROUPS, PRUNING, TRIAL
 
     shown = session.client().trial(job, reference.removeprefix("#"))
     print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)
@@ -47,6 +47,10 @@ def show(session: Session, job: str, reference: str) -> None:
     if shown.groups:
         click.echo()
         print_rows(GROUPS, shown.groups, output_format="table", to=sys.stdout)
+    if shown.profile is not None and shown.profile.other_ns:
+        click.echo()
+        between = sorted(shown.profile.other_ns.items(), key=lambda entry: -entry[1])
+        print_rows(BETWEEN_GROUPS, between, output_format="table", to=sys.stdout)
     pruned = sorted(shown.prune_ratios.items())
     if pruned:
         click.echo()

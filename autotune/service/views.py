@@ -19,7 +19,7 @@ from autotune.search.front import (
     non_dominated,
 )
 from autotune.spec import JobSpec, parse_job
-from device_agents.protocol import LatencyReport, Outcome
+from device_agents.protocol import LatencyReport, Outcome, Profile
 from storage.records import (
     AccuracyReport,
     DeviceRecord,
@@ -45,6 +45,8 @@ def trial_view(
     """A trial as users see it; `front` holds the ids of the front's members."""
     compression = trial.compression or {}
     latency, confirmed = trial.latency, trial.confirmed_latency
+    profile = next((r.profile for r in (confirmed, latency) if r and r.profile), None)
+    kernel_ns = profile.group_ns() if profile else {}
     return api_types.Trial(
         id=trial.id,
         job_id=trial.job_id,
@@ -75,10 +77,26 @@ def trial_view(
         confirmed_latency_ns=_latency(confirmed),
         confirmed_fp32_ratio=_ratio(confirmed),
         confirmed_latency_samples=confirmed.n_samples if confirmed else None,
-        groups=[api_types.GroupPrecision(**group) for group in compression.get("groups", ())],
+        groups=[
+            api_types.GroupPrecision(**group, kernel_ns=kernel_ns.get(group["group"]))
+            for group in compression.get("groups", ())
+        ],
+        profile=_profile(profile),
         prune_ratios=dict(trial.candidate.prune_ratios),
         recovery_s=(compression.get("base") or {}).get("recovery_s"),
         pruned_base=_pruned_base(compression.get("base") or {}),
+    )
+
+
+def _profile(profile: Profile | None) -> api_types.TrialProfile | None:
+    """A profile without the kernels, whose sums stand with the groups."""
+    if profile is None:
+        return None
+    return api_types.TrialProfile(
+        inference_ns=profile.inference_ns,
+        n_runs=profile.n_runs,
+        other_ns=profile.other_ns(),
+        missing=profile.missing,
     )
 
 

@@ -197,7 +197,7 @@ def test_an_unsteady_latency_says_so() -> None:
 def test_a_group_that_runs_otherwise_than_planned_gives_its_reason() -> None:
     to = io.StringIO()
     print_rows(GROUPS, make_trial(1).groups, output_format="table", to=to)
-    assert to.getvalue().splitlines()[2].split() == ["fc", "w8a8", "fp32", "-", "no", "kernel"]
+    assert to.getvalue().splitlines()[2].split() == ["fc", "w8a8", "fp32", "-", "-", "no", "kernel"]
 
 
 def test_a_front_stands_beside_its_baselines_fastest_first() -> None:

@@ -61,6 +61,21 @@ def recovery_summary(trial: Trial) -> str:
     )
 
 
+def kernel_time(time_ns: float | None) -> str:
+    """A kernel's time in ms, without the unit: the column's title carries it."""
+    return figures.MISSING if time_ns is None else figures.number(time_ns / 1e6)
+
+
+def profile_summary(trial: Trial) -> str:
+    """Of what the kernel times are the parts; why there are none."""
+    profile = trial.profile
+    if profile is None:
+        return figures.MISSING
+    if profile.missing is not None:
+        return f"none: {profile.missing}"
+    return f"{figures.latency(profile.inference_ns)} an inference (n={profile.n_runs})"
+
+
 def threads(trial: Trial) -> int:
     """The runtime's threads; 1 where the candidate does not say."""
     return int(trial.candidate.get("runtime", {}).get("threads", 1))
@@ -192,6 +207,7 @@ TRIAL: View[Trial] = View(
             ),
         ),
         Column(title="ratio to FP32", text=lambda t: figures.interval(t.fp32_ratio)),
+        Column(title="profiled", text=profile_summary),
         Column(title="inside the budget", text=lambda t: _claim(t.is_feasible)),
         Column(title="on the front", text=lambda t: _claim(t.is_on_front)),
         Column(title="size", text=lambda t: figures.size(t.artifact_size_bytes)),
@@ -214,6 +230,7 @@ GROUPS: View[GroupPrecision] = View(
         Column(title="planned", text=lambda g: g.planned),
         Column(title="effective", text=lambda g: g.effective),
         Column(title="stored bits", text=lambda g: str(g.stored_bits or figures.MISSING)),
+        Column(title="kernels, ms", text=lambda g: kernel_time(g.kernel_ns), right=True),
         Column(title="why they differ", text=lambda g: g.reason or ""),
     ],
     fields=[
@@ -221,10 +238,24 @@ GROUPS: View[GroupPrecision] = View(
         Field(name="planned", value=lambda g: g.planned),
         Field(name="effective", value=lambda g: g.effective),
         Field(name="stored_bits", value=lambda g: g.stored_bits),
+        Field(name="kernel_ns", value=lambda g: g.kernel_ns),
         Field(name="reason", value=lambda g: g.reason),
     ],
     document=lambda group: group.model_dump(mode="json"),
     style=lambda group: "yellow" if group.planned != group.effective else None,
+)
+
+
+BETWEEN_GROUPS: View[tuple[str, float]] = View(
+    columns=[
+        Column(title="between and outside groups", text=lambda entry: entry[0]),
+        Column(title="kernels, ms", text=lambda entry: kernel_time(entry[1]), right=True),
+    ],
+    fields=[
+        Field(name="operator", value=lambda entry: entry[0]),
+        Field(name="kernel_ns", value=lambda entry: entry[1]),
+    ],
+    document=lambda entry: {"operator": entry[0], "kernel_ns": entry[1]},
 )
 
 

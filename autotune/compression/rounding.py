@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -53,6 +53,16 @@ class Rounding:
 
     plain: Mapping[str, RoundedWeight] = field(default_factory=dict)
     stretched: Mapping[str, RoundedWeight] = field(default_factory=dict)
+
+    def of(self, layer: str, *, stretched: bool) -> RoundedWeight | None:
+        """The layer's rounded weight, behind a stretched tensor or not; None without one."""
+        return (self.stretched if stretched else self.plain).get(layer)
+
+    def with_layer(self, layer: str, rounded: RoundedWeight, *, stretched: bool) -> Rounding:
+        """This rounding with one layer's weights rounded otherwise."""
+        if stretched:
+            return replace(self, stretched={**self.stretched, layer: rounded})
+        return replace(self, plain={**self.plain, layer: rounded})
 
     def to_bytes(self) -> bytes:
         """An npz file; the same rounding gives the same bytes."""
@@ -99,7 +109,7 @@ def round_weights(
 
     `stretched` are the tensors that uniform INT8 stretches.
     """
-    layers = [layer for layer in find_layers(view) if _is_supported(layer)]
+    layers = [layer for layer in find_layers(view) if takes_rounding(layer)]
     moments = {layer.name: _empty(view, layer) for layer in layers}
     inner = dict.fromkeys(layer.input for layer in layers if layer.input != view.input_name)
     rng = np.random.default_rng(0)
@@ -122,7 +132,11 @@ def weight_rows(view: GraphView, layer: WeightedNode, read: Stretched | None) ->
     `read` is the layer's input where its channels are stretched.
     """
     inputs = None if read is None else 1 / read.factors
-    weight = scaled_weight(view.array(layer.weight), layer, inputs=inputs)
+    return as_rows(scaled_weight(view.array(layer.weight), layer, inputs=inputs), layer)
+
+
+def as_rows(weight: np.ndarray, layer: WeightedNode) -> np.ndarray:
+    """An array of the weight's shape as `(groups, outputs per group, inputs per output)`."""
     weight = weight.T if is_transposed(layer) else weight
     groups = attribute(layer.node, "group", 1)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
@@ -143,12 +157,13 @@ def input_rows(
     rng: np.random.Generator,
     *,
     n_samples: int,
+    positions: int = _POSITIONS,
 ) -> np.ndarray:
     """What the layer multiplies at some of its positions: `(positions, groups, inputs)`, float32.
 
-    Of each sample as many positions as make up some 4,096 over all `n_samples`.
+    Of each sample as many positions as make up some `positions` over all `n_samples`.
     """
-    each = max(1, _POSITIONS // n_samples)
+    each = max(1, positions // n_samples)
     if layer.is_matrix_product:
         flat = value.reshape(-1, value.shape[-1])
         if len(flat) > each * len(value):
@@ -190,7 +205,7 @@ def _rounded(
     read: Stretched | None,
 ) -> RoundedWeight:
     rows = weight_rows(view, layer, read)
-    factors, offsets = _per_input(read, rows.shape)
+    factors, offsets = per_input(read, rows.shape)
     scale = int8_scales(rows)[..., None].astype(np.float64)
     mean = moments.total / max(moments.n, 1)
     parts, start = [], 0
@@ -216,8 +231,8 @@ def _outer(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return left[:, :, None] * right[:, None, :]
 
 
-def _per_input(read: Stretched | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Factor and offset of each column of the rows, `(groups, inputs)` each."""
+def per_input(read: Stretched | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of each column of rows with that shape, `(groups, inputs)` each."""
     groups, _, inputs = shape
     if read is None:
         return np.ones((groups, inputs)), np.zeros((groups, inputs))
@@ -287,6 +302,6 @@ def is_transposed(layer: WeightedNode) -> bool:
     )
 
 
-def _is_supported(layer: WeightedNode) -> bool:
+def takes_rounding(layer: WeightedNode) -> bool:
     """Convolutions with explicit padding, and matrix products."""
     return layer.is_matrix_product or attribute(layer.node, "auto_pad", b"NOTSET") == b"NOTSET"

@@ -50,6 +50,10 @@ class ServiceError(AutotuneError):
     exit_code = 7
 
 
+class UpgradeRequired(ServiceError):
+    """The agent speaks a version of the protocol that the service does not."""
+
+
 class AuthenticationError(AutotuneError):
     """The token is missing, wrong or revoked."""
 

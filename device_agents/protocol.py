@@ -16,9 +16,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+OLDEST_PROTOCOL_VERSION = 1
+SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
+"""What a service of this release understands; an agent speaks the newest version it knows."""
 # Version 1 (2026-11-21): enrol, heartbeat, lease, artifact download by range and its list of
 # segments, result with throttling and energy where a device has them.
+# Version 2 (2026-11-21): all below; an agent of version 1 works as before.
+# 2026-11-21: `LeaseRequest.request_id`.
 # 2026-11-21: `instance` of enrolment and heartbeat, `rotate_key` and `drained_because` of its
 # reply, the route that gives a new key; an agent without them works as before.
 # 2026-11-21: `MeasurementRequest.profile`; `profile`, `tainted_pairs`, `are_tainted_used` and
@@ -158,6 +163,10 @@ class NewKey(Message):
 class Heartbeat(Message):
     """The agent is alive; it renews the lease that it holds.
 
+    Every heartbeat is the agent's whole state, nothing in it is a change: the first one after
+    a lost connection, or to a service that was started anew, says all there is. The lease is
+    the one that is being measured or whose result is on its way.
+
     `instance` is random for each process of an agent: two that are heard of in turns share an
     identity that only one of them can have.
     """
@@ -242,10 +251,15 @@ class MeasurementRequest(Message):
 
 
 class LeaseRequest(Message):
-    """Ask for work; the service holds the request open for up to `wait_s` seconds."""
+    """Ask for work; the service holds the request open for up to `wait_s` seconds.
+
+    `request_id` is random for each answer that the agent wants: sent again, because the answer
+    did not arrive, it brings the same lease and not another one.
+    """
 
     protocol_version: int
     wait_s: float = Field(default=20.0, ge=0, le=60)
+    request_id: str | None = Field(default=None, max_length=64)
 
 
 class Lease(Message):

@@ -7,6 +7,7 @@ lease's result counts. Every other one goes to `late_results`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -90,6 +91,7 @@ def lease(
     device_id: str,
     agent_id: str,
     ttl_s: float,
+    request_id: str | None,
     max_attempts: int,
     now: datetime,
 ) -> MeasurementRecord | None:
@@ -98,8 +100,13 @@ def lease(
     if agent.revoked_at is not None:
         raise InvalidToken(f"agent {agent_id} was revoked; enrol it again")
     held = _leased().where(MeasurementRow.leased_by == agent_id).with_for_update(key_share=True)
-    for abandoned in session.scalars(held).all():
-        _give_back(abandoned, "its agent asked for other work", max_attempts, now)
+    lease_id = _lease_id(agent_id, request_id)
+    expires_at = now + timedelta(seconds=ttl_s)
+    for earlier in session.scalars(held).all():
+        if earlier.lease_id == lease_id:
+            earlier.lease_expires_at = expires_at
+            return to_record(MeasurementRecord, earlier)
+        _give_back(earlier, "its agent asked for other work", max_attempts, now)
     session.flush()
     row = session.scalars(
         select(MeasurementRow)
@@ -117,9 +124,9 @@ def lease(
     row.device_id = device_id  # in a pool: who has it now
     row.fencing_token += 1
     row.attempts += 1
-    row.lease_id = identifiers.new_id(identifiers.LEASE)
+    row.lease_id = lease_id
     row.leased_by = agent_id
-    row.lease_expires_at = now + timedelta(seconds=ttl_s)
+    row.lease_expires_at = expires_at
     return to_record(MeasurementRecord, row)
 
 
@@ -296,6 +303,14 @@ def _give_back(row: MeasurementRow, why: str, max_attempts: int, now: datetime) 
         _finish(row, Outcome.LOST, f"{why}; attempt {row.attempts} of {max_attempts}", now)
     else:
         row.state = MeasurementState.QUEUED
+
+
+def _lease_id(agent_id: str, request_id: str | None) -> str:
+    """A new id; for a request that has one the same again, so that its lease is recognized."""
+    if request_id is None:
+        return identifiers.new_id(identifiers.LEASE)
+    digest = hashlib.sha256(f"{agent_id}\n{request_id}".encode()).hexdigest()
+    return f"{identifiers.LEASE}-{digest[:20]}"
 
 
 def _end_lease(row: MeasurementRow) -> None:

@@ -224,14 +224,21 @@ class Repository:
             )
 
     def lease_measurement(
-        self, *, device_id: str, agent_id: str, ttl_s: float, max_attempts: int = MAX_ATTEMPTS
+        self,
+        *,
+        device_id: str,
+        agent_id: str,
+        ttl_s: float,
+        request_id: str | None = None,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> MeasurementRecord | None:
         """The oldest queued measurement that the device may take, leased for `ttl_s` seconds.
 
         Its `fencing_token` is larger than any before; only the result that carries it will be
         accepted. An agent holds one lease at most: one that asks while it holds another has
-        lost it (a restart, an answer that never arrived), so that one ends first, as if it
-        had run out. None where nothing is queued.
+        lost it (a restart), so that one ends first, as if it had run out. But the same
+        `request_id` again, whose answer never arrived, brings the same lease once more. None
+        where nothing is queued.
 
         Raises:
             NotFound: there is no such agent.
@@ -247,6 +254,7 @@ class Repository:
                 device_id=device_id,
                 agent_id=agent_id,
                 ttl_s=ttl_s,
+                request_id=request_id,
                 max_attempts=max_attempts,
                 now=self._clock(),
             )

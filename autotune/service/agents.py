@@ -13,13 +13,12 @@ from fastapi import APIRouter, Depends, Path, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from autotune.errors import ServiceError
 from autotune.service.attendance import AttendanceBook
 from autotune.service.context import Context, ServiceContext
-from autotune.service.problems import Refusal, problem_responses
+from autotune.service.problems import problem_responses
 from autotune.service.security import Agent, hash_secret, new_secret, require_agent
+from autotune.service.versions import require_version
 from device_agents.protocol import (
-    PROTOCOL_VERSION,
     ArtifactSegments,
     EnrolReply,
     EnrolRequest,
@@ -45,7 +44,7 @@ MAX_RESULT_BYTES = 64 * 1024**2
 @router.post("/enrol", status_code=201, operation_id="enrol", responses=problem_responses(401, 426))
 async def enrol(context: Context, request: EnrolRequest) -> EnrolReply:
     """Turn a one-use token into an agent's identity. The key is shown here and never again."""
-    _require_version(request.protocol_version)
+    require_version(request.protocol_version)
     key = new_secret("eak")
     device, agent = await run_in_threadpool(
         context.repository.enrol,
@@ -68,7 +67,7 @@ async def heartbeat(
     context: Context, attendance: AttendanceBook, agent: Agent, request: Heartbeat
 ) -> HeartbeatReply:
     """The agent lives; renews the lease that it names."""
-    _require_version(request.protocol_version)
+    require_version(request.protocol_version)
     lease = None
     if request.lease_id is not None and request.fencing_token is not None:
         lease = (request.lease_id, request.fencing_token)
@@ -88,12 +87,12 @@ async def heartbeat(
 )
 async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Request) -> Response:
     """The oldest measurement queued for the agent's device; waits up to `wait_s` for one."""
-    _require_version(asked.protocol_version)
+    require_version(asked.protocol_version)
     now = asyncio.get_running_loop().time
     deadline = now() + asked.wait_s
     while not context.broadcast.is_closed and not await request.is_disconnected():
         ticket = context.broadcast.ticket(queue_topic(agent.device_id))
-        record = await run_in_threadpool(_take, context, agent)
+        record = await run_in_threadpool(_take, context, agent, asked.request_id)
         if record is not None:
             return JSONResponse(_lease_of(record, context).model_dump(mode="json"))
         left_s = deadline - now()
@@ -148,21 +147,14 @@ def _segments(context: ServiceContext, sha256: str) -> ArtifactSegments:
     return ArtifactSegments(segments=tuple((x.identity, x.size_bytes) for x in found))
 
 
-def _require_version(version: int) -> None:
-    if version != PROTOCOL_VERSION:
-        newer = "upgrade the agent" if version < PROTOCOL_VERSION else "upgrade the service"
-        raise Refusal(
-            426,
-            ServiceError(
-                f"the agent speaks protocol version {version}, this service version "
-                f"{PROTOCOL_VERSION}; {newer} (`pip install --upgrade edge-autotune`)"
-            ),
-        )
-
-
-def _take(context: ServiceContext, agent: AgentRecord) -> MeasurementRecord | None:
+def _take(
+    context: ServiceContext, agent: AgentRecord, request_id: str | None
+) -> MeasurementRecord | None:
     return context.repository.lease_measurement(
-        device_id=agent.device_id, agent_id=agent.id, ttl_s=context.settings.lease_ttl_s
+        device_id=agent.device_id,
+        agent_id=agent.id,
+        ttl_s=context.settings.lease_ttl_s,
+        request_id=request_id,
     )
 
 

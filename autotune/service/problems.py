@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from autotune import errors
 from autotune.api_types import Problem
 from autotune.search.failures import in_users_terms
+from autotune.service.versions import UPGRADE_HEADER
 from search_spaces.errors import SearchSpaceError
 from storage import errors as storage_errors
 
@@ -51,6 +52,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.JobNotReady, 409),
     (errors.CompressionError, 422),
     (errors.BundleError, 422),
+    (errors.UpgradeRequired, 426),
     (errors.ServiceError, 500),
 )
 
@@ -140,6 +142,8 @@ def _response(problem: Problem, headers: Any = None) -> JSONResponse:
     headers = dict(headers or {})
     if problem.status == HTTPStatus.UNAUTHORIZED:
         headers.setdefault("WWW-Authenticate", "Bearer")
+    if problem.status == HTTPStatus.UPGRADE_REQUIRED:
+        headers |= UPGRADE_HEADER
     return JSONResponse(
         problem.model_dump(), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers
     )

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from autotune.service.problems import MEDIA_TYPE
-from device_agents.protocol import PROTOCOL_VERSION
 from storage.records import MeasurementState
 from tests.running_service import RunningService, running_service, versioned
 from tests.unit import fabricated_job
@@ -146,16 +145,6 @@ def test_a_late_result_is_a_conflict(service: RunningService) -> None:
     late = agent.post("/v1/agent/results", json={**result_of(lease), "fencing_token": 0})
     assert late.status_code == 409
     assert "no longer current" in late.json()["detail"]
-
-
-@pytest.mark.parametrize("route", ["heartbeat", "lease", "enrol"])
-def test_another_protocol_version_is_told_to_upgrade(service: RunningService, route: str) -> None:
-    agent, _ = service.enrol()
-    body = {"protocol_version": PROTOCOL_VERSION - 1, "token": "x"}
-    body["device"] = fabricated_job.device().description.model_dump(mode="json")  # type: ignore[assignment]
-    response = agent.post(f"/v1/agent/{route}", json=body)
-    assert response.status_code == 426
-    assert "upgrade the agent" in response.json()["detail"]
 
 
 def test_an_artifact_is_sent_whole_and_by_range(service: RunningService) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
@@ -77,6 +79,24 @@ def test_news_of_a_queue_goes_to_the_device_that_it_belongs_to(world: World) -> 
     world.clock.advance(31)
     world.repository.expire_leases()
     assert world.topics == ["measurements", queue_topic(pi.id)]
+
+
+def test_a_request_sent_again_brings_its_lease_again(world: World) -> None:
+    device, agent = world.agent()
+    world.enqueue(job := world.job(), device, "m-1")
+    world.enqueue(job, device, "m-2")
+    ask = partial(
+        world.repository.lease_measurement, device_id=device.id, agent_id=agent.id, ttl_s=30
+    )
+    first = ask(request_id="r-1")
+    world.clock.advance(20)
+    again = ask(request_id="r-1")
+    assert first is not None
+    assert again == replace(first, lease_expires_at=START + timedelta(seconds=50))
+    # Another request is another lease, and the end of the first.
+    other = ask(request_id="r-2")
+    assert other is not None
+    assert (other.id, other.attempts, other.fencing_token) == ("m-1", 2, 2)
 
 
 def test_nothing_queued_is_no_lease_and_no_notification(world: World) -> None:

@@ -3,7 +3,7 @@ import inspect
 import pytest
 
 from autotune import errors
-from autotune.service.problems import Refusal, problem_of
+from autotune.service.problems import problem_of
 from search_spaces.errors import InvalidCandidate
 from storage import errors as storage_errors
 
@@ -43,7 +43,7 @@ def test_what_storage_raises_reaches_the_client_as_its_own_error(kind: type[Exce
         (storage_errors.ArtifactStoreFull("x"), 507, "DiskFull"),
         (InvalidCandidate("x"), 422, "InvalidJob"),
         (errors.UntrustedCode("x"), 403, "UntrustedCode"),
-        (Refusal(426, errors.ServiceError("x")), 426, "ServiceError"),
+        (errors.UpgradeRequired("x"), 426, "UpgradeRequired"),
     ],
 )
 def test_the_status_says_what_kind_of_error_it_is(error: Exception, status: int, name: str) -> None:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 API_VERSION = 1
 # Version 1 (2026-11-21): jobs, trials, front, events, export, verification, devices, uploads,
-# sensitivities.
+# sensitivities; jobs on several devices: their targets, fronts by device, portability.
+# 2026-11-21: a device says why it is drained and how its last canary went; the quarantine.
 
 
 class Shape(BaseModel):
@@ -59,8 +60,36 @@ class TrialProfile(Shape):
     missing: str | None = None
 
 
+class TrialOnTarget(Shape):
+    """A trial on one device of a job on several; the fields mean what the trial's do there."""
+
+    device_id: str
+    outcome: str | None = None
+    reason: str | None = None
+    artifact_sha256: str | None = None
+    artifact_size_bytes: int | None = None
+    kernels: str | None = Field(
+        default=None, description="the kernel class that the artifact is written for"
+    )
+    accuracy: Interval | None = None
+    accuracy_drop: Interval | None = None
+    latency_ns: Interval | None = None
+    fp32_ratio: Interval | None = None
+    is_steady: bool | None = None
+    is_feasible: bool | None = None
+    held_out_accuracy_drop: Interval | None = None
+    confirmed_latency_ns: Interval | None = None
+    confirmed_fp32_ratio: Interval | None = None
+
+
 class Trial(Shape):
-    """One candidate with what is known about it. Figures that do not exist are None."""
+    """One candidate with what is known about it. Figures that do not exist are None.
+
+    In a job on several devices the accuracy is the lowest over their kernel classes, the
+    latency that of `device_id`, the device where it is the largest share of the budget (of
+    FP32's without one); `is_feasible` and `is_on_front` are about all of them. `targets` has
+    the figures on each; it is empty in a job on one device.
+    """
 
     id: str
     job_id: str
@@ -101,6 +130,8 @@ class Trial(Shape):
     profile: TrialProfile | None = None
     prune_ratios: dict[str, float] = {}
     recovery_s: float | None = None
+    device_id: str | None = None
+    targets: list[TrialOnTarget] = []
     pruned_base: dict[str, Any] | None = Field(
         default=None,
         description="the pruned model under the artifact: how channels were ranked and rounded, "
@@ -136,6 +167,7 @@ class TargetResult(Shape):
     missed_by_ns: float | None = None
     latency_budget_ns: float | None = None
     fp32_latency_ns: float | None = None
+    beats_baseline: bool = True
 
 
 class JobResult(Shape):
@@ -161,8 +193,21 @@ class JobResult(Shape):
     targets: list[TargetResult] = []
 
 
+class JobTarget(Shape):
+    """A device that a job measures on; the budget and FP32's latency hold there."""
+
+    device_id: str
+    device_name: str
+    latency_budget_ns: float | None = None
+    fp32_latency_ns: float | None = None
+
+
 class Job(Shape):
-    """A job with its state and progress."""
+    """A job with its state and progress.
+
+    `targets` are its devices, the primary one first: `device_id`, `latency_budget_ns` and
+    `fp32_latency_ns` are that one's. It is empty until the devices are found.
+    """
 
     id: str
     name: str
@@ -173,6 +218,7 @@ class Job(Shape):
     device_id: str | None = None
     latency_budget_ns: float | None = None
     fp32_latency_ns: float | None = None
+    targets: list[JobTarget] = []
     progress: Progress
     result: JobResult | None = None
     notices: list[str] = []
@@ -182,14 +228,52 @@ class Job(Shape):
 
 
 class Front(Shape):
-    """The non-dominated trials, fastest first, and the one that answers the question asked."""
+    """The non-dominated trials, fastest first, and the one that answers the question asked.
+
+    `device_id` is the device asked about; None in a job on several means the worst of them.
+    """
 
     job_id: str
+    device_id: str | None = None
     latency_budget_ns: float | None
     max_accuracy_drop: float | None
     trials: list[Trial]
     answer: Trial | None
     explanation: str
+
+
+class PortabilityCell(Shape):
+    """What a winner is on one device.
+
+    `over_own_winner` is its latency over that of the device's own winner: 1 where it is that
+    one, above 1 slower. Figures that do not exist are None; `reason` says why.
+    """
+
+    device_id: str
+    latency_ns: Interval | None = None
+    fp32_ratio: Interval | None = None
+    over_own_winner: Interval | None = None
+    accuracy_drop: Interval | None = None
+    is_feasible: bool | None = None
+    is_confirmed: bool = False
+    reason: str | None = None
+
+
+class PortabilityRow(Shape):
+    """The winner of one device, on every device of the job; `winner` is a trial id."""
+
+    device_id: str
+    winner: str
+    number: int
+    cells: list[PortabilityCell]
+
+
+class Portability(Shape):
+    """What wins on one device costs on another: a row per winner, a column per device."""
+
+    job_id: str
+    targets: list[JobTarget]
+    rows: list[PortabilityRow]
 
 
 class Sensitivity(Shape):
@@ -224,6 +308,25 @@ class Device(Shape):
     last_seen_s_ago: float
     fingerprint: str
     description: dict[str, Any]
+    drained_because: str | None = Field(
+        default=None, description="why the device gets no work; None where it does"
+    )
+    canary_ratio: Interval | None = Field(
+        default=None,
+        description="latency of one model over that of the device's pool; above 1 is slower",
+    )
+    canary_s_ago: float | None = None
+
+
+class Quarantined(Shape):
+    """An artifact that devices of one fingerprint are not given any more with one runtime."""
+
+    artifact_sha256: str
+    fingerprint: str
+    runtime: str
+    reason: str
+    job_id: str
+    created_at: datetime
 
 
 class EnrolmentToken(Shape):

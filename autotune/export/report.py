@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from autotune.api_types import Verification
+from autotune.api_types import Portability, Verification
 from autotune.export import figures
 from autotune.export.front_plot import inline_front
 from autotune.export.heat_map import inline_heat_map
@@ -45,10 +45,13 @@ def render_report(
     device: DeviceRecord | None,
     *,
     verification: Verification | None = None,
+    portability: Portability | None = None,
 ) -> str:
     """The page as text; a job without an answer yet gets a page that says so.
 
     `verification` is the exported bundle measured again; its figures stand beside the winner's.
+    Of a job on several devices job and trials are as they are on `device`, and `portability` is
+    what the winner on each costs on the others.
     """
     result = job.result or {}
     by_id = {trial.id: trial for trial in trials}
@@ -65,6 +68,10 @@ def render_report(
         winner=winner,
         compared=_compared(fp32, int8, winner),
         verification=verification,
+        portability=portability,
+        device_names={t.device_id: t.device_name for t in portability.targets}
+        if portability
+        else {},
         plot=_plot(job, trials, fp32=fp32, int8=int8, winner=winner) if ranked else None,
         n_ranked=len(ranked),
         heat_map=_heat_map(job),

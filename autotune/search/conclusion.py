@@ -267,6 +267,7 @@ def conclude_views(
             missed_by_ns=there.missed_by_ns,
             latency_budget_ns=view.latency_budget_ns,
             fp32_latency_ns=view.target.reference_latency_ns,
+            beats_baseline=there.winner.proposed_by != "baseline",
         )
         for view, there in on_each
         if there is not None and view.target is not None

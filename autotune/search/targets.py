@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autotune.errors import DeviceUnavailable, InvalidJob
+from autotune.errors import DeviceUnavailable, InvalidJob, NotFoundError
 from autotune.search.front import Answer, answer
 from autotune.spec import JobSpec
 from device_agents.protocol import LatencyReport
@@ -83,14 +83,16 @@ def as_searched(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialReco
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A job's trials as one of its devices has them; `target` is None for the worst of several.
+    """A job's trials as one of its devices has them, or as the worst of several does.
 
-    `latency_budget_ns` is in the units of the trials: for the worst device the primary's.
+    `target` is None in the latter. `latency_budget_ns` is in the units of the trials: for the
+    worst device the primary's.
     """
 
     target: JobTarget | None
     latency_budget_ns: float | None
     trials: list[TrialRecord]
+    is_of_worst: bool = False
 
     def answer(self, *, max_accuracy_drop: float | None) -> Answer | None:
         """The trial that answers the job's question in this view; None where none ranks."""
@@ -98,13 +100,20 @@ class View:
             self.trials,
             latency_budget_ns=self.latency_budget_ns,
             max_accuracy_drop=max_accuracy_drop,
-            on_every_device=self.target is None,
+            on_every_device=self.is_of_worst,
         )
 
 
 def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
     """The view that the job's objective is about first; on several devices each one's follows."""
-    budget_ns = job.latency_budget_ns
+    own = View(
+        target=None,
+        latency_budget_ns=job.latency_budget_ns,
+        trials=as_searched(job, trials),
+        is_of_worst=bool(job.further_targets),
+    )
+    if not job.further_targets:
+        return [own]
     on_each = [
         View(
             target=target,
@@ -113,10 +122,32 @@ def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
         )
         for target in job.targets
     ]
-    if len(on_each) == 1:
-        return on_each
-    worst = View(target=None, latency_budget_ns=budget_ns, trials=as_searched(job, trials))
-    return [worst, *on_each]
+    return [own, *on_each]
+
+
+def job_on(job: JobRecord, device_id: str) -> JobRecord:
+    """The job as if that target were its only one, with its own answer.
+
+    Raises:
+        NotFoundError: the job does not measure there.
+    """
+    for target in job.targets:
+        if target.device_id == device_id:
+            break
+    else:
+        raise NotFoundError(f"job {job.id} does not measure on device {device_id}")
+    if not job.further_targets:
+        return job
+    result = job.result or {}
+    there = next((t for t in result.get("targets", ()) if t["device_id"] == device_id), None)
+    return replace(
+        job,
+        device_id=device_id,
+        latency_budget_ns=target.latency_budget_ns,
+        reference_latency_ns=target.reference_latency_ns,
+        further_targets=(),
+        result=there and {**result, **there, "blocking_groups": [], "targets": []},
+    )
 
 
 def chosen(job: JobRecord, devices: Sequence[DeviceRecord]) -> dict[str, Any]:

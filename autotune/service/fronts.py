@@ -6,7 +6,9 @@ Owns which trial is meant. Ranking is `autotune.search.front`'s, files are
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -14,12 +16,15 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from autotune.api_types import Front, Verification
-from autotune.errors import InvalidJob, JobNotReady, ServiceError
-from autotune.search.front import answer, counts_size, non_dominated, select
+from autotune.api_types import Front, Portability, Verification
+from autotune.errors import InvalidJob, JobNotReady, NotFoundError, ServiceError
+from autotune.search import targets
+from autotune.search.front import select
 from autotune.search.interruption import Stopped
+from autotune.search.portability import portability
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
+from autotune.service.jobs import devices_of
 from autotune.service.problems import Refusal, problem_responses
 from autotune.spec import LatencyBudget
 from storage.errors import NotFound
@@ -43,17 +48,22 @@ _REPORT_HEADERS = {
 }
 
 
+Named = Annotated[str | None, Query(description="name or id of one of the job's devices")]
+
+
 class ExportRequest(BaseModel):
     """Which trial: the answer to a budget, a place on the front, or any trial.
 
     `budget` is `3ms` or `0.5x`; `select` is `knee`, `fastest`, `most-accurate`, or a trial's
-    number or id. With neither it is the job's winner.
+    number or id. With neither it is the job's winner. `device` names one of a job's several
+    devices: the question is then about that one alone, and the file is the one for it.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     budget: str | None = None
     select: str | None = None
+    device: str | None = None
 
 
 @router.get("/front", operation_id="get_front", responses=problem_responses(404, 409, 422))
@@ -62,12 +72,27 @@ async def get_front(
     job_id: str,
     latency_budget: Annotated[str | None, Query(description="`3ms` or `0.5x`")] = None,
     max_accuracy_drop: Annotated[float | None, Query(ge=0, le=1)] = None,
+    device: Named = None,
 ) -> Front:
     """The trials that none other beats, and the answer to a question that is asked now.
 
-    What is left out is the job's own budget and drop.
+    What is left out is the job's own budget and drop. Of a job on several devices it is the
+    front of the worst one, or that of `device`; a budget given here is each device's own.
     """
-    return await run_in_threadpool(_front, context, job_id, latency_budget, max_accuracy_drop)
+    return await run_in_threadpool(
+        _front, context, job_id, latency_budget, max_accuracy_drop, device
+    )
+
+
+@router.get("/portability", operation_id="get_portability", responses=problem_responses(404, 409))
+async def get_portability(context: Context, job_id: str) -> Portability:
+    """What the winner on each device of a job costs on the others."""
+
+    def read() -> Portability:
+        job = context.repository.get_job(job_id)
+        return _portability(context, job, context.repository.list_trials(job.id))
+
+    return await run_in_threadpool(read)
 
 
 @router.post(
@@ -90,9 +115,12 @@ async def export(context: Context, job_id: str, request: ExportRequest | None = 
     response_class=HTMLResponse,
     responses=problem_responses(404),
 )
-async def get_report(context: Context, job_id: str) -> HTMLResponse:
-    """The job's report: one HTML page that needs nothing else."""
-    page = await run_in_threadpool(_report, context, job_id)
+async def get_report(context: Context, job_id: str, device: Named = None) -> HTMLResponse:
+    """The job's report: one HTML page that needs nothing else.
+
+    Of a job on several devices it is about the primary one, or about `device`.
+    """
+    page = await run_in_threadpool(_report, context, job_id, device)
     return HTMLResponse(page, headers=_REPORT_HEADERS)
 
 
@@ -107,59 +135,74 @@ async def get_report(context: Context, job_id: str) -> HTMLResponse:
         }
     },
 )
-async def verify(context: Context, job_id: str, request: Request) -> Verification:
+async def verify(
+    context: Context, job_id: str, request: Request, device: Named = None
+) -> Verification:
     """Measure a bundle's model again: a fresh process on the device, and held-out data.
 
+    On several devices it is `device`, else the first one that the file was written for.
     Answers when that is done, which takes as long as a confirmation.
     """
     model = await request.body()
-    return await run_in_threadpool(_verify, context, job_id, model)
+    return await run_in_threadpool(_verify, context, job_id, model, device)
 
 
 def _front(
-    context: ServiceContext, job_id: str, budget: str | None, max_drop: float | None
+    context: ServiceContext,
+    job_id: str,
+    budget: str | None,
+    max_drop: float | None,
+    device: str | None,
 ) -> Front:
-    job = context.repository.get_job(job_id)
-    trials = context.repository.list_trials(job.id)
-    budget_ns = job.latency_budget_ns if budget is None else _nanoseconds(job, budget)
+    job, trials = _asked(context, job_id, device)
+    job = job if budget is None else _with_budget(job, budget)
     drop = views.max_accuracy_drop(job) if max_drop is None else max_drop
-    members = non_dominated(trials, by_size=counts_size(job.spec))
+    members = views.front_of(job, trials)
     ids = {trial.id for trial in members}
-    found = answer(trials, latency_budget_ns=budget_ns, max_accuracy_drop=drop)
+    found = targets.views(job, trials)[0].answer(max_accuracy_drop=drop)
+    winner = next((t for t in trials if found is not None and t.id == found.winner.id), None)
     return Front(
         job_id=job.id,
-        latency_budget_ns=budget_ns,
+        device_id=None if job.further_targets else job.device_id,
+        latency_budget_ns=job.latency_budget_ns,
         max_accuracy_drop=drop,
-        trials=[views.trial_view(t, budget_ns=budget_ns, front=ids) for t in members],
-        answer=None
-        if found is None
-        else views.trial_view(found.winner, budget_ns=budget_ns, front=ids),
+        trials=[views.trial_view(job, t, front=ids) for t in members],
+        answer=None if winner is None else views.trial_view(job, winner, front=ids),
         explanation=_nothing_ranks(job) if found is None else found.explanation,
     )
+
+
+def _portability(context: ServiceContext, job: JobRecord, trials: list[TrialRecord]) -> Portability:
+    devices = {device.id: device for device in devices_of(context, job)}
+    return views.portability_view(job, portability(job, trials), devices)
 
 
 def _export(context: ServiceContext, job_id: str, request: ExportRequest) -> Response:
     from autotune.export.bundle import bundle_files, bundle_zip
 
-    job = context.repository.get_job(job_id)
-    trials = context.repository.list_trials(job.id)
+    job, trials = _asked(context, job_id, request.device)
     trial = choose_trial(context, job, trials, request)
+    # A file is for one device: without one named, the primary's.
+    job, trials = _on(job, trials, job.device_id)
+    by_id = {t.id: t for t in trials}
+    trial = by_id[trial.id]
     if trial.artifact_sha256 is None:
         outcome = trial.outcome.value if trial.outcome else trial.state.value
         raise JobNotReady(f"trial {trial.number} has no artifact: {outcome}, {trial.reason}")
     result, source = job.result or {}, job.source or {}
-    by_id = {t.id: t for t in trials}
+    device = _device(context, job)
     files = bundle_files(
         job=job,
         trial=trial,
-        device=_device(context, job),
+        device=device,
         model=context.artifacts.read(trial.artifact_sha256),
         fp32_trial=by_id.get(result.get("fp32_trial") or ""),
         int8_trial=by_id.get(result.get("int8_trial") or ""),
         input_name=source.get("input_name"),
         input_shape=source.get("input_shape"),
     )
-    name = f"{_file_name(job.name)}-trial-{trial.number}.zip"
+    where = f"-{_file_name(device.name)}" if request.device and device is not None else ""
+    name = f"{_file_name(job.name)}{where}-trial-{trial.number}.zip"
     return Response(
         bundle_zip(files),
         media_type="application/zip",
@@ -180,39 +223,50 @@ def choose_trial(
     if request.budget is not None and request.select is not None:
         raise InvalidJob("budget and select exclude each other: each names one trial")
     if request.select in _SELECTIONS:
-        chosen = select(trials, request.select)
+        chosen = select(targets.as_searched(job, trials), request.select)
     elif request.select is not None:
         return context.repository.find_trial(job.id, request.select)
     elif request.budget is None and job.result is not None:
         return context.repository.get_trial(job.result["winner"])
     else:
-        budget = request.budget
-        budget_ns = job.latency_budget_ns if budget is None else _nanoseconds(job, budget)
-        found = answer(
-            trials,
-            latency_budget_ns=budget_ns,
-            max_accuracy_drop=views.max_accuracy_drop(job),
-        )
+        job = job if request.budget is None else _with_budget(job, request.budget)
+        max_drop = views.max_accuracy_drop(job)
+        found = targets.views(job, trials)[0].answer(max_accuracy_drop=max_drop)
         chosen = found.winner if found else None
     if chosen is None:
         raise JobNotReady(_nothing_ranks(job))
     return chosen
 
 
-def _report(context: ServiceContext, job_id: str) -> str:
+def _report(context: ServiceContext, job_id: str, device: str | None) -> str:
     from autotune.export.report import render_report
 
     job = context.repository.get_job(job_id)
+    trials = context.repository.list_trials(job.id)
+    matrix = None
+    if job.further_targets and job.result is not None:
+        matrix = _portability(context, job, trials)
+    asked = _device_id(context, job, device) if device is not None else job.device_id
+    shown, seen = _on(job, trials, asked)
     return render_report(
-        job,
-        context.repository.list_trials(job.id),
-        _device(context, job),
+        shown,
+        seen,
+        _device(context, shown),
         verification=_last_verification(context, job),
+        portability=matrix,
     )
 
 
-def _verify(context: ServiceContext, job_id: str, model: bytes) -> Verification:
-    job = context.repository.get_job(job_id)
+def _verify(context: ServiceContext, job_id: str, model: bytes, device: str | None) -> Verification:
+    job, trials = _asked(context, job_id, device)
+    if job.further_targets:
+        digest = hashlib.sha256(model).hexdigest()
+        made_for = (
+            target.device_id
+            for target in job.targets
+            if any(t.on(target.device_id).artifact_sha256 == digest for t in trials)
+        )
+        job = targets.job_on(job, next(made_for, job.targets[0].device_id))
     try:
         shown = views.verification_view(context.runner.verify(job, model))
     except Stopped as error:
@@ -220,6 +274,58 @@ def _verify(context: ServiceContext, job_id: str, model: bytes) -> Verification:
         raise Refusal(503, stopping) from error
     context.repository.append_event(job.id, VERIFIED, shown.model_dump(mode="json"))
     return shown
+
+
+def _asked(
+    context: ServiceContext, job_id: str, device: str | None
+) -> tuple[JobRecord, list[TrialRecord]]:
+    """The job and its trials; as they are on one of its devices where that is named."""
+    job = context.repository.get_job(job_id)
+    trials = context.repository.list_trials(job.id)
+    if device is None:
+        return job, trials
+    return _on(job, trials, _device_id(context, job, device))
+
+
+def _device_id(context: ServiceContext, job: JobRecord, named: str) -> str:
+    devices = devices_of(context, job)
+    for device in devices:
+        if named in (device.id, device.name) and device.id in {t.device_id for t in job.targets}:
+            return device.id
+    known = ", ".join(device.name for device in devices) or "none yet"
+    raise NotFoundError(f"job {job.id} does not measure on {named!r}; its devices: {known}")
+
+
+def _on(
+    job: JobRecord, trials: list[TrialRecord], device_id: str | None
+) -> tuple[JobRecord, list[TrialRecord]]:
+    if device_id is None:
+        return job, trials
+    return targets.job_on(job, device_id), [trial.on(device_id) for trial in trials]
+
+
+def _with_budget(job: JobRecord, text: str) -> JobRecord:
+    """The job with another budget, on each of its devices."""
+    try:
+        budget = LatencyBudget.parse(text)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from error
+
+    def bound(reference_latency_ns: float | None) -> float:
+        if budget.absolute_ns is None and reference_latency_ns is None:
+            raise JobNotReady(
+                f"job {job.id} has not measured its FP32 model yet, so {text} of it is not known"
+            )
+        return budget.nanoseconds(fp32_latency_ns=reference_latency_ns or 0.0)
+
+    return replace(
+        job,
+        latency_budget_ns=bound(job.reference_latency_ns),
+        further_targets=tuple(
+            replace(target, latency_budget_ns=bound(target.reference_latency_ns))
+            for target in job.further_targets
+        ),
+    )
 
 
 def _last_verification(context: ServiceContext, job: JobRecord) -> Verification | None:
@@ -231,18 +337,6 @@ def _last_verification(context: ServiceContext, job: JobRecord) -> Verification 
         if len(page) < _EVENTS_PER_READ:
             return None if last is None else Verification(**last.payload)
         after = page[-1].id
-
-
-def _nanoseconds(job: JobRecord, text: str) -> float:
-    try:
-        budget = LatencyBudget.parse(text)
-    except ValueError as error:
-        raise InvalidJob(str(error)) from error
-    if budget.absolute_ns is None and job.reference_latency_ns is None:
-        raise JobNotReady(
-            f"job {job.id} has not measured its FP32 model yet, so {text} of it is not known"
-        )
-    return budget.nanoseconds(fp32_latency_ns=job.reference_latency_ns or 0.0)
 
 
 def _nothing_ranks(job: JobRecord) -> str:

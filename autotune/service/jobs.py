@@ -6,6 +6,7 @@ the files it names are here. What happens to it then is the runner's.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,14 +108,16 @@ async def get_trial(context: Context, job_id: str, reference: str) -> Trial:
 def show(context: ServiceContext, job: JobRecord) -> Job:
     """The job with its progress; reads trials, device and notices."""
     events = _all_events(context, job.id)
-    device = _device_of(context, job)
+    devices = devices_of(context, job)
     now = context.clock()
     return views.job_view(
         job,
         context.repository.list_trials(job.id),
-        device=None
-        if device is None
-        else views.device_view(device, heartbeat_s=context.settings.heartbeat_s, now=now),
+        devices=[
+            views.device_view(device, heartbeat_s=context.settings.heartbeat_s, now=now)
+            for device in devices
+        ],
+        targets=views.target_views(job, {device.id: device for device in devices}),
         notices=[event for event in events if event.kind == "notice"],
         now=now,
     )
@@ -209,11 +212,14 @@ def _all_events(context: ServiceContext, job_id: str) -> list[EventRecord]:
             return events
 
 
-def _device_of(context: ServiceContext, job: JobRecord) -> DeviceRecord | None:
-    selector = job.device_id or job.spec.get("device")
-    if selector is None:
-        return None
-    try:
-        return context.repository.get_device(selector)
-    except NotFound:
-        return None
+def devices_of(context: ServiceContext, job: JobRecord) -> list[DeviceRecord]:
+    """The devices that a job measures on, or those that its file names; unknown ones left out."""
+    named = job.spec.get("device") or ()
+    selectors = [target.device_id for target in job.targets] or (
+        [named] if isinstance(named, str) else named
+    )
+    found = []
+    for selector in selectors:
+        with contextlib.suppress(NotFound):
+            found.append(context.repository.get_device(selector))
+    return found

@@ -7,17 +7,20 @@ Owns what a user sees of a record, and the progress figures that no record holds
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from autotune import api_types
 from autotune.search.front import (
-    answer,
     counts_size,
     hypervolume,
     is_feasible,
+    latency_of,
     non_dominated,
 )
+from autotune.search.portability import Cell, Row
+from autotune.search.targets import as_searched, on_worst_target, views, worst_target
 from autotune.spec import JobSpec, parse_job
 from device_agents.protocol import LatencyReport, Outcome, Profile
 from storage.records import (
@@ -25,6 +28,7 @@ from storage.records import (
     DeviceRecord,
     EventRecord,
     JobRecord,
+    JobTarget,
     TrialRecord,
     TrialState,
 )
@@ -40,9 +44,18 @@ _PACE_TRIALS = 8
 
 
 def trial_view(
-    trial: TrialRecord, *, budget_ns: float | None, front: Iterable[str] = ()
+    job: JobRecord, stored: TrialRecord, *, front: Iterable[str] = ()
 ) -> api_types.Trial:
-    """A trial as users see it; `front` holds the ids of the front's members."""
+    """A trial as users see it; `front` holds the ids of the front's members.
+
+    `job` has the budgets to hold it against. On several devices the latency is that of the
+    worst: its own ns, not the share that the search compares.
+    """
+    worst = worst_target(job, stored) if stored.further else None
+    trial = seen = on_worst_target(job, stored)
+    if worst is not None:
+        there = stored.on(worst.device_id)
+        trial = replace(seen, latency=there.latency, confirmed_latency=there.confirmed_latency)
     compression = trial.compression or {}
     latency, confirmed = trial.latency, trial.confirmed_latency
     profile = next((r.profile for r in (confirmed, latency) if r and r.profile), None)
@@ -69,7 +82,7 @@ def trial_view(
         fp32_ratio=_ratio(latency),
         latency_samples=latency.n_samples if latency else None,
         is_steady=latency.is_steady if latency else None,
-        is_feasible=is_feasible(trial, budget_ns) if latency else None,
+        is_feasible=is_feasible(seen, job.latency_budget_ns) if latency else None,
         is_on_front=trial.id in set(front),
         held_out_accuracy=_accuracy(trial.held_out_accuracy),
         held_out_accuracy_drop=_drop(trial.held_out_accuracy),
@@ -85,6 +98,29 @@ def trial_view(
         prune_ratios=dict(trial.candidate.prune_ratios),
         recovery_s=(compression.get("base") or {}).get("recovery_s"),
         pruned_base=_pruned_base(compression.get("base") or {}),
+        device_id=worst.device_id if worst else job.device_id,
+        targets=[_on_target(stored, target) for target in job.targets] if stored.further else [],
+    )
+
+
+def _on_target(trial: TrialRecord, target: JobTarget) -> api_types.TrialOnTarget:
+    there = trial.on(target.device_id)
+    return api_types.TrialOnTarget(
+        device_id=target.device_id,
+        outcome=there.outcome.value if there.outcome else None,
+        reason=there.reason,
+        artifact_sha256=there.artifact_sha256,
+        artifact_size_bytes=there.artifact_size_bytes,
+        kernels=(there.compression or {}).get("kernels"),
+        accuracy=_accuracy(there.accuracy),
+        accuracy_drop=_drop(there.accuracy),
+        latency_ns=_latency(there.latency),
+        fp32_ratio=_ratio(there.latency),
+        is_steady=there.latency.is_steady if there.latency else None,
+        is_feasible=is_feasible(there, target.latency_budget_ns) if there.latency else None,
+        held_out_accuracy_drop=_drop(there.held_out_accuracy),
+        confirmed_latency_ns=_latency(there.confirmed_latency),
+        confirmed_fp32_ratio=_ratio(there.confirmed_latency),
     )
 
 
@@ -109,19 +145,75 @@ def _pruned_base(base: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def trial_views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[api_types.Trial]:
     """All trials of a job, by number."""
-    front = {trial.id for trial in non_dominated(trials, by_size=counts_size(job.spec))}
-    return [trial_view(t, budget_ns=job.latency_budget_ns, front=front) for t in trials]
+    front = {t.id for t in front_of(job, trials)}
+    return [trial_view(job, t, front=front) for t in trials]
+
+
+def front_of(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that none other beats, fastest first; on several devices on the worst one."""
+    by_id = {trial.id: trial for trial in trials}
+    seen = non_dominated(as_searched(job, trials), by_size=counts_size(job.spec))
+    return [by_id[trial.id] for trial in seen]
+
+
+def target_views(job: JobRecord, devices: Mapping[str, DeviceRecord]) -> list[api_types.JobTarget]:
+    """The job's devices; `devices` holds their records by id."""
+    return [
+        api_types.JobTarget(
+            device_id=target.device_id,
+            device_name=devices[target.device_id].name
+            if target.device_id in devices
+            else target.device_id,
+            latency_budget_ns=target.latency_budget_ns,
+            fp32_latency_ns=target.reference_latency_ns,
+        )
+        for target in job.targets
+    ]
+
+
+def portability_view(
+    job: JobRecord, rows: Sequence[Row], devices: Mapping[str, DeviceRecord]
+) -> api_types.Portability:
+    """What each winner is on each device, as users see it."""
+    return api_types.Portability(
+        job_id=job.id,
+        targets=target_views(job, devices),
+        rows=[
+            api_types.PortabilityRow(
+                device_id=row.device_id,
+                winner=row.winner.id,
+                number=row.winner.number,
+                cells=[_cell(cell) for cell in row.cells],
+            )
+            for row in rows
+        ],
+    )
+
+
+def _cell(cell: Cell) -> api_types.PortabilityCell:
+    latency, over = latency_of(cell.trial), cell.over_own_winner
+    return api_types.PortabilityCell(
+        device_id=cell.device_id,
+        latency_ns=_latency(latency),
+        fp32_ratio=_ratio(latency),
+        over_own_winner=None if over is None else _interval(over.value, over.low, over.high),
+        accuracy_drop=_drop(cell.trial.held_out_accuracy or cell.trial.accuracy),
+        is_feasible=cell.is_feasible,
+        is_confirmed=cell.trial.confirmed_latency is not None,
+        reason=cell.reason,
+    )
 
 
 def job_view(
     job: JobRecord,
     trials: Sequence[TrialRecord],
     *,
-    device: api_types.Device | None,
+    devices: Sequence[api_types.Device],
+    targets: Sequence[api_types.JobTarget],
     notices: Sequence[EventRecord],
     now: datetime,
 ) -> api_types.Job:
-    """A job with its progress."""
+    """A job with its progress; `devices` are those that it measures on or waits for."""
     return api_types.Job(
         id=job.id,
         name=job.name,
@@ -132,7 +224,8 @@ def job_view(
         device_id=job.device_id,
         latency_budget_ns=job.latency_budget_ns,
         fp32_latency_ns=job.reference_latency_ns,
-        progress=_progress(job, trials, device=device, now=now),
+        targets=list(targets),
+        progress=_progress(job, trials, devices=devices, now=now),
         result=None if job.result is None else api_types.JobResult(**job.result),
         notices=[str(event.payload.get("message", "")) for event in notices],
         created_at=job.created_at,
@@ -143,6 +236,7 @@ def job_view(
 
 def device_view(device: DeviceRecord, *, heartbeat_s: float, now: datetime) -> api_types.Device:
     """A device as users see it."""
+    canary = device.canary
     seen_s_ago = max((now - device.last_seen_at).total_seconds(), 0.0)
     return api_types.Device(
         id=device.id,
@@ -152,6 +246,11 @@ def device_view(device: DeviceRecord, *, heartbeat_s: float, now: datetime) -> a
         last_seen_s_ago=seen_s_ago,
         fingerprint=device.description.fingerprint,
         description=device.description.model_dump(mode="json"),
+        drained_because=device.drained_because,
+        canary_ratio=canary and _interval(canary.ratio, canary.ratio_low, canary.ratio_high),
+        canary_s_ago=None
+        if device.canary_at is None
+        else max((now - device.canary_at).total_seconds(), 0.0),
     )
 
 
@@ -193,11 +292,12 @@ def _progress(
     job: JobRecord,
     trials: Sequence[TrialRecord],
     *,
-    device: api_types.Device | None,
+    devices: Sequence[api_types.Device],
     now: datetime,
 ) -> api_types.Progress:
     spec = _spec(job)
-    front = non_dominated(trials, by_size=counts_size(job.spec))
+    front = front_of(job, trials)
+    named = [device.name for device in devices] or [name for name in spec.targets if name]
     finished = [trial for trial in trials if trial.state is TrialState.FINISHED]
     return api_types.Progress(
         phase=job.phase,
@@ -206,24 +306,20 @@ def _progress(
         elapsed_s=_elapsed_s(job, now),
         time_left_s=_time_left_s(job, finished, spec=spec, now=now),
         front_size=len(front),
-        hypervolume=hypervolume(trials) if front else None,
+        hypervolume=hypervolume(as_searched(job, trials)) if front else None,
         best_trial=_best(job, trials, spec=spec, front=[trial.id for trial in front]),
-        device_name=device.name if device else spec.device,
-        device_online=device.is_online if device else None,
+        device_name=", ".join(named) or None,
+        device_online=all(device.is_online for device in devices) if devices else None,
     )
 
 
 def _best(
     job: JobRecord, trials: Sequence[TrialRecord], *, spec: JobSpec, front: Sequence[str]
 ) -> api_types.Trial | None:
-    found = answer(
-        trials,
-        latency_budget_ns=job.latency_budget_ns,
-        max_accuracy_drop=spec.max_accuracy_drop,
-    )
+    found = views(job, trials)[0].answer(max_accuracy_drop=spec.max_accuracy_drop)
     if found is None or found.verdict == "impossible_budget":
         return None
-    return trial_view(found.winner, budget_ns=job.latency_budget_ns, front=front)
+    return trial_view(job, next(t for t in trials if t.id == found.winner.id), front=front)
 
 
 def _elapsed_s(job: JobRecord, now: datetime) -> float:

@@ -42,6 +42,9 @@ _OF_THE_MOMENT = (
 
 _TRIES = 2
 
+UNTIMED_RUNTIMES = frozenset({"simulated"})
+"""Runtimes that compute nothing: their agents do not disturb each other on one machine."""
+
 _POLL_S = 0.5
 
 
@@ -86,7 +89,10 @@ class MeasurementOrder:
 
 @dataclass(slots=True, kw_only=True)
 class _Pursuit:
-    """An order on its way to a result; `latest` is its request that is queued or has ended."""
+    """An order on its way to a result; `latest` is its request that is queued or has ended.
+
+    `attempt` numbers its requests; `n_queued` of them were queued by this call and count.
+    """
 
     index: int
     device: DeviceRecord
@@ -169,7 +175,182 @@ class Fleet:
         members = self.members(job, device)
         return [d for d in members if self.is_online(d) and d.drained_by is None]
 
-    def is_shared(job: JobRecord, device: DeviceRecord) -> bool:
+    def absence(
+        self, job: JobRecord, selector: str | None, device: DeviceRecord | None
+    ) -> str | None:
+        """Why nobody can measure for a device that the job names; None where somebody can."""
+        if device is None:
+            return absence(selector)
+        if self.workers_of(job, device):
+            return None
+        members = self.members(job, device)
+        drained = [d for d in members if d.drained_because is not None]
+        for member in drained:
+            if len(members) == 1 or self.is_online(member):
+                return (
+                    f"device {member.name} is drained: {member.drained_because}; the job goes on "
+                    f"after `autotune device resume {member.name}`"
+                )
+        if len(members) > 1:
+            return f"no device of pool {device.pool} is online; the job goes on when one is back"
+        return f"device {device.name} is offline; the job goes on when its agent is back"
+
+    def is_online(self, device: DeviceRecord) -> bool:
+        """The device's agent was heard of lately."""
+        silent_s = (datetime.now(UTC) - device.last_seen_at).total_seconds()
+        return silent_s <= self._online_within_s
+
+    def shares_host(self, device: DeviceRecord) -> bool:
+        """The device is the host that the workers compute on."""
+        return self._host_id is not None and device.description.host_id == self._host_id
+
+    def wait_for_change(self, seen: int, timeout_s: float = _POLL_S) -> None:
+        """Return when something changed since `changes` was `seen`, or after the timeout."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._changes != seen, timeout_s)
+
+    def measure(
+        self,
+        job: JobRecord,
+        device: DeviceRecord,
+        order: MeasurementOrder,
+        *,
+        should_stop: Callable[[], bool],
+    ) -> MeasurementRecord:
+        """`measure_all` for one order."""
+        ((_, record),) = self.measure_all(job, [(device, order)], should_stop=should_stop)
+        return record
+
+    def measure_all(
+        self,
+        job: JobRecord,
+        orders: Sequence[tuple[DeviceRecord, MeasurementOrder]],
+        *,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[tuple[int, MeasurementRecord]]:
+        """Measure each order on its device, or its device's pool, all at once, in a quiet window.
+
+        Yields the position of an order with its finished record, whatever its outcome, in the
+        order in which they end. A request that was queued before a restart is found again by
+        its id and not repeated. An outcome that speaks of the moment (unstable, lost) is tried
+        once more, and so is a report that is not steady. One that crashed is tried again, on
+        another device of the pool if there is one, until it goes well or is quarantined.
+
+        Raises:
+            Stopped: `should_stop` became true.
+            DeviceAway: nobody can measure for one of the devices: offline, or drained. What is
+                open is withdrawn and made again later.
+        """
+        waiting = [
+            _Pursuit(index=index, device=device, order=order)
+            for index, (device, order) in enumerate(orders)
+        ]
+        at_once = self._at_once(job, orders)
+        under_way: list[_Pursuit] = []
+        with self._window.quiet(shares_host=any(self.shares_host(d) for d, _ in orders)):
+            try:
+                while waiting or under_way:
+                    seen = self.changes
+                    for pursuit in waiting[: at_once - len(under_way)]:
+                        waiting.remove(pursuit)
+                        under_way.append(pursuit)
+                        self._pursue(job, pursuit)
+                    ended = [p for p in under_way if self._has_ended(job, p)]
+                    for pursuit in ended:
+                        under_way.remove(pursuit)
+                        yield pursuit.index, pursuit.record
+                    if ended:
+                        continue
+                    if should_stop():
+                        raise Stopped
+                    self._require_workers(job, under_way)
+                    self.wait_for_change(seen)
+            finally:
+                if under_way:
+                    # Withdrawn, or an agent would measure it when nobody keeps quiet.
+                    self._repository.cancel_measurements(job.id)
+
+    def _at_once(
+        self, job: JobRecord, orders: Sequence[tuple[DeviceRecord, MeasurementOrder]]
+    ) -> int:
+        """How many orders may be under way: one where two agents would time each other here."""
+        here = {
+            member.id
+            for target in {device.id: device for device, _ in orders}.values()
+            for member in self.members(job, target)
+            if self.shares_host(member)
+        }
+        is_timed = any(order.runtime.runtime not in UNTIMED_RUNTIMES for _, order in orders)
+        return 1 if len(here) > 1 and is_timed else len(orders)
+
+    def _pursue(self, job: JobRecord, pursuit: _Pursuit, *, crashed_on: str | None = None) -> None:
+        """Find the order's latest request that counts, or queue the next one."""
+        while True:
+            found = self._existing(pursuit)
+            if found is None:
+                pursuit.n_queued += 1
+                found = self._enqueue(job, pursuit, crashed_on=crashed_on)
+            elif is_to_repeat(found):
+                pursuit.attempt += 1
+                continue
+            pursuit.latest = found
+            return
+
+    def _has_ended(self, job: JobRecord, pursuit: _Pursuit) -> bool:
+        record = pursuit.latest = self._repository.get_measurement(pursuit.record.id)
+        if record.state is not MeasurementState.DONE:
+            return False
+        is_crash = record.outcome is Outcome.RUNTIME_CRASH
+        if is_crash or record.distrusted_because is not None:
+            pursuit.n_queued -= 1  # the quarantine ends it, or the next device is better
+        elif not is_to_repeat(record) or pursuit.n_queued == _TRIES:
+            return True
+        pursuit.attempt += 1
+        self._pursue(job, pursuit, crashed_on=record.device_id if is_crash else None)
+        return False
+
+    def _require_workers(self, job: JobRecord, pursuits: Sequence[_Pursuit]) -> None:
+        for device in {p.device.id: p.device for p in pursuits}.values():
+            away = self.absence(job, None, device)
+            if away is not None:
+                raise DeviceAway(away)
+        for pursuit in pursuits:
+            avoided = pursuit.record.avoid_device_id
+            workers = self.workers_of(job, pursuit.device) if avoided is not None else ()
+            if avoided is not None and all(worker.id == avoided for worker in workers):
+                raise DeviceAway("the other devices of the pool went offline")
+
+    def _existing(self, pursuit: _Pursuit) -> MeasurementRecord | None:
+        try:
+            return self._repository.get_measurement(_measurement_id(pursuit))
+        except NotFound:
+            return None
+
+    def _enqueue(
+        self, job: JobRecord, pursuit: _Pursuit, *, crashed_on: str | None
+    ) -> MeasurementRecord:
+        order, device = pursuit.order, pursuit.device
+        others = [d for d in self.workers_of(job, device) if d.id != crashed_on]
+        request = MeasurementRequest(
+            measurement_id=_measurement_id(pursuit),
+            artifact=order.artifact,
+            reference=order.reference,
+            runtime=runtime_request(order.runtime),
+            reference_runtime=runtime_request(order.reference_runtime),
+            plan=order.plan,
+            profile=order.profile,
+        )
+        return self._repository.enqueue_measurement(
+            job_id=job.id,
+            trial_id=order.trial_id,
+            device_id=device.id,
+            request=request,
+            is_shared=is_shared(job, device),
+            avoid_device_id=crashed_on if others else None,
+        )
+
+
+def is_shared(job: JobRecord, device: DeviceRecord) -> bool:
     """The job names the device's pool and not the device."""
     named = job.spec.get("device")
     named = named if isinstance(named, list | tuple) else [named]
@@ -200,7 +381,7 @@ def runtime_request(options: RuntimeOptions) -> RuntimeRequest:
     )
 
 
-def _measurement_id(job: JobRecord, pursuit: _Pursuit) -> str:
+def _measurement_id(pursuit: _Pursuit) -> str:
     """The same order gets the same id again, before and after a restart."""
     order = pursuit.order
     identity = ":".join(

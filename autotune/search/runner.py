@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotune.search.conclusion import conclude_cancelled
-from autotune.search.fleet import ONLINE_WITHIN_S, Fleet, QuietWindow, absence
+from autotune.search.fleet import ONLINE_WITHIN_S, Fleet, QuietWindow
 from autotune.search.host import Host
 from autotune.search.interruption import Stopped
 from autotune.search.tuning import Tuning
@@ -193,11 +193,8 @@ class Runner:
                 self._cancel(job)
                 continue
             found = [(named, self._fleet.find_device(named)) for named in _selectors(job)]
-            missing = [
-                absence(named, device)
-                for named, device in found
-                if device is None or not self._fleet.is_online(device)
-            ]
+            reasons = [self._fleet.absence(job, named, device) for named, device in found]
+            missing = [reason for reason in reasons if reason is not None]
             if not missing:
                 return job, tuple(device for _, device in found if device is not None)
             self._wait(job, "; ".join(missing))

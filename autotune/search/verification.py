@@ -68,17 +68,16 @@ def verify(
         sha256=job.source["artifact_sha256"], size_bytes=job.source["artifact_size_bytes"]
     )
     device = repository.get_device(job.device_id)
-    if not fleet.is_online(device):
-        raise DeviceUnavailable(
-            f"device {device.name} is offline; start its agent again and repeat the call"
-        )
+    away = fleet.absence(job, None, device)
+    if away is not None:
+        raise DeviceUnavailable(f"{away}; then repeat the call")
     spec = resolve_uploads(parse_job(job.spec), artifacts.verified_path)
     with window.computing():
         splits = split_data(spec.data, seed=spec.seed, trust_job_code=trust_job_code)
         evaluator = AccuracyEvaluator(
             artifacts.read(reference.sha256), splits.held_out, split="held_out", threads=1
         )
-        held_out = evaluator.evaluate(model)
+        held_out = evaluator.evaluate(model, runtime=trial.candidate.runtime.runtime)
     plan = measurement_plan(
         spec.measurement,
         confirmation=True,
@@ -109,6 +108,7 @@ def verify(
 
 def _trial_of(job: JobRecord, digest: str, repository: Repository) -> TrialRecord | None:
     """The trial that made these bytes; the winner where several did (on other runtimes)."""
-    made = [t for t in repository.list_trials(job.id) if t.artifact_sha256 == digest]
+    trials = [t.on(job.device_id or "") for t in repository.list_trials(job.id)]
+    made = [t for t in trials if t.artifact_sha256 == digest]
     winner = (job.result or {}).get("winner")
     return next((t for t in made if t.id == winner), made[0] if made else None)

@@ -54,7 +54,7 @@ class Range:
     @property
     def zero_point(self) -> int:
         """The code of 0.0."""
-        return int(np.clip(round(-self.low / self.scale), 0, LEVELS))
+        return min(max(round(-self.low / self.scale), 0), LEVELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

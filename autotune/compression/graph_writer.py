@@ -88,6 +88,7 @@ class GraphWriter:
         self._placement = plan.placement
         self._made: set[str] = set()
         self._half_made: set[str] = set()
+        self._meanings: dict[str, _Codes] = {}
         self._symmetric = _symmetric_roots(plan)
 
     def write(self) -> None:
@@ -364,6 +365,11 @@ class GraphWriter:
     def _meaning(self, tensor: str) -> _Codes:
         """What a code of the tensor stands for where it is read."""
         root = self._placement.stored.get(tensor, tensor)
+        if root not in self._meanings:
+            self._meanings[root] = self._meaning_of(root)
+        return self._meanings[root]
+
+    def _meaning_of(self, root: str) -> _Codes:
         producer = self._view.producer.get(root)
         if producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid"):
             return _Codes(scale=1 / LEVELS, zero_point=0)

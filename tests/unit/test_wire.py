@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from autotune.compression import wire
 from autotune.compression.parts import KeptParts
 from autotune.compression.wire import (
     array_field,
@@ -28,6 +31,20 @@ def test_an_array_is_written_as_its_tensor_is(dtype: str, shape: tuple[int, ...]
 def test_an_array_that_is_not_contiguous_is_written_in_order() -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4).T
     assert array_field(array, "x") == initializer_field(numpy_helper.from_array(array, "x"))
+
+
+def test_a_large_file_is_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [b"head", memoryview(bytes(range(256)) * 100), b"tail"]
+    small = assemble(b"outer", b"graph", parts)
+    monkeypatch.setattr(wire, "_FRESH_PAGES_BYTES", 0)
+    assert assemble(b"outer", b"graph", parts) == small
+
+
+def test_a_large_constant_lies_on_pages_of_its_own() -> None:
+    array = np.arange(100_000, dtype=np.int32)
+    part = array_field(array, "w")
+    assert isinstance(part, memoryview) and isinstance(part.obj, mmap.mmap)
+    assert part == initializer_field(numpy_helper.from_array(array, "w"))
 
 
 def test_the_parts_of_a_model_join_to_the_model() -> None:

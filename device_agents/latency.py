@@ -27,10 +27,18 @@ NORMAL_QUANTILE = 1.959964
 """The normal distribution's quantile for `CONFIDENCE_LEVEL`, two-sided."""
 N_RESAMPLES = 1000
 """With these the bounds wander by a twentieth of the half width from seed to seed."""
-N_SEGMENTS = 6
-"""Parts of a measurement whose medians are held against each other."""
-SEGMENT_STUDENT = 2.5706
-"""Student's quantile for `CONFIDENCE_LEVEL`, two-sided, at `N_SEGMENTS - 1` degrees of freedom."""
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
+"""Student's quantiles for `CONFIDENCE_LEVEL`, two-sided, at 1, 2, ... degrees of freedom."""
+MAX_PARTS = len(STUDENT) + 1
+"""Parts of a measurement whose medians are held against each other; whole sittings each."""
+MIN_PARTS = 3
+"""With fewer the spread of sessions is not estimated from this measurement."""
+SESSION_SPREAD = 0.011
+"""Standard deviation of the ratio of two sessions of one file: on an idle x86 core it has an
+interquartile range of 1.5 %, from where the sessions happen to lie in memory."""
+MIN_SITTINGS = 4
+"""Before the first look. With three, Student's quantile is a third larger, and an interval of
+±2 % needs sessions that agree better than they do."""
 TREND_PARTS = 9
 """Parts of a measurement whose medians are put in order to see a trend."""
 TREND_SCORE = 28
@@ -50,7 +58,7 @@ class TimedBlock:
     `samples_ns` are nanoseconds per inference, positive and finite; where calls were grouped a
     sample is the mean of its group. `median_ns` is their median, kept because it is what every
     statistic below starts from. `energy_joules` was spent over the block's `n_calls` inferences;
-    None without a meter.
+    None without a meter. Blocks with the same number of `sitting` ran in the same two sessions.
     """
 
     subject: Literal["candidate", "reference"]
@@ -58,6 +66,7 @@ class TimedBlock:
     median_ns: float
     n_calls: int = 0
     energy_joules: float | None = None
+    sitting: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,23 +108,18 @@ class LatencySummary:
 class StoppingRule:
     """When to stop sampling: narrow enough, or out of time.
 
-    The interval is looked at after `min_blocks` pairs (9 at least: `small_sample_factor` nearly
-    doubles it there) and then each time their number has grown by half. Stopping at the first
-    narrow interval favours the ones that are narrow by luck; the fewer the looks, the fewer of
-    these.
+    The interval is looked at after `MIN_SITTINGS` sittings that brought `min_blocks` pairs, and
+    then each time the number of sittings has grown by half. Stopping at the first narrow
+    interval favours the ones that are narrow by luck; the fewer the looks, the fewer of these.
     """
 
     target_half_width: float
     min_blocks: int
     growth: float = 1.5
 
-    def first_look(self) -> int:
-        """The number of pairs at the first look."""
-        return max(9, self.min_blocks)
-
-    def next_look(self, n_pairs: int) -> int:
-        """The number of pairs at the look after one with `n_pairs`."""
-        return max(n_pairs + 1, math.ceil(n_pairs * self.growth))
+    def next_look(self, n_sittings: int) -> int:
+        """The number of sittings at the look after one with `n_sittings`."""
+        return max(n_sittings + 1, math.ceil(n_sittings * self.growth))
 
     def is_satisfied(self, interval: Interval) -> bool:
         """The interval is as narrow as was asked for."""
@@ -213,37 +217,46 @@ def median_interval(values: Floats, *, seed: int) -> tuple[float, float, float]:
     return center - factor * (center - float(low)), center, center + factor * (float(high) - center)
 
 
-def slow_half_width(logs: Floats) -> float:
-    """Half the width of an interval that sees slow changes; 0 where there is too little to see.
+def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
+    """Half the width of an interval that sees what differs from sitting to sitting.
 
-    The pairs, of shape `(n,)` in order of time, are cut into `N_SEGMENTS` parts; the spread of
-    the parts' medians gives the standard error of the whole (batch means: Conway 1963). A device
-    that throttles half way, or shares a core with a neighbour who comes and goes, changes the
-    ratio for longer than the runs of the block bootstrap, which then claims too much.
+    Args:
+        logs: shape `(n,)`, the pairs' log ratios in order of time.
+        sittings: shape `(n,)`, the sitting of each pair, ascending.
 
-    It helps and does not cure: where the ratio switches between two states 10 % apart that
-    last a fifth of the measurement on average, nominal 95 % intervals of 120 pairs cover the
-    middle in 72 to 79 % of simulations, against 59 to 64 % with the bootstrap alone. Where the
-    pairs are independent nothing is lost but time. (`tests/unit/test_latency.py` repeats it.)
+    In every sitting both models are loaded anew, because a session is faster or slower for as
+    long as it lasts, by where it lies in memory. In simulation with sessions that spread by
+    `SESSION_SPREAD`, intervals from one pair of sessions that stop at ±1 % cover the ratio in
+    half of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
+    medians, and their spread the standard error of the whole (batch means: Conway 1963). A
+    device that throttles half way, or shares a core with a neighbour who comes and goes, shows
+    here too. Below `MIN_PARTS` sittings, which is what a slow model has time for, the spread of
+    sessions is taken to be the known one.
+
+    It helps and does not cure where the ratio itself switches between two states that last a
+    fifth of the measurement: see `tests/unit/test_latency.py`, which repeats all of it.
     """
-    if logs.size < 4 * N_SEGMENTS:
-        return 0.0
-    medians = [float(np.median(part)) for part in np.array_split(logs, N_SEGMENTS)]
-    return SEGMENT_STUDENT * float(np.std(medians, ddof=1)) / math.sqrt(N_SEGMENTS)
+    names = np.unique(sittings)
+    if names.size < MIN_PARTS:
+        return NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(names.size)
+    parts = np.array_split(names, min(MAX_PARTS, names.size))
+    medians = [float(np.median(logs[np.isin(sittings, part)])) for part in parts]
+    student = STUDENT[len(parts) - 2]
+    return student * float(np.std(medians, ddof=1)) / math.sqrt(len(parts))
 
 
 def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:
     """The ratio of candidate to reference with its interval; below 1 is faster.
 
     The wider of two intervals: `median_interval` for what changes from pair to pair,
-    `slow_half_width` for what changes over the measurement.
+    `sitting_half_width` for what changes from sitting to sitting.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
     """
     logs = log_ratios(*_columns(blocks))
     low, center, high = median_interval(logs, seed=seed)
-    slow = slow_half_width(logs)
+    slow = sitting_half_width(logs, np.array([block.sitting for block in blocks[0::2]]))
     low, high = min(low, center - slow), max(high, center + slow)
     return Interval(low=math.exp(low), high=_exp(high), center=math.exp(center))
 

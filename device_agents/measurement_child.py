@@ -38,7 +38,7 @@ from device_agents.runtimes import (
     UnsupportedModel,
     load_runtime,
 )
-from device_agents.sampling import Call, SamplingPlan, Subject, Timer, make_timers, sample
+from device_agents.sampling import Call, SamplingPlan, Subject, sample
 from device_agents.watch import DeviceWatch
 
 LARGEST_FILE_BYTES = 2**30
@@ -136,7 +136,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
     started_s = time.monotonic()
     start_ticks = cpu_ticks()
     runtime = load_runtime(job.runtime)
-    timers, peak_memory_bytes = prepare(runtime, job)
+    models = Models(runtime, job)
     plan = SamplingPlan(
         target_half_width=job.target_half_width,
         time_cap_s=job.time_cap_s,
@@ -148,11 +148,10 @@ def measure(job: ChildJob) -> dict[str, Any]:
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
     meter, source = find_meter(job.provider)
     watch = runtime.watch or DeviceWatch()
-    sampled = sample(timers, plan, runtime.clock, watch=watch, meter=meter)
+    sampled = sample(models.load, plan, runtime.clock, watch=watch, meter=meter)
     blocks = sampled.blocks
     gc.enable()
     after = read_conditions(since=ticks)
-    timers.clear()  # both sessions end, before the profile opens one of its own
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
     if sampled.drift is not None:
         summary = replace(summary, is_steady=False, unsteady_reason=sampled.drift)
@@ -164,7 +163,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
             "blocks": [asdict(block) for block in blocks],
             "before": before,
             "after": after,
-            "peak_memory_bytes": peak_memory_bytes,
+            "peak_memory_bytes": models.peak_memory_bytes,
             "energy_joules": energy_per_inference(blocks),
             "energy_source": source,
             "tainted_pairs": dict(sampled.tainted_pairs),
@@ -192,22 +191,39 @@ def find_meter(provider: str) -> tuple[EnergyMeter | None, str]:
     return meter, meter.covers
 
 
-def prepare(runtime: Runtime, job: ChildJob) -> tuple[dict[Subject, Timer], int]:
-    """Both models loaded and warm, and the peak memory in bytes before the reference came.
+class Models:
+    """Candidate and reference, loaded together as often as is asked.
 
-    The candidate goes first, so that the peak is that of a process which serves it alone.
+    `peak_memory_bytes` is that of the process with the candidate loaded and run for the first
+    time, which is one that serves it alone.
     """
-    options = RuntimeOptions(provider=job.provider, threads=job.threads)
-    candidate = _load(runtime, job.candidate_path, options, seed=job.seed)
-    candidate()
-    peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # One runtime where both have the same: a simulated one has its own clock.
-    is_shared = job.reference_runtime == job.runtime
-    beside = runtime if is_shared else load_runtime(job.reference_runtime)
-    options = RuntimeOptions(provider=job.reference_provider, threads=job.reference_threads)
-    reference = _load(beside, job.reference_path, options, seed=job.seed)
-    calls: dict[Subject, Call] = {"candidate": candidate, "reference": reference}
-    return make_timers(calls, runtime.clock), peak_memory_bytes
+
+    def __init__(self, runtime: Runtime, job: ChildJob) -> None:
+        self._job = job
+        # One runtime where both have the same: a simulated one has its own clock.
+        is_shared = job.reference_runtime == job.runtime
+        beside = runtime if is_shared else load_runtime(job.reference_runtime)
+        self._runtimes: dict[Subject, Runtime] = {"candidate": runtime, "reference": beside}
+        self._order: tuple[Subject, Subject] = ("candidate", "reference")
+        self.peak_memory_bytes = 0
+
+    def load(self) -> dict[Subject, Call]:
+        """Both in new sessions, the other first than the last time: the place counts."""
+        calls = {subject: self._load(subject) for subject in self._order}
+        self._order = (self._order[1], self._order[0])
+        return calls
+
+    def _load(self, subject: Subject) -> Call:
+        job, runtime = self._job, self._runtimes[subject]
+        if subject == "reference":
+            options = RuntimeOptions(provider=job.reference_provider, threads=job.reference_threads)
+            return _load(runtime, job.reference_path, options, seed=job.seed)
+        options = RuntimeOptions(provider=job.provider, threads=job.threads)
+        call = _load(runtime, job.candidate_path, options, seed=job.seed)
+        if not self.peak_memory_bytes:
+            call()
+            self.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return call
 
 
 def _load(runtime: Runtime, path: str, options: RuntimeOptions, *, seed: int) -> Call:

@@ -1,8 +1,11 @@
 """The timed loop: blocks of candidate and reference in random alternation, until enough.
 
 Owns warm-up, grouping of calls, alternation, the looks at the interval, and what is repeated.
-Gets two calls, a clock and a watch and knows neither runtime nor process; the statistics are
+Gets calls, a clock and a watch and knows neither runtime nor process; the statistics are
 `latency.py`'s, what disturbs a device `watch.py`'s, loading the models `measurement_child.py`'s.
+
+A measurement has several sittings: in each, both models are loaded anew, because where a
+session happens to lie in memory makes it faster or slower for as long as it lasts.
 
 One thing is kept out of the samples because it belongs to the measuring and not to the model:
 the call after a switch of models, whose caches the other model has just emptied.
@@ -21,6 +24,7 @@ from typing import Literal
 from device_agents.energy import EnergyMeter
 from device_agents.latency import (
     LARGEST_TREND,
+    MIN_SITTINGS,
     StoppingRule,
     TimedBlock,
     ratio_interval,
@@ -31,6 +35,8 @@ from device_agents.watch import Watch, taint
 
 Subject = Literal["candidate", "reference"]
 Call = Callable[[], object]
+Load = Callable[[], Mapping[Subject, Call]]
+"""Loads both models anew and returns their calls; what it returned before is not used any more."""
 
 SAMPLE_NS = 100_000.0
 """A sample lasts at least this long: reading the clock twice takes 0.1 µs, a thousandth."""
@@ -42,6 +48,10 @@ LONG_CALL_NS = 1e8
 does not notice, and every further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
+MIN_SITTING_PAIRS = 3
+"""Of one sitting, which is sampled for at least as long as it took to load: what is best for
+the interval depends on how much sessions and pairs differ, and is within a factor of two of
+that."""
 MAX_RESTARTS = 3
 PAUSE_SHARE = 0.1
 """Of the time cap: how long a device may cool before a measurement begins anew. A board's heat
@@ -141,6 +151,17 @@ def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Ti
     }
 
 
+def settled(timers: Mapping[Subject, Timer], calls: Mapping[Subject, Call]) -> dict[Subject, Timer]:
+    """The same timers for sessions loaded anew, which have run for as long as a block."""
+    for subject, call in calls.items():
+        now_ns = timers[subject].now_ns
+        start = now_ns()
+        call()
+        while now_ns() - start < BLOCK_NS:
+            call()
+    return {subject: replace(timer, call=calls[subject]) for subject, timer in timers.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """What sampling brought: `blocks` in pairs, in order of time.
@@ -159,7 +180,7 @@ class Sampled:
 
 
 def sample(
-    timers: Mapping[Subject, Timer],
+    load: Load,
     plan: SamplingPlan,
     clock: Clock,
     *,
@@ -168,21 +189,24 @@ def sample(
 ) -> Sampled:
     """Pairs of blocks until the interval is narrow enough or the time cap is reached.
 
-    A pair during which the device was disturbed (`watch.taint`) is measured again; where most
-    pairs are, that is the device as it is, and they count. A reference with a trend means a
-    device that heats up or is still busy: after a pause everything begins anew, `MAX_RESTARTS`
-    times at most and only while there is time for it. Noise is no trend: it slows both blocks
-    of a pair, and what does not cancel belongs into the interval.
+    The time begins when both models are loaded for the first time. A pair during which the
+    device was disturbed (`watch.taint`) is measured again; where most pairs are, that is the
+    device as it is, and they count. A reference with a trend means a device that heats up or is
+    still busy: after a pause everything begins anew, `MAX_RESTARTS` times at most and only
+    while there is time for it. Noise is no trend: it slows both blocks of a pair, and what does
+    not cancel belongs into the interval.
 
     Raises:
         InvalidDuration: the clock cannot be trusted.
     """
+    seats = _Seats(load=load, clock=clock)
+    seats.change()
     cap_ns = clock.now_ns() + plan.time_cap_s * 1e9
     pause_s = PAUSE_SHARE * plan.time_cap_s
     order = alternation(random.Random(plan.seed))  # noqa: S311 - an order, not a secret
     trends: list[float] = []
     while True:
-        attempt = _Attempt(timers=timers, plan=plan, clock=clock, watch=watch, meter=meter)
+        attempt = _Attempt(seats=seats, plan=plan, clock=clock, watch=watch, meter=meter)
         trend = attempt.run(order, cap_ns)
         if trend is None:
             n_restarts, drift = len(trends), None
@@ -193,8 +217,7 @@ def sample(
             n_restarts, drift = len(trends) - 1, drift_reason(trends)
             break
         clock.sleep(pause_s)
-        for timer in timers.values():
-            timer.call()  # what the pause let go cold
+        seats.change()
     return Sampled(
         blocks=attempt.blocks,
         tainted_pairs=dict(attempt.taints),
@@ -222,10 +245,35 @@ def drift_reason(trends: Sequence[float]) -> str | None:
 
 
 @dataclass(slots=True, kw_only=True)
+class _Seats:
+    """The two sessions of the moment; `loading_ns` is what loading and warming them took."""
+
+    load: Load
+    clock: Clock
+    timers: Mapping[Subject, Timer] = field(default_factory=dict)
+    loading_ns: int = 0
+    number: int = -1
+
+    def change(self) -> None:
+        """Let go of both sessions and take new ones; how they are timed stays the same."""
+        start = self.clock.now_ns()
+        before = {subject: replace(x, call=_gone) for subject, x in self.timers.items()}
+        self.timers = {}
+        calls = self.load()
+        self.timers = settled(before, calls) if before else make_timers(calls, self.clock)
+        self.loading_ns = self.clock.now_ns() - start
+        self.number += 1
+
+
+def _gone() -> None:
+    raise RuntimeError("this session has ended")
+
+
+@dataclass(slots=True, kw_only=True)
 class _Attempt:
     """Pairs from one beginning on, with what disturbed each of them."""
 
-    timers: Mapping[Subject, Timer]
+    seats: _Seats
     plan: SamplingPlan
     clock: Clock
     watch: Watch
@@ -238,24 +286,45 @@ class _Attempt:
         """Sample to the end, or to the first look that shows a trend, which is returned."""
         plan = self.plan
         rule = StoppingRule(target_half_width=plan.target_half_width, min_blocks=plan.min_blocks)
-        look = rule.first_look()
-        before = self.watch.look()
-        for pair in order:
-            blocks = [_metered(self.timers[subject], subject, self.meter) for subject in pair]
-            after = self.watch.look()
-            self._add(blocks, taint(before, after))
-            before = after
-            if self.clock.now_ns() >= cap_ns and len(self._all) // 2 >= MIN_PAIRS:
-                break
-            n_pairs = len(self.blocks) // 2
-            if n_pairs >= look:
+        look = MIN_SITTINGS
+        while True:
+            self._sit(order, cap_ns)
+            n_sittings = len({block.sitting for block in self.blocks})
+            if n_sittings >= look and len(self.blocks) >= 2 * plan.min_blocks:
                 trend = reference_trend(self.blocks)
                 if trend is not None:
                     return trend
                 if rule.is_satisfied(ratio_interval(self.blocks, seed=plan.seed)):
                     return None
-                look = rule.next_look(n_pairs)
-        return reference_trend(self.blocks)
+                look = rule.next_look(n_sittings)
+            # One that would be over before its first pair is not begun.
+            is_late = self.clock.now_ns() + self.seats.loading_ns >= cap_ns
+            if is_late and self._n_pairs >= MIN_PAIRS:
+                return reference_trend(self.blocks)
+            self.seats.change()
+
+    def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
+        """Pairs of one sitting."""
+        start_ns, n_before = self.clock.now_ns(), self._n_pairs
+        before = self.watch.look()
+        for pair in order:
+            blocks = [self._block(subject) for subject in pair]
+            after = self.watch.look()
+            self._add(blocks, taint(before, after))
+            before, now_ns = after, self.clock.now_ns()
+            is_enough = now_ns - start_ns >= self.seats.loading_ns
+            if is_enough and self._n_pairs - n_before >= MIN_SITTING_PAIRS:
+                return
+            if now_ns >= cap_ns and self._n_pairs >= MIN_PAIRS:
+                return
+
+    def _block(self, subject: Subject) -> TimedBlock:
+        block = _metered(self.seats.timers[subject], subject, self.meter)
+        return replace(block, sitting=self.seats.number)
+
+    @property
+    def _n_pairs(self) -> int:
+        return len(self._all) // 2
 
     @property
     def are_tainted_used(self) -> bool:

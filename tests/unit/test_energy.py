@@ -6,7 +6,7 @@ from device_agents.energy import NoEnergySensor, Nvml, PowerMonitor, Rapl, open_
 from device_agents.latency import TimedBlock, energy_per_inference
 from device_agents.runtimes import Clock
 from device_agents.runtimes.simulated import SimulatedRuntime
-from device_agents.sampling import SamplingPlan, Timer, sample
+from device_agents.sampling import SamplingPlan, sample
 
 PACKAGE = "sys/class/powercap/intel-rapl:0"
 
@@ -80,18 +80,9 @@ def test_each_model_is_charged_for_its_own_blocks():
     device = Device()
     clock = Clock(now_ns=lambda: int(device.now))
     costs = {"candidate": 1.0, "reference": 3.0}
-    timers = {
-        subject: Timer(
-            call=lambda joules=joules: device.call(joules),
-            group=2,
-            n_samples=3,
-            n_settling=1,
-            now_ns=clock.now_ns,
-        )
-        for subject, joules in costs.items()
-    }
+    calls = {name: lambda joules=joules: device.call(joules) for name, joules in costs.items()}
     plan = SamplingPlan(target_half_width=0.1, time_cap_s=1, min_blocks=4, seed=3)
-    blocks = sample(timers, plan, clock, watch=SimulatedRuntime(), meter=device).blocks
+    blocks = sample(lambda: calls, plan, clock, watch=SimulatedRuntime(), meter=device).blocks
     assert energy_per_inference(blocks) == pytest.approx(1.0)
 
 

@@ -18,12 +18,21 @@ def pair_order(generator, n_pairs):
     return np.column_stack([first, ~first]).ravel()
 
 
-def blocks_of(is_candidate, medians):
+def blocks_of(is_candidate, medians, *, sitting_pairs=3):
     names = {True: "candidate", False: "reference"}
     return [
-        TimedBlock(subject=names[bool(c)], samples_ns=(round(m),), median_ns=float(m))
-        for c, m in zip(is_candidate, medians, strict=True)
+        TimedBlock(
+            subject=names[bool(c)],
+            samples_ns=(round(m),),
+            median_ns=float(m),
+            sitting=i // (2 * sitting_pairs),
+        )
+        for i, (c, m) in enumerate(zip(is_candidate, medians, strict=True))
     ]
+
+
+def sittings_of(n, *, sitting_pairs=3):
+    return np.arange(n) // sitting_pairs
 
 
 def disturbances(kind, generator, n):
@@ -55,16 +64,20 @@ def simulated_device(kind, seed, n_pairs):
     return is_candidate, np.where(is_candidate, RATIO, 1.0) * 1e6 * slowdown
 
 
-def stopped_interval(kind, seed, *, target=0.02, max_pairs=120):
-    is_candidate, medians = simulated_device(kind, seed, max_pairs)
+def stopped_interval(
+    kind, seed, *, target=0.02, max_sittings=24, session_spread=latency.SESSION_SPREAD
+):
+    is_candidate, medians = simulated_device(kind, seed, 3 * max_sittings)
+    of_session = np.random.default_rng(seed + 10_000).normal(0, session_spread, max_sittings)
+    medians = medians * np.exp(np.where(is_candidate, of_session.repeat(6), 0))
     blocks = blocks_of(is_candidate, medians)
     rule = StoppingRule(target_half_width=target, min_blocks=8)
-    n_pairs = rule.first_look()
+    n_sittings = latency.MIN_SITTINGS
     while True:
-        interval = latency.ratio_interval(blocks[: 2 * n_pairs], seed=seed)
-        if rule.is_satisfied(interval) or n_pairs == max_pairs:
+        interval = latency.ratio_interval(blocks[: 6 * n_sittings], seed=seed)
+        if rule.is_satisfied(interval) or n_sittings == max_sittings:
             return interval
-        n_pairs = min(max_pairs, rule.next_look(n_pairs))
+        n_sittings = min(max_sittings, rule.next_look(n_sittings))
 
 
 def test_log_ratios_agree_with_a_loop_over_pairs():
@@ -126,7 +139,7 @@ def test_stopped_intervals_cover_the_true_ratio(kind):
 
 
 def test_the_estimate_is_unbiased_on_a_disturbed_device():
-    centers = [stopped_interval("disturbed", seed, max_pairs=40).center for seed in range(150)]
+    centers = [stopped_interval("disturbed", seed, max_sittings=14).center for seed in range(150)]
     assert np.mean(centers) == pytest.approx(RATIO, rel=0.003)
 
 
@@ -136,24 +149,45 @@ def test_two_blocks_of_each_tell_nothing_about_the_spread():
     assert interval.high == math.inf
 
 
-def test_looks_are_few_and_begin_where_an_interval_can_be_narrow():
+def test_looks_are_few():
     rule = StoppingRule(target_half_width=0.02, min_blocks=4)
-    looks = [rule.first_look()]
-    while looks[-1] < 100:
+    looks = [latency.MIN_SITTINGS]
+    while looks[-1] < 40:
         looks.append(rule.next_look(looks[-1]))
-    assert looks == [9, 14, 21, 32, 48, 72, 108]
+    assert looks == [4, 6, 9, 14, 21, 32, 48]
 
 
-@pytest.mark.parametrize("n", [24, 100])
-def test_the_slow_interval_is_students_of_the_segments_medians(n):
+@pytest.mark.parametrize("n_sittings", [3, 4, 6])
+def test_the_interval_over_sittings_is_students_of_their_medians(n_sittings):
+    n = 4 * n_sittings
     values = np.random.default_rng(3).normal(size=n)
-    medians = [np.median(part) for part in np.array_split(values, 6)]
-    low, high = student.interval(0.95, 5, scale=np.std(medians, ddof=1) / math.sqrt(6))
-    assert latency.slow_half_width(values) == pytest.approx((high - low) / 2, rel=1e-4)
+    medians = [np.median(part) for part in np.array_split(values, n_sittings)]
+    scale = np.std(medians, ddof=1) / math.sqrt(n_sittings)
+    low, high = student.interval(0.95, n_sittings - 1, scale=scale)
+    found = latency.sitting_half_width(values, sittings_of(n, sitting_pairs=4))
+    assert found == pytest.approx((high - low) / 2, rel=1e-4)
 
 
-def test_too_few_pairs_tell_nothing_about_slow_changes():
-    assert latency.slow_half_width(np.arange(23.0)) == 0
+def test_many_sittings_are_joined_so_that_slow_changes_show():
+    values = np.repeat([0.0, 1.0], 60)
+    found = latency.sitting_half_width(values, sittings_of(120))
+    assert found == pytest.approx(2.5706 * np.std([0, 1] * 3, ddof=1) / math.sqrt(6))
+
+
+def test_two_sittings_are_credited_with_the_known_spread_of_sessions():
+    found = latency.sitting_half_width(np.zeros(6), sittings_of(6))
+    assert found == pytest.approx(1.96 * 0.011 / math.sqrt(2), rel=1e-3)
+
+
+def test_one_pair_of_sessions_covers_the_ratio_in_half_of_the_cases():
+    covered = 0
+    for seed in range(100):
+        is_candidate, medians = simulated_device("quiet", seed, 9)
+        luck = np.random.default_rng(seed).normal(0, latency.SESSION_SPREAD)
+        logs = latency.log_ratios(is_candidate, medians) + luck
+        low, _, high = latency.median_interval(logs, seed=seed)
+        covered += low <= math.log(RATIO) <= high
+    assert 35 <= covered <= 75
 
 
 def test_a_switching_ratio_is_covered_more_often_than_by_the_bootstrap_alone():
@@ -161,7 +195,7 @@ def test_a_switching_ratio_is_covered_more_often_than_by_the_bootstrap_alone():
     for seed in range(200):
         logs = switching_ratio(seed)
         low, center, high = latency.median_interval(logs, seed=seed)
-        slow = latency.slow_half_width(logs)
+        slow = latency.sitting_half_width(logs, sittings_of(logs.size))
         covered["bootstrap"] += low <= 0 <= high
         covered["both"] += min(low, center - slow) <= 0 <= max(high, center + slow)
     assert covered["both"] / 200 >= 0.7

@@ -1,12 +1,13 @@
 """The timed loop on simulated devices: a clock that only calls move."""
 
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from device_agents import sampling
-from device_agents.latency import ratio_interval, reference_medians
+from device_agents.latency import MIN_SITTINGS, ratio_interval, reference_medians
 from device_agents.runtimes import Clock
 from device_agents.runtimes.simulated import SimulatedModel, SimulatedRuntime, SimulatedSession
 from device_agents.sampling import InvalidDuration, SamplingPlan
@@ -17,24 +18,36 @@ PLAN = SamplingPlan(target_half_width=0.02, time_cap_s=10.0, min_blocks=8, seed=
 
 @dataclass
 class Bench:
-    """Two simulated models on one device, and how often each was called."""
+    """Two simulated models on one device; a session is faster or slower by some `session_spread`.
+
+    `session_spread` is the standard deviation of a session's logarithm.
+    """
 
     device: SimulatedRuntime
-    calls: dict
+    models: dict
+    session_spread: float = 0.0
+    seed: int = 0
+    n_loaded: int = 0
 
     def sample(self, plan=PLAN, watch=None):
         watch = watch or self.device
-        return sampling.sample(self.timers(), plan, self.device.clock, watch=watch)
+        return sampling.sample(self.load, plan, self.device.clock, watch=watch)
+
+    def load(self):
+        self.n_loaded += 1
+        return {name: self.session(name, model).bind({}) for name, model in self.models.items()}
+
+    def session(self, name, model):
+        luck = random.Random(f"{self.seed}:{self.n_loaded}:{name}").gauss(0, self.session_spread)
+        model = replace(model, latency_ns=model.latency_ns * math.exp(luck))
+        return SimulatedSession(self.device, model, threads=1)
 
     def timers(self):
-        return sampling.make_timers(self.calls, self.device.clock)
+        return sampling.make_timers(self.load(), self.device.clock)
 
 
-def bench(candidate, reference):
-    device = SimulatedRuntime()
-    models = {"candidate": candidate, "reference": reference}
-    sessions = {name: SimulatedSession(device, x, threads=1) for name, x in models.items()}
-    return Bench(device, {name: session.bind({}) for name, session in sessions.items()})
+def bench(candidate, reference, **changes):
+    return Bench(SimulatedRuntime(), {"candidate": candidate, "reference": reference}, **changes)
 
 
 class Silent:
@@ -49,24 +62,59 @@ def noisy(latency_ns, **changes):
 
 
 def test_a_quiet_device_needs_no_more_than_the_first_look():
-    measured = bench(noisy(2e5), noisy(4e5)).sample()
-    assert len(measured.blocks) == 2 * 9
+    device = bench(noisy(2e5), noisy(4e5))
+    measured = device.sample()
+    sittings = [block.sitting for block in measured.blocks]
+    assert device.n_loaded == 1 + max(sittings) == MIN_SITTINGS
+    assert all(sittings.count(n) >= 2 * sampling.MIN_SITTING_PAIRS for n in range(MIN_SITTINGS))
     assert (measured.n_restarts, measured.tainted_pairs) == (0, {})
 
 
-def test_a_narrower_target_takes_more_pairs():
+def test_a_narrower_target_takes_more_sittings():
     plan = SamplingPlan(target_half_width=0.002, time_cap_s=10.0, min_blocks=8, seed=1)
     device = bench(noisy(2e5), noisy(4e5))
-    assert len(device.sample(plan).blocks) > 2 * 9
+    device.sample(plan)
+    assert device.n_loaded > MIN_SITTINGS
+
+
+def test_intervals_cover_the_ratio_where_sessions_differ():
+    plan = SamplingPlan(target_half_width=0.01, time_cap_s=10.0, min_blocks=8, seed=1)
+    devices = [bench(noisy(2e5), noisy(4e5), session_spread=0.008, seed=n) for n in range(30)]
+    intervals = [ratio_interval(device.sample(plan).blocks, seed=1) for device in devices]
+    assert sum(x.low <= 0.5 <= x.high for x in intervals) >= 26
+    assert all(x.half_width < 0.011 for x in intervals)
+
+
+def test_a_sitting_lasts_at_least_as_long_as_its_loading():
+    device = bench(noisy(2e5), noisy(4e5))
+    load = device.load
+    device.load = lambda: device.device.spend(3e8) or load()
+    blocks = [block for block in device.sample().blocks if block.sitting == 1]
+    assert 3e8 <= sum(block.n_calls * block.median_ns for block in blocks) <= 4e8
+
+
+def test_a_session_that_has_ended_is_not_called_again():
+    device = bench(noisy(2e5), noisy(4e5))
+
+    def load():
+        return {name: guarded(call) for name, call in Bench.load(device).items()}
+
+    def guarded(call):
+        mine = device.n_loaded
+        return lambda: call() if mine == device.n_loaded else pytest.fail("an ended session ran")
+
+    device.load = load
+    device.sample()
+    assert device.n_loaded == MIN_SITTINGS
 
 
 def test_the_time_cap_ends_a_hopeless_measurement():
     device = bench(SimulatedModel(noise=0.5), SimulatedModel(noise=0.5))
     plan = SamplingPlan(target_half_width=0.001, time_cap_s=1.0, min_blocks=8, seed=1)
-    timers = device.timers()
+    device.timers()  # what is loaded and warmed up for the first time is not counted
     start_ns = device.device.now_ns()
-    sampling.sample(timers, plan, device.device.clock, watch=device.device)
-    assert 1.0 <= (device.device.now_ns() - start_ns) / 1e9 < 1.1
+    device.sample(plan)
+    assert 0.9 <= (device.device.now_ns() - start_ns) / 1e9 < 1.2
 
 
 def test_a_cap_that_is_too_short_still_gives_an_interval():
@@ -173,15 +221,15 @@ def test_pairs_of_a_throttled_spell_are_measured_again():
 def test_a_device_that_is_always_throttled_is_measured_as_it_is():
     measured = bench(noisy(2e5, throttle_after_s=0.0), noisy(4e5)).sample()
     assert measured.are_tainted_used
-    assert len(measured.blocks) == 2 * 9 == 2 * measured.tainted_pairs["throttled"]
+    assert len(measured.blocks) == 2 * measured.tainted_pairs["throttled"] >= 2 * 12
 
 
 def test_a_clock_that_falls_half_way_does_not_end_the_measurement():
-    throttled = {"throttle_after_s": 1.2, "throttle_factor": 1.5}
+    throttled = {"throttle_after_s": 1.0, "throttle_factor": 1.5}
     plan = SamplingPlan(target_half_width=0.0015, time_cap_s=10.0, min_blocks=8, seed=1)
     measured = bench(noisy(2e5, **throttled), noisy(4e5, **throttled)).sample(plan, watch=Silent())
     interval = ratio_interval(measured.blocks, seed=1)
-    assert measured.n_restarts == 0
+    assert measured.drift is None
     assert interval.center == pytest.approx(0.5, rel=0.01)
     assert interval.half_width < 0.01
 

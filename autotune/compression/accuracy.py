@@ -1,14 +1,16 @@
 """Accuracy of an artifact: the file itself in a plain session, paired with FP32.
 
 Owns the metric and its intervals. The artifact runs in onnxruntime's CPU provider with
-default options, as a user would run it; simulated quantization is never trusted. Latency is
-`device_agents`' to measure; when an evaluation may end early, `racing.py`'s to decide.
+default options, or in the runtime that it ships with, as a user would run it; simulated
+quantization is never trusted. Latency is `device_agents`' to measure; when an evaluation may
+end early, `racing.py`'s to decide.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +18,12 @@ import onnxruntime
 
 from autotune.compression.data import LabelledData
 from autotune.compression.racing import Race, Racing, Verdict, interval_at_any_time
+from autotune.compression.shipped_runtime import open_answers
 from autotune.errors import CompressionError, InvalidModel
 from storage.records import AccuracyReport
 
 CONFIDENCE_LEVEL = 0.95
+ONNXRUNTIME = "onnxruntime"
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 _Z_HALF_ALPHA = 2.241402727604947  # its 98.75 % quantile: an interval at half the error rate
 _BATCH = 16
@@ -57,17 +61,20 @@ class AccuracyEvaluator:
         """The source model's own report: its drop and its divergence are 0."""
         return self._report(self._fp32_correct, 0.0, self._fp32_wall_s)
 
-    def evaluate(self, artifact: bytes, *, race: Race | None = None) -> AccuracyReport:
+    def evaluate(
+        self, artifact: bytes, *, race: Race | None = None, runtime: str = ONNXRUNTIME
+    ) -> AccuracyReport:
         """The artifact's top-1 on the samples, its interval, and its drop against FP32.
 
         With a `race` the samples come in random order and the evaluation ends as soon as they
         leave no doubt on which side of the race's limit the drop is; the report says so.
+        `runtime` is the one that the artifact ships with: each has arithmetic of its own.
 
         Raises:
             CompressionError: the artifact does not load or run, or its output is NaN.
         """
         started = time.monotonic()
-        session = _session(artifact, self._threads)
+        answers = _answers(artifact, runtime, self._threads)
         n = self.n_samples
         order = np.arange(n) if race is None else race.order(n)
         racing = None if race is None else Racing(race, n)
@@ -75,7 +82,7 @@ class AccuracyEvaluator:
         seen, verdict = 0, None
         while seen < n and verdict is None:
             part = order[seen : n if race is None else seen + race.block]
-            outputs[part] = self._fitting(_outputs(session, self._data.x, part))
+            outputs[part] = self._fitting(answers(self._data.x, part))
             seen += len(part)
             # After the last sample nothing is left to save, and the drop itself is known.
             if racing is not None and seen < n:
@@ -240,6 +247,17 @@ def log_probabilities(outputs: np.ndarray) -> np.ndarray:
     return np.maximum(logs, _LEAST_LOG)
 
 
+def _answers(
+    artifact: bytes, runtime: str, threads: int
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """From all samples and the rows that are asked for to the outputs on these."""
+    if runtime == ONNXRUNTIME:
+        session = _session(artifact, threads)
+        return lambda x, rows: _outputs(session, x, rows)
+    answers = open_answers(artifact, runtime, threads=threads)
+    return lambda x, rows: _finite(answers(x[rows]))
+
+
 def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -264,7 +282,10 @@ def _outputs(session: onnxruntime.InferenceSession, x: np.ndarray, rows: np.ndar
     except Exception as error:
         # onnxruntime's exceptions share no public base class
         raise CompressionError(f"onnxruntime cannot run the artifact: {error}") from error
-    outputs = np.concatenate(parts)
+    return _finite(np.concatenate(parts))
+
+
+def _finite(outputs: np.ndarray) -> np.ndarray:
     if not np.isfinite(outputs).all():
         bad = int((~np.isfinite(outputs)).any(axis=1).sum())
         raise CompressionError(f"the artifact's output is NaN or infinite on {bad} samples")

@@ -29,6 +29,7 @@ from autotune.compression.inventory import build_inventory, count_cost
 from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
 from autotune.compression.post_training import POST_TRAINING_VERSION, post_training
 from autotune.compression.quantization import QuantizableGraph
+from autotune.compression.shipped_runtime import executed_precisions
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError, InvalidModel
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
 
+ONNXRUNTIME = "onnxruntime"
 _WARM_BASES = 4
 GRAPH_PRUNING_VERSION = 1
 # Version 1 (2026-11-21): slices of coupled channels, scale and shift re-estimated. It is part of
@@ -149,12 +151,7 @@ class Compressor:
             sha256=hashlib.sha256(data).hexdigest(),
             size_bytes=len(data),
             candidate_digest=candidate.digest,
-            groups=effective_precisions(
-                checked,
-                base.graph.units.values(),
-                planned=candidate.precisions,
-                kernels=kernels,
-            ),
+            groups=self._executed(candidate, base.graph, data, checked, kernels),
             base=base.facts,
             kernels=kernels.name,
         )
@@ -167,6 +164,21 @@ class Compressor:
             DiskFull: there is no room for a new base.
         """
         return self._base(candidate.prune_ratios).graph.emit(candidate.precisions)
+
+    def _executed(
+        self,
+        candidate: Candidate,
+        graph: QuantizableGraph,
+        data: bytes,
+        checked: bytes,
+        kernels: KernelClass,
+    ) -> tuple[GroupPrecision, ...]:
+        """What the candidate's runtime makes of `data`; `checked` stands in for it here."""
+        units, runtime = graph.units.values(), candidate.runtime.runtime
+        if runtime == ONNXRUNTIME:
+            planned = candidate.precisions
+            return effective_precisions(checked, units, planned=planned, kernels=kernels)
+        return executed_precisions(data, units, candidate.precisions, runtime=runtime)
 
     def channel_scores(self) -> ChannelScores:
         """How much each prunable channel matters; judged once, good for every base.

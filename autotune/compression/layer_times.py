@@ -36,7 +36,7 @@ def with_groups(profile: Profile, artifact: bytes, groups: Iterable[LayerGroup])
         CompressionError: the artifact is not an ONNX graph.
     """
     group_of = {node: group.name for group in groups for node in group.nodes}
-    makers = _makers(artifact)
+    makers = makers_of(artifact)
     kernels = [_attributed(kernel, group_of, makers) for kernel in profile.kernels]
     return profile.model_copy(update={"kernels": tuple(kernels)})
 
@@ -51,8 +51,12 @@ def _attributed(kernel: KernelTime, group_of: dict[str, str], makers: dict[str, 
     return kernel.model_copy(update={"group": group})
 
 
-def _makers(artifact: bytes) -> dict[str, str]:
-    """The node behind each tensor; behind a Q or a DQ the node whose result it carries."""
+def makers_of(artifact: bytes) -> dict[str, str]:
+    """The node behind each tensor; behind a Q or a DQ the node whose result it carries.
+
+    Raises:
+        CompressionError: the artifact is not an ONNX graph.
+    """
     try:
         graph = onnx.load_model_from_string(artifact).graph
     except Exception as error:  # protobuf's own error class depends on its build

@@ -230,7 +230,10 @@ class Evaluation:
         calls = [
             Call(
                 method=method,
-                arguments=(self.artifacts.read(_artifact_of(trial.on(devices[0].id)).sha256),),
+                arguments=(
+                    self.artifacts.read(_artifact_of(trial.on(devices[0].id)).sha256),
+                    trial.candidate.runtime.runtime,
+                ),
             )
             for trial, devices in todo
         ]

@@ -182,7 +182,9 @@ class CompressionWorker:
         except CompressionError as error:
             return Built(failed_at="compression", failure=str(error))
         try:
-            accuracy = self._evaluator("search").evaluate(artifact.data, race=race)
+            accuracy = self._evaluator("search").evaluate(
+                artifact.data, race=race, runtime=candidate.runtime.runtime
+            )
         except AutotuneError as error:
             return Built(failed_at="accuracy", failure=str(error))
         return Built(
@@ -220,13 +222,13 @@ class CompressionWorker:
         data = self.splits.search.take(np.arange(n))
         return SensitivityMeter(self.compressor, data, calibration=self.splits.calibration)
 
-    def search_accuracy(self, artifact: bytes) -> AccuracyReport:
-        """The artifact's accuracy on all of the search data."""
-        return self._evaluator("search").evaluate(artifact)
+    def search_accuracy(self, artifact: bytes, runtime: str) -> AccuracyReport:
+        """The artifact's accuracy in the runtime on all of the search data."""
+        return self._evaluator("search").evaluate(artifact, runtime=runtime)
 
-    def held_out(self, artifact: bytes) -> AccuracyReport:
-        """The artifact's accuracy on data that the search never saw."""
-        return self._evaluator("held_out").evaluate(artifact)
+    def held_out(self, artifact: bytes, runtime: str) -> AccuracyReport:
+        """The artifact's accuracy in the runtime on data that the search never saw."""
+        return self._evaluator("held_out").evaluate(artifact, runtime=runtime)
 
     def _evaluator(self, split: str) -> AccuracyEvaluator:
         from autotune.compression.accuracy import AccuracyEvaluator

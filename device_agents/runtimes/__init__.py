@@ -70,7 +70,11 @@ class Session(Protocol):
     inputs: tuple[TensorSpec, ...]
 
     def bind(self, feeds: Mapping[str, Any]) -> Callable[[], object]:
-        """A call without arguments that runs one whole inference on these arrays."""
+        """A call without arguments that runs one whole inference on these arrays.
+
+        It returns the outputs, a sequence or a mapping of arrays, and reads the inputs anew in
+        each call.
+        """
         ...
 
 
@@ -81,6 +85,20 @@ class KernelRun:
     name: str
     operator: str
     duration_ns: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutedLayer:
+    """A kernel of the compiled model and the graph's nodes that it computes.
+
+    `precision` is what it computes in, by the runtime's short name (`f32`, `u8`);
+    `weight_precision` that of its constant weights, None where they are not its input.
+    """
+
+    names: tuple[str, ...]
+    operator: str
+    precision: str
+    weight_precision: str | None = None
 
 
 class ProfiledSession(Session, Protocol):

@@ -16,6 +16,7 @@ import openvino
 
 from device_agents.runtimes import (
     Clock,
+    ExecutedLayer,
     InvalidArtifact,
     KernelRun,
     RuntimeOptions,
@@ -25,6 +26,8 @@ from device_agents.runtimes import (
 
 PROVIDER_SUFFIX = "ExecutionProvider"
 _NO_MODEL = ("Unable to read the model", "Could not open the file", "is not a valid", "parse")
+_WEIGHTED = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
+_FUSED_BIAS = "/WithoutBiases"
 _OUT_OF_MEMORY = ("bad_alloc", "out of memory", "Failed to allocate")
 
 
@@ -50,6 +53,12 @@ class OpenVino:
     def load_profiled(self, path: Path, options: RuntimeOptions) -> ProfiledOpenVinoSession:
         """The same with OpenVINO's performance counters on."""
         return ProfiledOpenVinoSession(self._compile(path, options, {"PERF_COUNT": True}))
+
+    def executed_layers(self, path: Path, options: RuntimeOptions) -> tuple[ExecutedLayer, ...]:
+        """The kernels with weights that the compiled model has, and what they compute in."""
+        compiled = self._compile(path, options, {})
+        nodes = compiled.get_runtime_model().get_ops()
+        return tuple(_executed(node) for node in nodes if _told(node, "layerType") in _WEIGHTED)
 
     def _compile(self, path: Path, options: RuntimeOptions, further: dict[str, Any]) -> Any:
         if options.provider not in self.providers():
@@ -109,6 +118,27 @@ class ProfiledOpenVinoSession(OpenVinoSession):
     def _executed(self) -> list[Any]:
         executed = openvino.ProfilingInfo.Status.EXECUTED
         return [x for x in self._request.get_profiling_info() if x.status == executed]
+
+
+def _executed(node: Any) -> ExecutedLayer:
+    names = _told(node, "originalLayersNames").split(",")
+    weights = [_told(source.get_node(), "runtimePrecision") for source in _constants(node)]
+    return ExecutedLayer(
+        names=tuple(name.removesuffix(_FUSED_BIAS) for name in names),
+        operator=_told(node, "layerType"),
+        precision=_told(node, "runtimePrecision"),
+        weight_precision=weights[0] if weights else None,
+    )
+
+
+def _constants(node: Any) -> list[Any]:
+    sources = [port.get_source_output() for port in node.inputs()]
+    return [x for x in sources if _told(x.get_node(), "layerType") == "Const"]
+
+
+def _told(node: Any, key: str) -> str:
+    info = node.get_rt_info()
+    return str(info[key].astype(str)) if key in info else ""
 
 
 def _kernel_run(info: Any) -> KernelRun:

@@ -121,10 +121,10 @@ class FakePool:
             accuracy=self.report_of(candidate, race),
         )
 
-    def _search_accuracy(self, artifact: bytes) -> Any:
+    def _search_accuracy(self, artifact: bytes, runtime: str) -> Any:
         return accuracy(fake_accuracy(Candidate.from_json(json.loads(artifact))))
 
-    def _held_out(self, artifact: bytes) -> Any:
+    def _held_out(self, artifact: bytes, runtime: str) -> Any:
         candidate = Candidate.from_json(json.loads(artifact))
         return accuracy(fake_accuracy(candidate), split="held_out", n_samples=600)
 

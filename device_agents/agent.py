@@ -10,17 +10,17 @@ caller's only waits, so that a signal ends the agent at once, wherever the other
 
 from __future__ import annotations
 
-import random
+import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from device_agents import systemd
+from device_agents.backoff import Backoff
 from device_agents.cache import DEFAULT_MAX_BYTES, ArtifactCache
-from device_agents.conditions import read_conditions
-from device_agents.connection import Acknowledgement, ServiceConnection
+from device_agents.connection import PATIENT, Acknowledgement, ServiceConnection, Timeouts
 from device_agents.device import describe_device
 from device_agents.errors import (
     ArtifactCorrupt,
@@ -30,17 +30,17 @@ from device_agents.errors import (
     EnrolmentRefused,
     ServiceUnreachable,
 )
+from device_agents.heartbeat import HeldLease, Pulse, heartbeat_of
 from device_agents.identity import Identity, StateFolder
 from device_agents.measurement import Measurement, MeasurementOutcome
 from device_agents.outbox import Outbox
 from device_agents.protocol import (
     PROTOCOL_VERSION,
     ArtifactReference,
-    Conditions,
     DeviceDescription,
     EnrolRequest,
-    Heartbeat,
     Lease,
+    MeasurementRequest,
     MeasurementResult,
     Outcome,
 )
@@ -52,7 +52,6 @@ DOWNLOAD_TRIES = 3
 PROMPT_ANSWER_S = 0.2
 STOP_PATIENCE_S = 3.0
 STOP_POLL_S = 0.02
-MIN_HEARTBEAT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,50 +64,7 @@ class AgentSettings:
     name: str | None = None
     cache_max_bytes: int = DEFAULT_MAX_BYTES
     long_poll_s: float = LONG_POLL_S
-
-
-@dataclass(slots=True, kw_only=True)
-class Backoff:
-    """Exponential back-off with full jitter (Brooker 2015): between 0 and a doubling bound.
-
-    Full jitter spreads a fleet that lost the service at one moment over the whole interval.
-    """
-
-    first_s: float = 0.5
-    longest_s: float = 30.0
-    uniform: Callable[[float, float], float] = random.uniform
-    _n_failures: int = 0
-
-    def next_s(self) -> float:
-        """How long to wait now, in seconds."""
-        bound = min(self.longest_s, self.first_s * 2**self._n_failures)
-        self._n_failures = min(self._n_failures + 1, 30)
-        return self.uniform(0, bound)
-
-    def reset(self) -> None:
-        """It worked: start from the shortest wait again."""
-        self._n_failures = 0
-
-
-@dataclass(slots=True, kw_only=True)
-class HeldLease:
-    """The lease being worked on; `drop` may come from the heartbeat thread at any time."""
-
-    lease: Lease
-    is_dropped: threading.Event = field(default_factory=threading.Event)
-    measurement: Measurement | None = None
-
-    def drop(self) -> None:
-        """Stop working on it."""
-        self.is_dropped.set()
-        if self.measurement is not None:
-            self.measurement.cancel()
-
-    def attach(self, measurement: Measurement) -> None:
-        """Let `drop` reach this measurement too, also one that came before."""
-        self.measurement = measurement
-        if self.is_dropped.is_set():
-            measurement.cancel()
+    timeouts: Timeouts = PATIENT
 
 
 class Agent:
@@ -134,13 +90,14 @@ class Agent:
         self._describe = describe
         self._backoff = backoff
         self._stop = threading.Event()
+        self._came_back = threading.Event()
         self._fatal: DeviceAgentError | None = None
         self._held: HeldLease | None = None
         self._is_asking = False
+        self._request_id = new_request_id()
         self._users = 0
         self._users_guard = threading.Lock()
-        self._heartbeat_s = 5.0
-        self._connection = ServiceConnection(settings.service_url)
+        self._connection = ServiceConnection(settings.service_url, timeouts=settings.timeouts)
         self._state = StateFolder(settings.state_dir)
         self._cache = ArtifactCache(
             settings.state_dir / "cache", max_bytes=settings.cache_max_bytes
@@ -151,6 +108,7 @@ class Agent:
     def stop(self) -> None:
         """End `run` soon, from a signal handler or another thread."""
         self._stop.set()
+        self._came_back.set()
 
     def run(self) -> None:
         """Work until `stop`.
@@ -165,10 +123,13 @@ class Agent:
         """
         self._enter()
         try:
-            self._identify()
+            pulse = self._pulse(self._identify())
             threads = [
                 threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
-                for name, loop in (("heartbeat", self._beat), ("work", self._work))
+                for name, loop in (
+                    ("heartbeat", partial(pulse.run, self._stop)),
+                    ("work", self._work),
+                )
             ]
             for thread in threads:
                 self._enter()
@@ -188,6 +149,16 @@ class Agent:
         if self._fatal is not None:
             raise self._fatal
 
+    def _pulse(self, identity: Identity) -> Pulse:
+        return Pulse(
+            self._connection,
+            interval_s=identity.heartbeat_s,
+            held=lambda: self._held,
+            came_back=self._came_back.set,
+            say=self._say,
+            backoff=self._backoff,
+        )
+
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
             loop()
@@ -195,7 +166,7 @@ class Agent:
             if not self._stop.is_set():
                 self._fatal = error
         finally:
-            self._stop.set()
+            self.stop()
             self._leave()
 
     def _enter(self) -> None:
@@ -212,7 +183,7 @@ class Agent:
 
     # -- identity
 
-    def _identify(self) -> None:
+    def _identify(self) -> Identity:
         identity = self._state.identity()
         if identity is not None and not self._is_known(identity):
             if self._settings.token is None:
@@ -226,13 +197,13 @@ class Agent:
             self._say(f"enrolled as {identity.device_name} (agent {identity.agent_id})")
         else:
             self._say(f"back as {identity.device_name} (agent {identity.agent_id})")
-        self._heartbeat_s = identity.heartbeat_s
         self._connection.use_key(identity.agent_key)
+        return identity
 
     def _is_known(self, identity: Identity) -> bool:
         self._connection.use_key(identity.agent_key)
         try:
-            self._connection.heartbeat(Heartbeat(protocol_version=PROTOCOL_VERSION))
+            self._connection.heartbeat(heartbeat_of(None))
         except EnrolmentRefused:
             self._connection.use_key(None)
             return False
@@ -264,30 +235,6 @@ class Agent:
         self._state.save(identity)
         return identity
 
-    # -- heartbeat
-
-    def _beat(self) -> None:
-        is_connected = True
-        systemd.notify("READY=1")
-        while True:
-            systemd.notify("WATCHDOG=1")  # also while the service is away: this loop lives
-            held = self._held
-            try:
-                reply = self._connection.heartbeat(_heartbeat(held))
-            except ServiceUnreachable as error:
-                if is_connected and not self._stop.is_set():
-                    self._say(f"{error}; trying again")
-                is_connected = False
-            else:
-                if not is_connected:
-                    self._say("the service is back")
-                is_connected = True
-                self._heartbeat_s = max(MIN_HEARTBEAT_S, reply.heartbeat_s)
-                if reply.drop_lease and held is not None:
-                    held.drop()
-            if self._stop.wait(self._heartbeat_s):
-                return
-
     # -- work
 
     def _work(self) -> None:
@@ -298,7 +245,8 @@ class Agent:
                 asked_s = time.monotonic()
                 lease = self._ask()
             except ServiceUnreachable:
-                self._stop.wait(backoff.next_s())
+                self._came_back.clear()
+                self._came_back.wait(0 if self._stop.is_set() else backoff.next_s())
                 continue
             backoff.reset()
             if self._stop.is_set():
@@ -311,19 +259,22 @@ class Agent:
     def _ask(self) -> Lease | None:
         self._is_asking = True
         try:
-            return self._connection.lease(wait_s=self._settings.long_poll_s)
+            lease = self._connection.lease(
+                wait_s=self._settings.long_poll_s, request_id=self._request_id
+            )
         finally:
             self._is_asking = False
+        self._request_id = new_request_id()  # until here a lost answer is asked for again
+        return lease
 
     def _serve(self, lease: Lease) -> None:
-        self._held = held = HeldLease(lease=lease)
-        try:
-            ended = self._fetch_and_measure(held)
-        finally:
-            self._held = None
+        held = HeldLease(lease_id=lease.lease_id, fencing_token=lease.fencing_token)
+        self._held = held
+        ended = self._fetch_and_measure(lease.request, held)
         sha8 = lease.request.artifact.sha256[:8]
         if ended.outcome in (Outcome.CANCELLED, Outcome.LOST):
             # Nothing to hand in: the lease is another's by now, or will run out.
+            self._held = None
             self._say(f"dropped {sha8}: {ended.reason}")
             return
         self._say(f"{'measured' if ended.report else 'failed'} {sha8}: {describe_outcome(ended)}")
@@ -338,8 +289,9 @@ class Agent:
             )
         )
 
-    def _fetch_and_measure(self, held: HeldLease) -> MeasurementOutcome:
-        request = held.lease.request
+    def _fetch_and_measure(
+        self, request: MeasurementRequest, held: HeldLease
+    ) -> MeasurementOutcome:
         keep = (request.artifact.sha256, request.reference.sha256)
         try:
             paths = [self._fetch(x, held, keep) for x in (request.artifact, request.reference)]
@@ -388,9 +340,16 @@ class Agent:
 
     def _hand_in(self) -> None:
         for result in self._outbox.pending():
+            self._held = HeldLease(lease_id=result.lease_id, fencing_token=result.fencing_token)
             if self._connection.upload(result) is Acknowledgement.REFUSED:
                 self._say(f"the service did not take the result of {result.measurement_id}: late")
             self._outbox.acknowledge(result)
+        self._held = None
+
+
+def new_request_id() -> str:
+    """A name for one answer that the agent wants."""
+    return secrets.token_hex(8)
 
 
 def describe_outcome(ended: MeasurementOutcome) -> str:
@@ -402,12 +361,3 @@ def describe_outcome(ended: MeasurementOutcome) -> str:
     text = f"{report.p50_ns / 1e6:.3g} ms ±{half_width:.1%}".replace("%", " %")
     note = ended.reason or report.unsteady_reason
     return f"{text} (unsteady: {note})" if note else text
-
-
-def _heartbeat(held: HeldLease | None) -> Heartbeat:
-    return Heartbeat(
-        protocol_version=PROTOCOL_VERSION,
-        lease_id=held.lease.lease_id if held else None,
-        fencing_token=held.lease.fencing_token if held else None,
-        conditions=Conditions.model_validate(read_conditions()),
-    )

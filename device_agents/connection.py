@@ -34,12 +34,12 @@ from device_agents.protocol import (
     Lease,
     LeaseRequest,
     MeasurementResult,
+    NewKey,
 )
 from device_agents.segments import Segment
 
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 30.0
-LONG_POLL_MARGIN_S = 15.0
+SLOWEST_BYTES_PER_S = 4000
+"""Half of a 64 kbit/s line: a body that takes longer than its size at this rate is not coming."""
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416  # RFC 9110, sections 15.3.7 and 15.5.17
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -71,6 +71,23 @@ class Download:
     chunks: Iterator[bytes]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """After how many seconds of silence a connection counts as dead.
+
+    A half-open connection looks like a slow one. A heartbeat is small and is given up soon, so
+    that another one still renews the lease; `long_poll_margin_s` is on top of the poll itself.
+    """
+
+    connect_s: float = 5.0
+    read_s: float = 30.0
+    heartbeat_s: float = 5.0
+    long_poll_margin_s: float = 10.0
+
+
+PATIENT = Timeouts()
+
+
 class ServiceConnection:
     """A connection to one service; usable from several threads.
 
@@ -79,16 +96,19 @@ class ServiceConnection:
     service wants another release of the agent.
     """
 
-    def __init__(self, url: str, *, agent_key: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, agent_key: str | None = None, timeouts: Timeouts = PATIENT
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DeviceAgentError(
                 f"{url!r} is not a service's address; it looks like http://192.168.1.10:8577"
             )
         self.url = url.rstrip("/")
+        self._timeouts = timeouts
         self._client = httpx.Client(
             base_url=self.url,
-            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            timeout=self._after(timeouts.read_s),
             trust_env=parts.hostname not in LOOPBACK,  # no proxy leads back to this machine
         )
         self.use_key(agent_key)
@@ -130,12 +150,28 @@ class ServiceConnection:
 
     def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatReply:
         """Say that the agent is alive."""
-        return _parse(HeartbeatReply, self._post("/v1/agent/heartbeat", heartbeat))
+        timeout = self._after(self._timeouts.heartbeat_s)
+        return _parse(HeartbeatReply, self._post("/v1/agent/heartbeat", heartbeat, timeout=timeout))
 
-    def lease(self, *, wait_s: float) -> Lease | None:
-        """Work, or None if there was none for `wait_s` seconds."""
-        request = LeaseRequest(protocol_version=PROTOCOL_VERSION, wait_s=wait_s)
-        timeout = httpx.Timeout(wait_s + LONG_POLL_MARGIN_S, connect=CONNECT_TIMEOUT_S)
+    def new_key(self) -> NewKey:
+        """The agent's next key, good as soon as it is used; the current one is until then."""
+        headers = {"Content-Type": "application/json"}
+        try:
+            response = self._client.post("/v1/agent/key", headers=headers)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        _require_success(response)
+        return _parse(NewKey, response)
+
+    def lease(self, *, wait_s: float, request_id: str) -> Lease | None:
+        """Work, or None if there was none for `wait_s` seconds.
+
+        The same `request_id` again brings the same lease: its answer may have been lost.
+        """
+        request = LeaseRequest(
+            protocol_version=PROTOCOL_VERSION, wait_s=wait_s, request_id=request_id
+        )
+        timeout = self._after(wait_s + self._timeouts.long_poll_margin_s)
         response = self._post("/v1/agent/lease", request, timeout=timeout)
         return None if response.status_code == 204 else _parse(Lease, response)
 
@@ -196,10 +232,17 @@ class ServiceConnection:
     def _send(self, path: str, message: BaseModel, **options: Any) -> httpx.Response:
         headers = {"Content-Type": "application/json"}
         content = message.model_dump_json()
+        # The whole body fits into the kernel's buffers: the wait for the answer is the upload.
+        options.setdefault(
+            "timeout", self._after(self._timeouts.read_s + len(content) / SLOWEST_BYTES_PER_S)
+        )
         try:
             return self._client.post(path, content=content, headers=headers, **options)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
+
+    def _after(self, read_s: float) -> httpx.Timeout:
+        return httpx.Timeout(read_s, connect=self._timeouts.connect_s)
 
     def _unreachable(self, error: httpx.HTTPError) -> ServiceUnreachable:
         cause = str(error) or type(error).__name__
@@ -215,9 +258,7 @@ def _require_success(response: httpx.Response) -> None:
         advice = "" if "autotune device enroll" in detail else f"; {way_out}"
         raise EnrolmentRefused(f"the service refused this agent: {detail}{advice}")
     if response.status_code == 426:
-        raise IncompatibleProtocol(
-            f"the service does not speak protocol version {PROTOCOL_VERSION}: {detail}"
-        )
+        raise IncompatibleProtocol(f"the service wants another release of the agent: {detail}")
     raise ServiceUnreachable(f"the service answered {response.status_code}: {detail}")
 
 

@@ -101,7 +101,7 @@ def test_the_probe_shows_the_device_and_its_runtimes():
 
 
 def test_every_outcome_of_a_measurement_has_a_documented_exit_code():
-    agents_own = {Outcome.LOST, Outcome.CANCELLED}
-    assert set(OUTCOME_EXIT_CODES) == {str(x) for x in Outcome} - agents_own
+    services_own = {Outcome.LOST, Outcome.CANCELLED, Outcome.QUARANTINED}
+    assert set(OUTCOME_EXIT_CODES) == {str(x) for x in Outcome} - services_own
     documented = {int(number) for number in re.findall(r"\b\d+\b", EXIT_CODES)}
     assert set(OUTCOME_EXIT_CODES.values()) <= documented

@@ -27,6 +27,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import logging
 import random
 import statistics
 import subprocess
@@ -62,6 +63,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 def main() -> int:
     benchmark = start("candidate_build", "Building a candidate, against quantize_static.")
+    logging.getLogger().setLevel(logging.ERROR)  # two lines of advice per quantize_static
     size = QUICK_SIZE if benchmark.quick else SIZE
     one_group(benchmark, size)
     for name in QUICK_MODELS if benchmark.quick else MODELS:
@@ -97,9 +99,11 @@ def measure_model(benchmark: Benchmark, name: str, size: int) -> None:
             "cached": lambda plan: oracle.cached(nodes_of(graph, plan)),
             "plain": lambda plan: oracle.plain(nodes_of(graph, plan)),
         }
-        rows = []
+        rows: list[dict[str, float]] = []
+        benchmark.raw[name] = {"seconds": rows, "size": size}
         for index, plan in enumerate(plans):
             rows.append(take_turns(builders, plan, first=index))
+            benchmark.save()
             benchmark.say(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in rows[-1].items()))
     checked = [
         timed(lambda plan=plan: effective_precisions(graph.emit(plan), graph.units.values(), plan))
@@ -113,13 +117,11 @@ def measure_model(benchmark: Benchmark, name: str, size: int) -> None:
     benchmark.add(
         f"{name}.peak_memory_ratio", Figure(value=peak["extra_bytes"] / path.stat().st_size, n=1)
     )
-    benchmark.raw[name] = {
-        "seconds": rows,
+    benchmark.raw[name] |= {
         "calibrate_s": calibrate_s,
         "checked_ms": 1e3 * statistics.median(checked),
         "sha256_ms": 1e3 * statistics.median(hashed),
         "memory": {**peak, "fp32_file_bytes": path.stat().st_size},
-        "size": size,
     }
 
 

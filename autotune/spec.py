@@ -30,6 +30,7 @@ from search_spaces.errors import InvalidChoice
 JOB_VERSION: Literal[1] = 1
 # Version 1 (2026-11-21): model, data, device, latency_budget, search, recovery, measurement.
 # 2026-11-21: search.prune_importance (before it, l2) and recovery.patience (before it, 3).
+# 2026-11-21: search.runtimes (before it, onnxruntime alone).
 # 2026-11-21: search.objectives, and precisions with options; a job without them means the same.
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
@@ -107,6 +108,9 @@ class SearchSpec(_Section):
     """How pruning ranks channels: by the `l1` or `l2` norm of their weights, by the `taylor`
     expansion of the loss (gradients of training samples, or of calibration samples where there
     is no training data), or by the scale of their `batch_norm` (`l2` in groups without one)."""
+    runtimes: tuple[str, ...] = Field(default=("onnxruntime",), min_length=1)
+    """Runtimes that compete on the device: `onnxruntime`, `openvino`, or a vendor's by its name.
+    The service's host needs each of them too, to judge accuracy in the one that ships."""
     threads: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     """Numbers of threads that the runtime may use on the device."""
     trials: int = Field(default=40, ge=1)

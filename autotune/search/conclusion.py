@@ -13,6 +13,7 @@ from autotune.api_types import JobResult, TargetResult
 from autotune.compression.kernels import X86_VNNI, KernelClass, why_not_faster
 from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.front import Answer, blocking_groups
+from autotune.search.runtimes import asked_for
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
 from search_spaces import (
@@ -20,7 +21,6 @@ from search_spaces import (
     LayerInventory,
     PerBlock,
     Precision,
-    RuntimeOptions,
     SearchSpace,
     can_take,
 )
@@ -46,7 +46,7 @@ def build_space(
         inventory,
         precisions=[Precision.parse(name) for name in spec.search.precisions],
         prune_ratios=spec.search.prune_ratios,
-        runtimes=[RuntimeOptions(threads=threads) for threads in spec.search.threads or (1,)],
+        runtimes=asked_for(spec.search),
         is_offered=lambda group, precision: _why_left_out(spec, group, precision, kernels) is None,
     )
 

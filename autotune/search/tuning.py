@@ -34,6 +34,7 @@ from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.proposals import BATCH, Proposals
+from autotune.search.runtimes import contending, require_judges
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.targets import (
     View,
@@ -124,6 +125,7 @@ class Tuning:
         require_different(self._devices, self._spec.targets)
         inspection = self._inspect(self._load())
         require_runtimes(self._devices, self._space)
+        require_judges(self._space)
         evaluation = self._baselines(inspection)
         if not self._is_over():
             entries = self._sensitivity(inspection.inventory)
@@ -251,7 +253,7 @@ class Tuning:
     ) -> None:
         self._enter("search")
         proposals = Proposals(
-            space=self._space,
+            space=contending(self._space, self._trials()),
             inventory=inventory,
             bases=bases,
             damage=damage,

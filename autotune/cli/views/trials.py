@@ -81,6 +81,17 @@ def threads(trial: Trial) -> int:
     return int(trial.candidate.get("runtime", {}).get("threads", 1))
 
 
+def runtime(trial: Trial) -> str:
+    """The runtime's name; onnxruntime where the candidate does not say."""
+    return str(trial.candidate.get("runtime", {}).get("runtime", "onnxruntime"))
+
+
+def runtime_text(trial: Trial) -> str:
+    """The runtime with its threads where they are not the usual one."""
+    n = threads(trial)
+    return runtime(trial) if n == 1 else f"{runtime(trial)}, {n} threads"
+
+
 def latency_text(trial: Trial) -> str:
     """The p50 interval in ms, marked where it is unsteady."""
     text = figures.milliseconds(trial.latency_ns)
@@ -146,6 +157,7 @@ TRIAL_FIELDS: list[Field[Trial]] = [
     Field(name="size_bytes", value=lambda t: t.artifact_size_bytes),
     Field(name="groups", value=group_counts),
     Field(name="pruning", value=prune_summary),
+    Field(name="runtime", value=runtime),
     Field(name="threads", value=threads),
     Field(name="candidate_digest", value=lambda t: t.candidate_digest),
     Field(name="artifact_sha256", value=lambda t: t.artifact_sha256),
@@ -168,6 +180,7 @@ TRIALS: View[Trial] = View(
         ),
         Column(title="groups", text=group_counts),
         Column(title="pruned", text=prune_summary, secondary=True),
+        Column(title="runtime", text=runtime_text, secondary=True),
         Column(title="by", text=lambda t: t.proposed_by, secondary=True),
         Column(title="front", text=lambda t: "yes" if t.is_on_front else ""),
     ],
@@ -211,7 +224,7 @@ TRIAL: View[Trial] = View(
         Column(title="inside the budget", text=lambda t: _claim(t.is_feasible)),
         Column(title="on the front", text=lambda t: _claim(t.is_on_front)),
         Column(title="size", text=lambda t: figures.size(t.artifact_size_bytes)),
-        Column(title="threads", text=lambda t: str(threads(t))),
+        Column(title="runtime", text=runtime_text),
         Column(title="groups", text=group_counts),
         Column(title="pruned", text=prune_summary),
         Column(title="channels kept", text=kept_channels),

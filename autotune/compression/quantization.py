@@ -41,7 +41,7 @@ from autotune.compression.placement import place
 from autotune.compression.rounding import Rounding
 from autotune.compression.units import Unit, WeightedNode, find_units
 from autotune.compression.wide import place_wide
-from autotune.compression.wire import assemble, shell
+from autotune.compression.wire import assemble, settle_allocator, shell
 from autotune.errors import CompressionError
 from search_spaces import FP32, LayerKind, PerBlock, Precision
 
@@ -88,7 +88,7 @@ class QuantizableGraph:
         self._shells: dict[tuple[bool, str | None], tuple[bytes, bytes]] = {}
         n_weights = sum(math.prod(i.dims) for i in self._fp32.light.graph.initializer)
         self._kept = KeptParts(int(_KEPT_SHARE * n_weights))
-        _settle_allocator(len(file))
+        settle_allocator(len(file))
 
     @property
     def fp32(self) -> bytes:
@@ -192,15 +192,3 @@ class QuantizableGraph:
                 f"layer group {group!r} cannot take fp16: {layer.name!r} has values up to "
                 f"{largest:g}, and 16-bit floats end at {_LARGEST_HALF:g}"
             )
-
-
-def _settle_allocator(largest_bytes: int) -> None:
-    """Have candidates of up to that size share one place in memory, one after the other.
-
-    glibc gives a buffer above a threshold pages of its own, and raises the threshold to that
-    buffer's size when it is freed (mallopt(3), M_MMAP_THRESHOLD). Candidates of growing size
-    would lie now beside the heap, now in it, and the heap would keep the room of the largest
-    one all the while: 15 MB more for mobilenet_v2. Pages that nobody writes to cost nothing.
-    """
-    room = bytes(largest_bytes)
-    del room

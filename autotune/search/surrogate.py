@@ -59,16 +59,43 @@ class Link:
     is_boundary: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
     """The predicted mean as a sum of tables: `(n_options,)` per factor, a matrix per pair of them.
 
-    A matrix stands for both directions: its rows are the options of the pair's first factor.
+    A matrix's rows are the options of the pair's first factor.
     """
 
-    base: float
-    singles: tuple[np.ndarray, ...]
-    pairs: Mapping[tuple[int, int], np.ndarray]
+    def __init__(
+        self,
+        base: float,
+        singles: Sequence[np.ndarray],
+        pairs: Mapping[tuple[int, int], np.ndarray],
+    ) -> None:
+        self.base, self.singles, self.pairs = base, tuple(singles), dict(pairs)
+        self._around: list[list[tuple[int, np.ndarray]]] = [[] for _ in singles]
+        for (first, second), table in pairs.items():
+            self._around[first].append((second, table.T))
+            self._around[second].append((first, table))
+
+    def conditional(self, points: np.ndarray, column: int, *, but: int = -1) -> np.ndarray:
+        """What each option of one factor adds where the others stay, `(n, n_options)`.
+
+        Its pair with the factor `but` is left out.
+        """
+        total = np.tile(self.singles[column], (len(points), 1))
+        for other, table in self._around[column]:
+            if other != but:
+                total += table[points[:, other]]
+        return total
+
+    def at(self, points: np.ndarray) -> np.ndarray:
+        """The sum at each point, `(n,)`."""
+        total = np.full(len(points), self.base)
+        for column, table in enumerate(self.singles):
+            total += table[points[:, column]]
+        for (first, second), table in self.pairs.items():
+            total += table[points[:, first], points[:, second]]
+        return total
 
 
 class Features:
@@ -191,14 +218,11 @@ class Surrogate:
             own = table @ w[where] + (w[-2] * table[..., 0] if link.is_boundary else 0.0)
             pair = (link.first, link.second)
             pairs[pair] = pairs[pair] + own if pair in pairs else own
-        return Energy(
-            base=self.base,
-            singles=tuple(
-                table @ w[where] + trust * factor.effects
-                for factor, table, where in zip(f.factors, f.singles, f.slices[:n], strict=True)
-            ),
-            pairs=pairs,
-        )
+        singles = [
+            table @ w[where] + trust * factor.effects
+            for factor, table, where in zip(f.factors, f.singles, f.slices[:n], strict=True)
+        ]
+        return Energy(self.base, singles, pairs)
 
     def believing(self, point: np.ndarray) -> Surrogate:
         """The model after a measurement that gives what is predicted: the mean stays.

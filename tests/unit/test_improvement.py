@@ -9,13 +9,12 @@ import pytest
 
 from autotune.search.improvement import (
     Landscape,
-    descended,
     expected_improvement,
     front_of,
     hypervolume,
     most_promising,
     neighbours,
-    value_of,
+    weighted_optima,
 )
 from autotune.search.surrogate import Energy, Factor, Features, Surrogate
 
@@ -59,21 +58,37 @@ def test_the_front_ignores_order_and_copies() -> None:
     assert front_of(rows).tolist() == front_of(rows[::-1]).tolist() == [[1.0, 2.0], [2.0, 1.0]]
 
 
-def test_the_optimum_of_a_chain_is_the_best_of_all_points() -> None:
+def chain(rng: np.random.Generator) -> Energy:
+    return Energy(
+        0.0,
+        [rng.normal(size=3) for _ in range(5)],
+        {(i, i + 1): 0.3 * rng.normal(size=(3, 3)) for i in range(4)},
+    )
+
+
+def test_the_optima_of_chains_are_nearly_the_best_of_all_points() -> None:
     rng = np.random.default_rng(0)
+    everything = np.array(list(itertools.product(range(3), repeat=5)))
+    weights = np.array([0.1, 1.0, 10.0])
+    misses = []
     for _ in range(20):
-        energy = Energy(
-            base=0.0,
-            singles=tuple(rng.normal(size=3) for _ in range(5)),
-            pairs={(i, i + 1): 0.3 * rng.normal(size=(3, 3)) for i in range(4)},
-        )
-        found = descended(energy, np.zeros(5, dtype=int))
-        value = value_of(energy, found)
-        around = [value_of(energy, p) for p in neighbours(found, (3,) * 5)]
-        everything = [np.array(p) for p in itertools.product(range(3), repeat=5)]
-        best = min(value_of(energy, p) for p in everything)
-        assert value <= min(around)
-        assert value <= best + 0.5  # local, but near
+        first, second = chain(rng), chain(rng)
+        found = weighted_optima(first, second, np.zeros((1, 5), dtype=int), weights)
+        for point, weight in zip(found, weights, strict=True):
+            best = (first.at(everything) + weight * second.at(everything)).min()
+            own = first.at(point[None]) + weight * second.at(point[None])
+            misses.append(float(own[0] - best) / (1 + weight))
+    assert min(misses) >= -1e-12
+    assert np.mean([miss < 1e-9 for miss in misses]) >= 0.9
+    assert max(misses) < 0.5
+
+
+def test_neighbours_come_with_the_means_of_the_tables() -> None:
+    rng = np.random.default_rng(3)
+    first, second = chain(rng), chain(rng)
+    points, means = neighbours(first, second, np.array([[0, 1, 2, 0, 1], [2, 2, 2, 2, 2]]))
+    assert len(points) == 2 * 5 * 2
+    assert means == pytest.approx(np.column_stack([first.at(points), second.at(points)]))
 
 
 def landscape() -> tuple[Landscape, np.ndarray]:

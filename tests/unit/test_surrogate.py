@@ -57,13 +57,7 @@ def test_it_is_surest_where_it_has_measured() -> None:
 
 def test_its_tables_add_up_to_its_mean() -> None:
     model, points = fitted()
-    energy = model.energy()
-    total = np.full(len(points), energy.base)
-    for column, table in enumerate(energy.singles):
-        total += table[points[:, column]]
-    for (first, second), table in energy.pairs.items():
-        total += table[points[:, first], points[:, second]]
-    assert total == pytest.approx(model.predict(points)[0], abs=1e-9)
+    assert model.energy().at(points) == pytest.approx(model.predict(points)[0], abs=1e-9)
 
 
 def test_believing_a_prediction_moves_no_mean_and_narrows_the_deviation() -> None:

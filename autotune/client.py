@@ -38,6 +38,7 @@ from autotune.api_types import (
     Front,
     Health,
     Job,
+    Portability,
     Problem,
     Sensitivity,
     Trial,
@@ -214,13 +215,18 @@ class Client:
         return self._get(f"/v1/jobs/{_quoted(reference)}/trials/{_quoted(str(trial))}", Trial)
 
     def front(
-        self, reference: str, budget: str | None = None, max_drop: float | None = None
+        self,
+        reference: str,
+        budget: str | None = None,
+        max_drop: float | None = None,
+        *,
+        device: str | None = None,
     ) -> Front:
         """The front and the answer under `budget` (`3ms`, `0.5x`) and accuracy drop (fraction).
 
-        What is left out is the job's own.
+        What is left out is the job's own; on several devices it is the worst one's front.
         """
-        asked = {"latency_budget": budget, "max_accuracy_drop": max_drop}
+        asked = {"latency_budget": budget, "max_accuracy_drop": max_drop, "device": device}
         params = {name: value for name, value in asked.items() if value is not None}
         return self._get(f"/v1/jobs/{_quoted(reference)}/front", Front, params=params)
 
@@ -231,19 +237,25 @@ class Client:
         *,
         budget: str | None = None,
         select: str | None = None,
+        device: str | None = None,
     ) -> Path:
         """Write a trial's bundle: a zip where `path` ends in `.zip`, else a folder.
 
         The trial is the answer to `budget`, or `select` (`knee`, `fastest`, `most-accurate`,
-        a trial), or the job's winner. An earlier bundle at `path` is replaced.
+        a trial), or the job's winner; on `device` alone, in the file for it, where one of
+        several is named. An earlier bundle at `path` is replaced.
 
         Raises:
             BundleError: something that is not a bundle is at `path`, or it cannot be written.
         """
-        asked = {"budget": budget, "select": select}
+        asked = {"budget": budget, "select": select, "device": device}
         body = {name: value for name, value in asked.items() if value is not None}
         response = self._request("POST", f"/v1/jobs/{_quoted(reference)}/export", json=body)
         return _write_bundle(Path(path), response.content)
+
+    def portability(self, reference: str) -> Portability:
+        """What the winner on each device of a job costs on the others."""
+        return self._get(f"/v1/jobs/{_quoted(reference)}/portability", Portability)
 
     def sensitivity(self, reference: str) -> list[Sensitivity]:
         """What each choice for one group does; JobNotReady where nothing is known yet."""
@@ -254,16 +266,18 @@ class Client:
         path = f"/v1/jobs/{_quoted(reference)}/sensitivity/heat-map"
         return self._request("GET", path, params={"form": form}).content
 
-    def report(self, reference: str) -> str:
-        """The job's report: one HTML page."""
-        return self._request("GET", f"/v1/jobs/{_quoted(reference)}/report").text
+    def report(self, reference: str, *, device: str | None = None) -> str:
+        """The job's report, about `device` where it has several: one HTML page."""
+        params = {} if device is None else {"device": device}
+        return self._request("GET", f"/v1/jobs/{_quoted(reference)}/report", params=params).text
 
-    def verify(self, reference: str, model: bytes) -> Verification:
+    def verify(self, reference: str, model: bytes, *, device: str | None = None) -> Verification:
         """Measure a bundle's model again, on the job's device and on held-out data."""
         return self._send(
             "POST",
             f"/v1/jobs/{_quoted(reference)}/verify",
             Verification,
+            params={} if device is None else {"device": device},
             content=model,
             headers={"Content-Type": "application/octet-stream"},
             timeout=httpx.Timeout(self._timeout_s, read=VERIFY_TIMEOUT_S),

@@ -342,6 +342,18 @@ def parse_job(document: Mapping[str, Any]) -> JobSpec:
         raise InvalidJob("the job is not valid:\n" + "\n".join(f"  {x}" for x in lines)) from error
 
 
+def measured_on(spec: JobSpec, devices: Sequence[str]) -> JobSpec:
+    """The same job on other devices; on its own where none is given.
+
+    Raises:
+        InvalidJob: one is named twice, or the job has budgets for devices of other names.
+    """
+    if not devices:
+        return spec
+    named = devices[0] if len(devices) == 1 else list(devices)
+    return parse_job({**spec.model_dump(mode="json"), "device": named})
+
+
 def map_files(spec: JobSpec, change: Callable[[str], str]) -> JobSpec:
     """The same job with `change` applied to every path of a file that it names."""
 

@@ -23,17 +23,24 @@ def job() -> None:
 
 @job.command("submit")
 @click.argument("job_file", type=click.Path(path_type=Path), metavar="JOB.yaml")
+@click.option(
+    "--device",
+    "devices",
+    metavar="NAME",
+    multiple=True,
+    help="Measure on this device instead of the file's; repeat it for several.",
+)
 @click.option("--watch", is_flag=True, help="Follow the job until it ends.")
 @shared_options
 @click.pass_obj
-def submit(session: Session, job_file: Path, watch: bool) -> None:
+def submit(session: Session, job_file: Path, devices: tuple[str, ...], watch: bool) -> None:
     """Submit the job of a job file; print its id.
 
     The files that the job names are uploaded where the service does not have them.
     """
-    from autotune.spec import read_job
+    from autotune.spec import measured_on, read_job
 
-    spec = read_job(job_file)
+    spec = measured_on(read_job(job_file), devices)
     client = session.client()
     submitted = client.submit(spec)
     if session.output_format == "table":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autotune.api_types import Interval, JobResult, Trial
+from autotune.api_types import Interval, JobResult, JobTarget, Trial
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
 from autotune.cli.views.trials import TRIAL_FIELDS, group_counts, latency_text, prune_summary
@@ -99,6 +99,23 @@ FRONT: View[FrontRow] = View(
 )
 """Confirmed latency and held-out accuracy where there are some, else the search's own: the
 same rule as in the bundle and the report."""
+
+
+def on_devices(view: View[FrontRow], targets: Sequence[JobTarget]) -> View[FrontRow]:
+    """The view with the device that each trial's latency is about, in a job on several."""
+    if len(targets) < 2:
+        return view
+    names = {target.device_id: target.device_name for target in targets}
+
+    def device(row: FrontRow) -> str:
+        return names.get(row.trial.device_id or "", figures.MISSING)
+
+    place = next(i for i, column in enumerate(view.columns) if column.title.startswith("p50"))
+    columns = list(view.columns)
+    columns.insert(place, Column(title="worst on", text=device))
+    return replace(
+        view, columns=columns, fields=[*view.fields, Field(name="worst_device", value=device)]
+    )
 
 
 def front_rows(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from autotune.api_types import Job
+from collections.abc import Callable
+
+from autotune.api_types import Job, JobTarget
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
 
@@ -26,6 +28,24 @@ def _verdict(job: Job) -> str:
         return figures.MISSING
     missed = job.result.missed_by_ns
     return f"{job.result.verdict}{f', missed by {figures.latency(missed)}' if missed else ''}"
+
+
+def _on_each(figure: Callable[[JobTarget], float | None]) -> Callable[[Job], str]:
+    """A latency of each target; with the devices' names where there are several."""
+
+    def text(job: Job) -> str:
+        shown = [(t.device_name, figures.latency(figure(t))) for t in job.targets]
+        if len(shown) < 2:
+            return shown[0][1] if shown else figures.MISSING
+        return ", ".join(f"{latency} on {name}" for name, latency in shown)
+
+    return text
+
+
+def _on_each_device(job: Job) -> str:
+    names = {target.device_id: target.device_name for target in job.targets}
+    found = job.result.targets if job.result else []
+    return "; ".join(f"{names[t.device_id]}: {t.explanation}" for t in found) or figures.MISSING
 
 
 _JOB_FIELDS: list[Field[Job]] = [
@@ -83,12 +103,13 @@ JOB: View[Job] = View(
         Column(title="front", text=lambda j: f"{j.progress.front_size} trials"),
         Column(title="hypervolume", text=lambda j: figures.optional(j.progress.hypervolume)),
         Column(title="device", text=lambda j: j.progress.device_name or figures.MISSING),
-        Column(title="latency budget", text=lambda j: figures.latency(j.latency_budget_ns)),
-        Column(title="FP32 latency", text=lambda j: figures.latency(j.fp32_latency_ns)),
+        Column(title="latency budget", text=_on_each(lambda target: target.latency_budget_ns)),
+        Column(title="FP32 latency", text=_on_each(lambda target: target.fp32_latency_ns)),
         Column(title="elapsed", text=lambda j: figures.seconds(j.progress.elapsed_s)),
         Column(title="time left", text=lambda j: figures.seconds(j.progress.time_left_s)),
         Column(title="verdict", text=_verdict),
         Column(title="why", text=lambda j: j.result.explanation if j.result else figures.MISSING),
+        Column(title="on each device", text=_on_each_device, secondary=True),
         Column(title="notices", text=lambda j: "; ".join(j.notices) or "none"),
     ],
     fields=_JOB_FIELDS,

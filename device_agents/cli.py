@@ -17,7 +17,12 @@ import click
 
 if TYPE_CHECKING:
     from device_agents.measurement import MeasurementOutcome
-    from device_agents.protocol import LatencyReport, Profile
+    from device_agents.protocol import (
+        DeviceDescription,
+        KernelSpeed,
+        LatencyReport,
+        Profile,
+    )
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot be read,
@@ -95,7 +100,7 @@ def run(
         cache_max_bytes=int(cache_gb * 1e9),
     )
     try:
-        agent = Agent(settings, say=_say)
+        agent = Agent(settings, say=_say, describe=_described)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.stop())
         agent.run()
@@ -189,24 +194,30 @@ def measure(
 @main.command()
 @_output_option
 def probe(output: str) -> None:
-    """Show what this device is and which runtimes load on it."""
-    from device_agents.conditions import read_conditions
-    from device_agents.device import describe_device
+    """Show what this device is, which runtimes load on it, and which precisions are faster.
 
-    device = describe_device()
+    The last takes a minute at most and is measured once.
+    """
+    from device_agents.conditions import read_conditions
+
+    device = _described()
     if output == "json":
         document = {"device": device.model_dump(mode="json"), "conditions": read_conditions()}
         click.echo(json.dumps(document, indent=2))
         return
-    rows = {key: value for key, value in device.model_dump().items() if key != "runtimes"}
+    lists = ("runtimes", "kernel_speeds")
+    rows = {key: value for key, value in device.model_dump().items() if key not in lists}
     rows["cpu_flags"] = " ".join(device.cpu_flags)
     rows |= {
         f"runtime {x.name}": f"{x.version} ({', '.join(x.providers)})" for x in device.runtimes
     }
+    rows |= {
+        f"{x.runtime} {x.operator} {x.precision}": _speed_text(x) for x in device.kernel_speeds
+    }
     conditions = read_conditions()
     missing = conditions.pop("missing")
     rows |= conditions | {key: f"not available: {reason}" for key, reason in missing.items()}
-    click.echo("\n".join(f"{key:<24}{value}" for key, value in rows.items()))
+    click.echo("\n".join(f"{key:<34}{value}" for key, value in rows.items()))
 
 
 @main.command(epilog=EXIT_CODES)
@@ -261,6 +272,23 @@ def unit(service: str, state_dir: Path, name: str | None, user: str | None) -> N
     _say(
         f"put this into {where}/autotune-agent.service, then: {manager} enable --now autotune-agent"
     )
+
+
+def _described() -> DeviceDescription:
+    """What this device is, with the speeds of its kernels."""
+    from device_agents.device import describe_device
+    from device_agents.kernel_benchmark import cache_folder, remembered
+
+    return describe_device(
+        speeds=lambda fingerprint, builds: remembered(cache_folder(), fingerprint, builds, say=_say)
+    )
+
+
+def _speed_text(speed: KernelSpeed) -> str:
+    if speed.ratio is None or speed.ratio_low is None or speed.ratio_high is None:
+        return f"not measured: {speed.missing}"
+    bounds = f"{speed.ratio_low:.3g} to {speed.ratio_high:.3g}"
+    return f"{speed.ratio:.3g} ({bounds}) of FP32's time"
 
 
 def _as_json(ended: MeasurementOutcome) -> str:

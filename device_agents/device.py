@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from device_agents.conditions import ROOT, Memory, NotAvailable
-from device_agents.protocol import DeviceDescription, RuntimeBuild
+from device_agents.protocol import DeviceDescription, KernelSpeed, RuntimeBuild
 from device_agents.runtimes import runtime_names
 
 KERNEL_FLAGS = frozenset(
@@ -98,9 +98,15 @@ def fingerprint(**fields: Any) -> str:
 
 
 def describe_device(
-    root: Path = ROOT, *, probe: Callable[[], Sequence[RuntimeBuild]] | None = None
+    root: Path = ROOT,
+    *,
+    probe: Callable[[], Sequence[RuntimeBuild]] | None = None,
+    speeds: Callable[[str, Sequence[RuntimeBuild]], Sequence[KernelSpeed]] | None = None,
 ) -> DeviceDescription:
     """What this device is. `probe` finds the runtimes; None asks `probe_runtimes`.
+
+    `speeds` takes the fingerprint and the runtimes and measures their kernels; None leaves
+    them unmeasured.
 
     The fingerprint covers what decides about latency: CPU, memory (whole GiB, because kernels
     reserve different amounts of it) and the runtime builds. A new kernel is the same device.
@@ -114,6 +120,11 @@ def describe_device(
         "cpu_flags": processor.kernel_flags(),
         "logical_cpus": _usable_cpus(),
     }
+    digest = fingerprint(
+        **decisive,
+        memory_gib=round(memory_bytes / 2**30),
+        runtimes=sorted((build.name, build.version) for build in runtimes),
+    )
     return DeviceDescription(
         hostname=socket.gethostname(),
         host_id=host_id(root),
@@ -123,11 +134,8 @@ def describe_device(
         python=platform.python_version(),
         agent_version=agent_version(),
         runtimes=runtimes,
-        fingerprint=fingerprint(
-            **decisive,
-            memory_gib=round(memory_bytes / 2**30),
-            runtimes=sorted((build.name, build.version) for build in runtimes),
-        ),
+        kernel_speeds=tuple(speeds(digest, runtimes)) if speeds else (),
+        fingerprint=digest,
         **decisive,
     )
 

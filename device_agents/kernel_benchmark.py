@@ -1,0 +1,176 @@
+"""Which precisions are really faster on this device, per kind of operator.
+
+Owns the micro-benchmark: small models (`kernel_models/`, four layers of a kind in a row) timed
+against their FP32 twins in each runtime, in a process of its own. A table of processors says
+what could be fast; this says what is. What follows for a search is the service's to decide.
+
+Run as `python -m device_agents.kernel_benchmark RUNTIME...`: one line of JSON per figure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from device_agents.files import durable_file
+from device_agents.protocol import KernelSpeed, RuntimeBuild
+
+MODELS = Path(__file__).parent / "kernel_models"
+SPEEDS_VERSION = 1
+# Version 1 (2026-11-21): {"version", "speeds": [KernelSpeed, ...]}; the file's name holds a digest
+# of the device and its runtimes.
+
+LIMIT_S = 60.0
+"""What the whole benchmark may take; figures that are missing then are told as missing."""
+PAIR_S = 0.25
+"""Timing of one model against its twin. Four sessions of each and some ten pairs of blocks: an
+idle core gives ±5 %, which tells a factor of 3 from 1; a busy one an interval that says so."""
+TARGET_HALF_WIDTH = 0.05
+PROVIDER = "CPUExecutionProvider"
+UNMEASURED = ("simulated",)
+"""Runtimes that have no kernels."""
+
+
+def kernel_speeds(
+    builds: Sequence[RuntimeBuild], *, limit_s: float = LIMIT_S
+) -> tuple[KernelSpeed, ...]:
+    """The figures of every runtime that was found here; takes some ten seconds for each.
+
+    A runtime that dies on a model costs the figures behind it, no more.
+    """
+    deadline_s = time.monotonic() + limit_s
+    found: list[KernelSpeed] = []
+    for build in builds:
+        if build.name not in UNMEASURED and PROVIDER in build.providers:
+            found += _in_a_child(build.name, limit_s=deadline_s - time.monotonic())
+    return tuple(found)
+
+
+def remembered(
+    folder: Path,
+    fingerprint: str,
+    builds: Sequence[RuntimeBuild],
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[KernelSpeed, ...]:
+    """`kernel_speeds`, measured once per fingerprint and kept in `folder`; `say` tells people.
+
+    What cannot be read is measured again; what cannot be kept is measured the next time.
+    """
+    path = folder / f"kernel-speeds-{fingerprint[:16]}.json"
+    speeds = TypeAdapter(tuple[KernelSpeed, ...])
+    try:
+        document = json.loads(path.read_bytes())
+        if document["version"] == SPEEDS_VERSION:
+            return speeds.validate_python(document["speeds"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        pass
+    say(f"measuring which precisions are faster here (once, {LIMIT_S:g} s at most)")
+    found = kernel_speeds(builds)
+    text = json.dumps({"version": SPEEDS_VERSION, "speeds": speeds.dump_python(found)})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with durable_file(path) as file:
+            file.write(text.encode())
+    except OSError:
+        pass
+    return found
+
+
+def cache_folder() -> Path:
+    """Where figures are kept: the user's cache (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "edge-autotune"
+
+
+def _in_a_child(runtime: str, *, limit_s: float) -> list[KernelSpeed]:
+    command = [sys.executable, "-m", "device_agents.kernel_benchmark", runtime]
+    child = subprocess.Popen(  # noqa: S603 - our own module
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+    )
+    try:
+        output, _ = child.communicate(timeout=max(0.0, limit_s))
+        end = f"the benchmark ended with code {child.returncode}"
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, _ = child.communicate()
+        end = f"the {LIMIT_S:g} s for all figures were over"
+    found = [KernelSpeed.model_validate_json(line) for line in _whole_lines(output)]
+    told = {(speed.operator, speed.precision) for speed in found}
+    return found + [
+        KernelSpeed(runtime=runtime, operator=operator, precision=precision, missing=end)
+        for operator, precision, _ in _variants()
+        if (operator, precision) not in told
+    ]
+
+
+def _whole_lines(output: bytes) -> list[bytes]:
+    """Without the line that a killed process was writing."""
+    return [line for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _variants() -> Iterator[tuple[str, str, Path]]:
+    """Operator, precision and file of every model that has an FP32 twin."""
+    for path in sorted(MODELS.glob("*.onnx")):
+        operator, precision, _ = path.name.split(".")
+        if precision != "fp32":
+            yield operator, precision.replace("-", "/"), path
+
+
+def main(runtimes: Sequence[str]) -> int:
+    """Write the figures of these runtimes."""
+    for runtime in runtimes:
+        for operator, precision, path in _variants():
+            figures = _compare(runtime, path, MODELS / f"{operator}.fp32.onnx")
+            speed = KernelSpeed(runtime=runtime, operator=operator, precision=precision, **figures)
+            sys.stdout.write(speed.model_dump_json() + "\n")
+            sys.stdout.flush()
+    return 0
+
+
+def _compare(runtime_name: str, path: Path, twin: Path) -> dict[str, Any]:
+    """Ratio and interval of the model's latency to its twin's; why not, where there are none."""
+    from device_agents.errors import RuntimeUnavailable
+    from device_agents.feeds import make_feeds
+    from device_agents.latency import ratio_interval
+    from device_agents.runtimes import (
+        InvalidArtifact,
+        RuntimeOptions,
+        UnsupportedModel,
+        load_runtime,
+    )
+    from device_agents.sampling import Call, SamplingPlan, Subject, sample
+    from device_agents.watch import DeviceWatch
+
+    options = RuntimeOptions(provider=PROVIDER, threads=1)
+    files: dict[Subject, Path] = {"candidate": path, "reference": twin}
+    plan = SamplingPlan(
+        target_half_width=TARGET_HALF_WIDTH, time_cap_s=PAIR_S, min_blocks=8, seed=0
+    )
+    try:
+        runtime = load_runtime(runtime_name)
+
+        def load() -> dict[Subject, Call]:
+            sessions = {subject: runtime.load(file, options) for subject, file in files.items()}
+            return {s: x.bind(make_feeds(x.inputs, seed=0)) for s, x in sessions.items()}
+
+        watch = runtime.watch or DeviceWatch()
+        sampled = sample(load, plan, runtime.clock, watch=watch)
+        interval = ratio_interval(sampled.blocks, seed=0)
+    except (RuntimeUnavailable, InvalidArtifact, UnsupportedModel) as error:
+        return {"missing": str(error)}
+    except Exception as error:  # noqa: BLE001 - whatever else a runtime raises on this model
+        return {"missing": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"ratio": interval.center, "ratio_low": interval.low, "ratio_high": interval.high}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

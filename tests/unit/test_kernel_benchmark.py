@@ -1,0 +1,95 @@
+"""The kernel benchmark: its models, its figures, and where they are kept."""
+
+from collections import Counter
+
+import pytest
+
+from autotune.compression.effective import optimized_graph
+from autotune.compression.kernel_models import FOLDER, LAYERS, make_models
+from device_agents import kernel_benchmark
+from device_agents.kernel_benchmark import kernel_speeds, remembered
+from device_agents.protocol import KernelSpeed, RuntimeBuild
+
+SPEED = KernelSpeed(
+    runtime="onnxruntime", operator="matmul", precision="w4", ratio=0.3, ratio_low=0.2,
+    ratio_high=0.4,
+)  # fmt: skip
+
+
+def build(name, *providers):
+    return RuntimeBuild(name=name, version="1", providers=providers or ("CPUExecutionProvider",))
+
+
+def test_the_shipped_models_are_those_that_the_script_makes():
+    shipped = {path.name: path.read_bytes() for path in FOLDER.glob("*.onnx")}
+    assert shipped == make_models()
+    assert max(map(len, shipped.values())) < 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("conv3x3.w8a8-u8s8", "QLinearConv"),
+        ("conv1x1.w8a8-u8s8", "QLinearConv"),
+        ("depthwise.w8a8-u8s8", "QLinearConv"),
+        ("matmul.w8a8-u8s8", "QLinearMatMul"),
+        ("matmul.w4", "MatMulNBits"),
+        ("conv3x3.fp32", "Conv"),
+    ],
+)
+def test_onnxruntime_executes_the_models_in_the_kernels_that_they_are_about(name, kernel):
+    nodes = optimized_graph(make_models()[f"{name}.onnx"]).graph.node
+    assert Counter(node.op_type for node in nodes)[kernel] == LAYERS
+
+
+def test_a_runtime_that_does_not_load_leaves_a_reason_for_every_figure():
+    found = kernel_speeds([build("no-such-runtime")])
+    assert len(found) == 14
+    assert all("no-such-runtime" in speed.missing for speed in found)
+
+
+def test_runtimes_without_kernels_are_left_out():
+    assert kernel_speeds([build("simulated"), build("far", "NPUExecutionProvider")]) == ()
+
+
+def test_what_the_time_limit_cuts_off_is_told_as_missing():
+    found = kernel_speeds([build("onnxruntime")], limit_s=0.0)
+    assert {speed.ratio for speed in found} == {None}
+    assert "were over" in found[0].missing
+
+
+def test_a_figure_compares_a_model_with_its_twin(monkeypatch):
+    monkeypatch.setattr(kernel_benchmark, "PAIR_S", 0.05)
+    model = FOLDER / "conv1x1.w8a8-u8s8.onnx"
+    found = kernel_benchmark._compare("onnxruntime", model, FOLDER / "conv1x1.fp32.onnx")
+    assert 0 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        kernel_benchmark, "kernel_speeds", lambda builds: calls.append(builds) or (SPEED,)
+    )
+    return calls
+
+
+def test_the_figures_of_a_device_are_measured_once(measured, tmp_path):
+    said = []
+    for _ in range(2):
+        assert remembered(tmp_path, "f" * 64, [], say=said.append) == (SPEED,)
+    assert len(measured) == len(said) == 1
+    remembered(tmp_path, "e" * 64, [])
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": 99, "speeds": []}', "[1]"])
+def test_figures_that_cannot_be_read_are_measured_again(measured, tmp_path, content):
+    (tmp_path / f"kernel-speeds-{'f' * 16}.json").write_text(content)
+    assert remembered(tmp_path, "f" * 64, []) == (SPEED,)
+    assert len(measured) == 1
+
+
+def test_figures_that_cannot_be_kept_are_no_error(measured, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert remembered(tmp_path / "file", "f" * 64, []) == (SPEED,)

@@ -10,17 +10,10 @@ back into the classes of `autotune.errors`. It imports none of the heavy librari
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import ipaddress
-import json
-import os
-import shutil
 import ssl
-import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -40,11 +33,13 @@ from autotune.api_types import (
     Job,
     Portability,
     Problem,
+    Quarantined,
     Sensitivity,
     Trial,
     Upload,
     Verification,
 )
+from autotune.bundle_download import write_bundle
 from autotune.spec import JobSpec, map_files, upload_of
 
 FINAL_STATES: Final = frozenset({"finished", "cancelled", "failed"})
@@ -110,7 +105,7 @@ class Client:
                 timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5.0)),
                 transport=transport,
                 # A proxy of the environment cannot reach what listens on this machine only.
-                trust_env=not _is_loopback(self.url),
+                trust_env=not is_loopback(self.url),
                 verify=_trusted_roots(self.url),
             )
         except (httpx.InvalidURL, UnicodeError) as error:
@@ -251,7 +246,7 @@ class Client:
         asked = {"budget": budget, "select": select, "device": device}
         body = {name: value for name, value in asked.items() if value is not None}
         response = self._request("POST", f"/v1/jobs/{_quoted(reference)}/export", json=body)
-        return _write_bundle(Path(path), response.content)
+        return write_bundle(Path(path), response.content)
 
     def portability(self, reference: str) -> Portability:
         """What the winner on each device of a job costs on the others."""
@@ -297,6 +292,30 @@ class Client:
         """A token that enrols one agent, once."""
         body = {} if pool is None else {"pool": pool}
         return self._send("POST", "/v1/devices/enrolment-tokens", EnrolmentToken, json=body)
+
+    def revoke_device(self, reference: str) -> Device:
+        """End the key of the device's agent; what it is measuring goes back to the queue."""
+        return self._change_device(reference, "revoke")
+
+    def rotate_device_key(self, reference: str) -> Device:
+        """Have the device's agent get a new key with its next heartbeat."""
+        return self._change_device(reference, "rotate")
+
+    def resume_device(self, reference: str) -> Device:
+        """Give a drained device work again."""
+        return self._change_device(reference, "resume")
+
+    def _change_device(self, reference: str, change: str) -> Device:
+        return self._send("POST", f"/v1/devices/{_quoted(reference)}/{change}", Device)
+
+    def quarantine(self) -> list[Quarantined]:
+        """The artifacts that crashed devices and are not sent to such any more, oldest first."""
+        return self._get("/v1/quarantine", list[Quarantined])
+
+    def clear_quarantine(self, digest: str) -> list[Quarantined]:
+        """Let artifacts whose digest begins so be tried again; what was cleared."""
+        path = f"/v1/quarantine/{_quoted(digest)}"
+        return self._send("DELETE", path, list[Quarantined])
 
     def upload(self, path: Path) -> Upload:
         """Make a file available to jobs as `sha256:HEX`; not sent where it is there already.
@@ -442,7 +461,8 @@ def _quoted(reference: str) -> str:
     return quote(reference, safe="")
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
+    """The address is this very machine's."""
     try:
         host = httpx.URL(url).host
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -452,59 +472,6 @@ def _is_loopback(url: str) -> bool:
 
 def _trusted_roots(url: str) -> ssl.SSLContext | bool:
     """The roots that httpx trusts; on this machine the system's, with SSL_CERT_FILE."""
-    if url.startswith("https:") and _is_loopback(url):
+    if url.startswith("https:") and is_loopback(url):
         return ssl.create_default_context()
     return True
-
-
-def _write_bundle(path: Path, content: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".zip":
-            return _replace_file(path, content)
-        return _replace_folder(path, content)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise errors.BundleError(f"cannot write the bundle {path}: {error}") from error
-
-
-def _replace_file(path: Path, content: bytes) -> Path:
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise errors.BundleError(f"{path} is not a bundle; it is left alone. Name another path")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _replace_folder(path: Path, content: bytes) -> Path:
-    """Unpack beside `path`, then put it in place, so that no half bundle is ever seen."""
-    if path.exists() and not _is_bundle_or_empty(path):
-        raise errors.BundleError(f"{path} is not a bundle; it is left alone. Name another path")
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            for name in archive.namelist():
-                if Path(name).name != name:
-                    raise errors.BundleError(f"the bundle holds {name!r}, which is not its own")
-            archive.extractall(part)
-        part.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return path
-
-
-def _is_bundle_or_empty(path: Path) -> bool:
-    if not path.is_dir():
-        return False
-    names = {entry.name for entry in path.iterdir()}
-    if not names:
-        return True
-    with contextlib.suppress(OSError, ValueError):
-        return isinstance(json.loads((path / "reports.json").read_text(encoding="utf-8")), dict)
-    return False

@@ -30,7 +30,7 @@ from device_agents.errors import (
     EnrolmentRefused,
     ServiceUnreachable,
 )
-from device_agents.heartbeat import HeldLease, Pulse, heartbeat_of
+from device_agents.heartbeat import INSTANCE, HeldLease, Pulse, heartbeat_of
 from device_agents.identity import Identity, StateFolder
 from device_agents.measurement import Measurement, MeasurementOutcome
 from device_agents.outbox import Outbox
@@ -52,6 +52,7 @@ DOWNLOAD_TRIES = 3
 PROMPT_ANSWER_S = 0.2
 STOP_PATIENCE_S = 3.0
 STOP_POLL_S = 0.02
+DIED = "the agent ended while it measured: killed, or its device went down"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,7 @@ class Agent:
         self._enter()
         try:
             pulse = self._pulse(self._identify())
+            self._outbox.redeem()
             threads = [
                 threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
                 for name, loop in (
@@ -155,6 +157,7 @@ class Agent:
             interval_s=identity.heartbeat_s,
             held=lambda: self._held,
             came_back=self._came_back.set,
+            rotate=self._rotate,
             say=self._say,
             backoff=self._backoff,
         )
@@ -186,11 +189,6 @@ class Agent:
     def _identify(self) -> Identity:
         identity = self._state.identity()
         if identity is not None and not self._is_known(identity):
-            if self._settings.token is None:
-                raise EnrolmentRefused(
-                    f"the service at {self._settings.service_url} does not know this agent any "
-                    "more; get a new token with `autotune device enroll` and pass --token"
-                )
             identity = None
         if identity is None:
             identity = self._enrol()
@@ -205,6 +203,8 @@ class Agent:
         try:
             self._connection.heartbeat(heartbeat_of(None))
         except EnrolmentRefused:
+            if self._settings.token is None:
+                raise  # the service says why, and what to do
             self._connection.use_key(None)
             return False
         except ServiceUnreachable:
@@ -222,6 +222,7 @@ class Agent:
             token=self._settings.token,
             name=self._settings.name,
             device=self._describe(),
+            instance=INSTANCE,
         )
         backoff = self._backoff()
         for attempt in range(1, ENROLMENT_TRIES + 1):
@@ -234,6 +235,18 @@ class Agent:
         identity = Identity.model_validate(reply.model_dump())
         self._state.save(identity)
         return identity
+
+    def _rotate(self) -> None:
+        """Get a new key. It is kept before it is used, because its first use ends the old one."""
+        identity = self._state.identity()
+        if identity is None:
+            return
+        try:
+            key = self._connection.new_key().agent_key
+        except ServiceUnreachable:
+            return  # the next heartbeat asks again
+        self._state.save(identity.model_copy(update={"agent_key": key}))
+        self._connection.use_key(key)
 
     # -- work
 
@@ -275,19 +288,12 @@ class Agent:
         if ended.outcome in (Outcome.CANCELLED, Outcome.LOST):
             # Nothing to hand in: the lease is another's by now, or will run out.
             self._held = None
+            self._outbox.withdraw()
             self._say(f"dropped {sha8}: {ended.reason}")
             return
         self._say(f"{'measured' if ended.report else 'failed'} {sha8}: {describe_outcome(ended)}")
-        self._keep(
-            MeasurementResult(
-                lease_id=lease.lease_id,
-                fencing_token=lease.fencing_token,
-                measurement_id=lease.request.measurement_id,
-                outcome=ended.outcome,
-                reason=ended.reason,
-                report=ended.report,
-            )
-        )
+        self._keep(_result(held, lease.request, ended))
+        self._outbox.withdraw()
 
     def _fetch_and_measure(
         self, request: MeasurementRequest, held: HeldLease
@@ -312,6 +318,8 @@ class Agent:
             profile=request.profile,
         )
         held.attach(measurement)
+        died = MeasurementOutcome(outcome=Outcome.LOST, reason=DIED)
+        self._outbox.promise(_result(held, request, died))
         return measurement.run()
 
     def _fetch(self, artifact: ArtifactReference, held: HeldLease, keep: tuple[str, ...]) -> Path:
@@ -345,6 +353,19 @@ class Agent:
                 self._say(f"the service did not take the result of {result.measurement_id}: late")
             self._outbox.acknowledge(result)
         self._held = None
+
+
+def _result(
+    held: HeldLease, request: MeasurementRequest, ended: MeasurementOutcome
+) -> MeasurementResult:
+    return MeasurementResult(
+        lease_id=held.lease_id,
+        fencing_token=held.fencing_token,
+        measurement_id=request.measurement_id,
+        outcome=ended.outcome,
+        reason=ended.reason,
+        report=ended.report,
+    )
 
 
 def new_request_id() -> str:

@@ -7,6 +7,7 @@ beating, and a beat is a few milliseconds every few seconds. What to work on is 
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from device_agents.measurement import Measurement
 from device_agents.protocol import PROTOCOL_VERSION, Conditions, Heartbeat, HeartbeatReply
 
 SHORTEST_S = 0.05
+
+INSTANCE = secrets.token_hex(16)
+"""Names this process, so that the service can tell a copy of the agent from the agent."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +61,7 @@ class Pulse:
         held: the lease that the agent holds at this moment, if any.
         came_back: called when the service answers again after it did not.
         say: gets one line when the service goes and one when it comes back.
+        rotate: called when the service wants the agent to have a new key.
         backoff: made anew here; never waits longer than the interval.
     """
 
@@ -67,6 +72,7 @@ class Pulse:
         interval_s: float,
         held: Callable[[], HeldLease | None],
         came_back: Callable[[], None],
+        rotate: Callable[[], None],
         say: Callable[[str], None],
         backoff: Callable[[], Backoff],
     ) -> None:
@@ -74,6 +80,8 @@ class Pulse:
         self._interval_s = interval_s
         self._held = held
         self._came_back = came_back
+        self._rotate = rotate
+        self._drained_because: str | None = None
         self._say = say
         self._backoff = backoff()
         self._is_connected = True
@@ -114,12 +122,18 @@ class Pulse:
         self._interval_s = max(SHORTEST_S, reply.heartbeat_s)
         if reply.drop_lease and held is not None:
             held.drop()
+        if reply.drained_because not in (None, self._drained_because):
+            self._say(f"no work for this device: {reply.drained_because}")
+        self._drained_because = reply.drained_because
+        if reply.rotate_key:
+            self._rotate()
 
 
 def heartbeat_of(held: HeldLease | None) -> Heartbeat:
     """The agent's state at this moment."""
     return Heartbeat(
         protocol_version=PROTOCOL_VERSION,
+        instance=INSTANCE,
         lease_id=held.lease_id if held else None,
         fencing_token=held.fencing_token if held else None,
         conditions=Conditions.model_validate(read_conditions()),

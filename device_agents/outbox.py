@@ -7,14 +7,17 @@ at least once and accepted at most once, because it carries its lease's fencing 
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from device_agents.errors import DeviceDiskFull
 from device_agents.files import durable_file, remove_parts, sync_folder
 from device_agents.protocol import MeasurementResult
 
 SUFFIX = ".json"
+PROMISE = "measuring.promise"
 DAMAGED_SUFFIX = ".damaged"
 
 
@@ -34,6 +37,28 @@ class Outbox:
         """
         with durable_file(self._path(result)) as file:
             file.write(result.model_dump_json().encode())
+
+    def promise(self, result: MeasurementResult) -> None:
+        """Keep what is to be said if the agent does not live to say better; only the last one.
+
+        Without room there is no promise: the lease runs out instead.
+        """
+        with suppress(DeviceDiskFull), durable_file(self._folder / PROMISE) as file:
+            file.write(result.model_dump_json().encode())
+
+    def withdraw(self) -> None:
+        """The promise is not needed: the agent lived."""
+        (self._folder / PROMISE).unlink(missing_ok=True)
+
+    def redeem(self) -> None:
+        """At a start: what an earlier process promised is a result now.
+
+        Raises:
+            DeviceDiskFull: there is no room.
+        """
+        with suppress(FileNotFoundError, ValidationError):
+            self.put(MeasurementResult.model_validate_json((self._folder / PROMISE).read_bytes()))
+        self.withdraw()
 
     def pending(self) -> list[MeasurementResult]:
         """All results not acknowledged yet, oldest first.

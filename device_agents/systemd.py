@@ -27,6 +27,8 @@ Type=notify
 ExecStart={command}
 Restart=always
 RestartSec=5
+# Token or key refused: asking again does not help, enrolling again does.
+RestartPreventExitStatus=8
 WatchdogSec={watchdog_s}
 KillMode=control-group
 # The measuring child is the first that the kernel may end; the agent is among the last.

@@ -154,9 +154,17 @@ def renew(
 
 
 def accept(
-    session: Session, result: MeasurementResult, *, agent_id: str, now: datetime
+    session: Session,
+    result: MeasurementResult,
+    *,
+    agent_id: str,
+    max_attempts: int,
+    now: datetime,
 ) -> MeasurementRecord | None:
-    """The measurement with its result, or None where the result came late and was set aside."""
+    """The measurement with its result, or None where the result came late and was set aside.
+
+    LOST is what an agent says that died while it measured: the measurement is queued again.
+    """
     row = locked_by_id(session, MeasurementRow, "measurement", result.measurement_id)
     is_current = (
         row.lease_id == result.lease_id
@@ -169,6 +177,11 @@ def accept(
         _set_aside(session, result, agent_id=agent_id, now=now)
         _note_crash(session, row, result, agent_id=agent_id, now=now)
         return None
+    if result.outcome is Outcome.LOST:
+        _give_back(row, result.reason or "its agent ended", max_attempts, now)
+        session.flush()
+        _note_crash(session, row, result, agent_id=agent_id, now=now)
+        return to_record(MeasurementRecord, row)
     report, blocks = split_blocks(result.report)
     row.state = MeasurementState.DONE
     row.lease_expires_at = None
@@ -249,15 +262,15 @@ def late_results(session: Session, measurement_id: str) -> list[LateResultRecord
 def _may_take(device: DeviceRow) -> ColumnElement[bool]:
     """What an agent of the device may lease: its own, and what it shares with its pool.
 
-    A drained device gets nothing; one that is off its pool gets canaries, to show that it is
-    in line again.
+    A member works for its pool once a canary found it in line. A drained device gets nothing;
+    one that is off its pool gets canaries, to show that it is in line again.
     """
     own = and_(MeasurementRow.device_id == device.id, MeasurementRow.pool.is_(None))
     if device.drained_by is DrainCause.IDENTITY:
         return false()
     if device.drained_by is DrainCause.CANARY:
         return and_(own, MeasurementRow.is_canary)
-    if device.pool is None:
+    if device.pool is None or device.canary_passed_at is None:
         return own
     shared = and_(
         MeasurementRow.pool == device.pool,
@@ -282,7 +295,12 @@ def _note_crash(
     agent_id: str,
     now: datetime,
 ) -> None:
-    """A crash counts for the device that reports it, whoever has the lease by now."""
+    """A crash counts for the device that reports it, whoever has the lease by now.
+
+    A canary's does not: it is the device that is in question there.
+    """
+    if row.is_canary:
+        return
     reporter = (
         select(DeviceRow)
         .join(AgentRow, AgentRow.device_id == DeviceRow.id)

@@ -20,6 +20,9 @@ from storage.records import MeasurementState, QuarantineRecord
 from storage.rows import to_record
 from storage.tables import CrashRow, DeviceRow, MeasurementRow, QuarantineRow
 
+CRASHES: Final = (Outcome.RUNTIME_CRASH, Outcome.LOST)
+"""The runtime died, or the whole agent did."""
+
 MAX_CRASHED_DEVICES: Final = 2
 MAX_CRASHES_OF_ONE: Final = 3
 """One crash may be the device's fault and two the same one's; a second device, or a third time,
@@ -38,7 +41,7 @@ def note(
     same = select(CrashRow.serial).where(
         CrashRow.measurement_id == row.id, CrashRow.fencing_token == result.fencing_token
     )
-    if result.outcome is not Outcome.RUNTIME_CRASH or session.scalars(same).first() is not None:
+    if result.outcome not in CRASHES or session.scalars(same).first() is not None:
         return
     session.add(
         CrashRow(

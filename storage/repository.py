@@ -274,8 +274,14 @@ class Repository:
             devices.touch(session, device_ids, now=now)
             return measurements.renew(session, leases, ttl_s=ttl_s, now=now)
 
-    def accept_result(self, result: MeasurementResult, *, agent_id: str) -> MeasurementRecord:
+    def accept_result(
+        self, result: MeasurementResult, *, agent_id: str, max_attempts: int = MAX_ATTEMPTS
+    ) -> MeasurementRecord:
         """Make the measurement DONE with this result, and keep the report's raw samples.
+
+        LOST is no result: its agent died while it measured, and the measurement is QUEUED
+        again as if its lease had run out. That and a crash count toward the artifact's
+        quarantine, also when they come late.
 
         Accepted once, while the measurement is LEASED by this agent under this lease and
         fencing token (also after the lease's time, as long as `expire_leases` has not taken
@@ -287,7 +293,9 @@ class Repository:
         """
         with self._writing() as session:
             now = self._clock()
-            record = measurements.accept(session, result, agent_id=agent_id, now=now)
+            record = measurements.accept(
+                session, result, agent_id=agent_id, max_attempts=max_attempts, now=now
+            )
         if record is None:
             raise StaleLease(
                 f"lease {result.lease_id} (fencing token {result.fencing_token}) of measurement "
@@ -394,6 +402,7 @@ class Repository:
         if is_next:
             with self._writing() as session:
                 agents.adopt_key(session, found.id, key_hash, now=self._clock())
+                found, _ = agents.find(session, key_hash, now=self._clock())
         return found
 
     def get_device(self, reference: str) -> DeviceRecord:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from autotune.cli.session import Session, shared_options
 
+if TYPE_CHECKING:
+    from autotune.api_types import Device
+
 
 @click.group()
 def device() -> None:
-    """List, enroll and show devices."""
+    """List, enroll and show devices; keep their keys, and what crashes them, in order."""
 
 
 @device.command("ls")
@@ -57,9 +61,17 @@ def enroll(session: Session, pool: str | None, name: str | None, service_url: st
 
     The command holds a token that enrolls one device, once, within the time shown.
     """
+    from autotune.client import is_loopback
+
     client = session.client()
     token = client.enrolment_token(pool)
     url = service_url or client.url
+    if is_loopback(url):
+        click.echo(
+            f"{url} is reached from this machine alone; for another device pass --service-url "
+            "with the address under which it sees the service",
+            err=True,
+        )
     words = ["autotune-agent", "run", "--service", url, "--token", token.token]
     if name is not None:
         words += ["--name", name]
@@ -73,3 +85,65 @@ def enroll(session: Session, pool: str | None, name: str | None, service_url: st
 
         row = (shlex.join(words), token)
         print_one(ENROLMENTS, row, output_format=session.output_format, to=sys.stdout)
+
+
+@device.command("rotate")
+@click.argument("reference", metavar="DEVICE")
+@shared_options
+@click.pass_obj
+def rotate(session: Session, reference: str) -> None:
+    """Give a device's agent a new key with its next heartbeat, as happens once a day anyway.
+
+    The old key works until the new one was used, so that a lost answer locks nobody out.
+    """
+    _change(session, session.client().rotate_device_key(reference), "gets a new key")
+
+
+@device.command("revoke")
+@click.argument("reference", metavar="DEVICE")
+@shared_options
+@click.pass_obj
+def revoke(session: Session, reference: str) -> None:
+    """End the key of a device's agent; what it is measuring goes back to the queue.
+
+    The agent is told and stops. To have the device back, enroll it again.
+    """
+    _change(session, session.client().revoke_device(reference), "has no valid key any more")
+
+
+@device.command("resume")
+@click.argument("reference", metavar="DEVICE")
+@shared_options
+@click.pass_obj
+def resume(session: Session, reference: str) -> None:
+    """Give a drained device work again, once what was wrong with it is repaired."""
+    _change(session, session.client().resume_device(reference), "gets work again")
+
+
+@device.command("quarantine")
+@click.option("--clear", metavar="DIGEST", help="Let the artifacts that begin so be tried again.")
+@shared_options
+@click.pass_obj
+def quarantine(session: Session, clear: str | None) -> None:
+    """List the artifacts that crashed devices, and are not sent to such devices any more.
+
+    An artifact goes there when it crashed two devices of a kind, or one of them three times.
+    """
+    from autotune.cli.output import print_rows
+    from autotune.cli.views.devices import QUARANTINE
+
+    client = session.client()
+    found = client.quarantine() if clear is None else client.clear_quarantine(clear)
+    if clear is not None:
+        click.echo("cleared; these may be tried again:", err=True)
+    print_rows(QUARANTINE, found, output_format=session.output_format, to=sys.stdout)
+
+
+def _change(session: Session, changed: Device, what: str) -> None:
+    from autotune.cli.output import print_one
+    from autotune.cli.views.devices import DEVICE
+
+    if session.output_format == "table":
+        click.echo(f"device {changed.name} {what}", err=True)
+    else:
+        print_one(DEVICE, changed, output_format=session.output_format, to=sys.stdout)

@@ -1,4 +1,4 @@
-"""Routes of agents: enrol, heartbeat, lease, download, result.
+"""Routes of agents: enrol, heartbeat, new key, lease, download, result.
 
 Owns holding a request for work open until there is some. Exactly-once acceptance is the
 repository's; the messages are `device_agents.protocol`'s.
@@ -7,6 +7,7 @@ repository's; the messages are `device_agents.protocol`'s.
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
@@ -15,8 +16,15 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from autotune.service.attendance import AttendanceBook
 from autotune.service.context import Context, ServiceContext
+from autotune.service.identities import Clash, IdentityWatch
 from autotune.service.problems import problem_responses
-from autotune.service.security import Agent, hash_secret, new_secret, require_agent
+from autotune.service.security import (
+    KEY_VALID_S,
+    Agent,
+    hash_secret,
+    new_secret,
+    require_agent,
+)
 from autotune.service.versions import require_version
 from device_agents.protocol import (
     ArtifactSegments,
@@ -27,8 +35,15 @@ from device_agents.protocol import (
     Lease,
     LeaseRequest,
     MeasurementResult,
+    NewKey,
 )
-from storage.records import AgentRecord, MeasurementRecord, queue_topic
+from storage.records import (
+    AgentRecord,
+    DrainCause,
+    MeasurementRecord,
+    pool_topic,
+    queue_topic,
+)
 from storage.segments import find_segments
 
 router = APIRouter(prefix="/v1/agent", tags=["agents"])
@@ -52,6 +67,7 @@ async def enrol(context: Context, request: EnrolRequest) -> EnrolReply:
         name=request.name or request.device.hostname,
         description=request.device,
         agent_key_hash=hash_secret(key),
+        instance=request.instance,
     )
     return EnrolReply(
         agent_id=agent.id,
@@ -64,19 +80,42 @@ async def enrol(context: Context, request: EnrolRequest) -> EnrolReply:
 
 @router.post("/heartbeat", operation_id="heartbeat", responses=problem_responses(401, 426))
 async def heartbeat(
-    context: Context, attendance: AttendanceBook, agent: Agent, request: Heartbeat
+    context: Context,
+    attendance: AttendanceBook,
+    identities: IdentityWatch,
+    agent: Agent,
+    sent: Heartbeat,
+    request: Request,
 ) -> HeartbeatReply:
-    """The agent lives; renews the lease that it names."""
-    require_version(request.protocol_version)
+    """The agent lives; renews the lease that it names. Copies of one identity are found here."""
+    require_version(sent.protocol_version)
+    drained_because = agent.device.drained_because
+    address = request.client.host if request.client else "an unknown address"
+    clash = sent.instance and identities.sight(agent.id, sent.instance, address)
+    if clash:
+        drained_because = await run_in_threadpool(_drain_copies, context, agent, clash)
     lease = None
-    if request.lease_id is not None and request.fencing_token is not None:
-        lease = (request.lease_id, request.fencing_token)
+    if sent.lease_id is not None and sent.fencing_token is not None:
+        lease = (sent.lease_id, sent.fencing_token)
     is_current = await attendance.note(agent.device_id, lease)
     return HeartbeatReply(
         heartbeat_s=context.settings.heartbeat_s,
         drop_lease=not is_current,
-        reason=None if is_current else "the lease ran out or the job was cancelled",
+        reason=None if is_current else "the lease ran out, was taken back, or its job is over",
+        rotate_key=_is_rotation_due(context, agent),
+        drained_because=drained_because,
     )
+
+
+@router.post("/key", status_code=201, operation_id="rotate_key", responses=problem_responses(401))
+async def rotate(context: Context, agent: Agent) -> NewKey:
+    """The agent's next key. The one it came with is good until the next was used once.
+
+    An answer that is lost therefore costs nothing: the agent asks again with the key it has.
+    """
+    key = new_secret("eak")
+    await run_in_threadpool(context.repository.fleet.offer_key, agent.id, hash_secret(key))
+    return NewKey(agent_key=key)
 
 
 @router.post(
@@ -86,12 +125,12 @@ async def heartbeat(
     responses={204: {"description": "No work within the time"}, **problem_responses(401, 426)},
 )
 async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Request) -> Response:
-    """The oldest measurement queued for the agent's device; waits up to `wait_s` for one."""
+    """The oldest measurement that the agent's device may take; waits up to `wait_s` for one."""
     require_version(asked.protocol_version)
     now = asyncio.get_running_loop().time
     deadline = now() + asked.wait_s
     while not context.broadcast.is_closed and not await request.is_disconnected():
-        ticket = context.broadcast.ticket(queue_topic(agent.device_id))
+        ticket = context.broadcast.ticket(*_queues(agent))
         record = await run_in_threadpool(_take, context, agent, asked.request_id)
         if record is not None:
             return JSONResponse(_lease_of(record, context).model_dump(mode="json"))
@@ -145,6 +184,34 @@ async def report(context: Context, agent: Agent, result: MeasurementResult) -> d
 def _segments(context: ServiceContext, sha256: str) -> ArtifactSegments:
     found = find_segments(context.artifacts.path(sha256).read_bytes())
     return ArtifactSegments(segments=tuple((x.identity, x.size_bytes) for x in found))
+
+
+def _queues(agent: AgentRecord) -> list[str]:
+    """Where work for the agent is announced: its device's queue, and its pool's."""
+    topics = [queue_topic(agent.device_id)]
+    if agent.device.pool is not None:
+        topics.append(pool_topic(agent.device.pool, agent.device.fingerprint))
+    return topics
+
+
+def _is_rotation_due(context: ServiceContext, agent: AgentRecord) -> bool:
+    """A drained device keeps its key: of two copies one would lock the other out unflagged."""
+    if agent.device.drained_because is not None:
+        return False
+    age_s = (context.clock() - (agent.key_changed_at or agent.enrolled_at)).total_seconds()
+    return agent.is_rotation_due or age_s > KEY_VALID_S
+
+
+def _drain_copies(context: ServiceContext, agent: AgentRecord, clash: Clash) -> str | None:
+    drained = context.repository.fleet.drain(
+        agent.device_id,
+        cause=DrainCause.IDENTITY,
+        because=f"two processes use the identity of agent {agent.id} at once (from "
+        f"{' and '.join(clash.addresses)}): a copied SD card or state folder. Enrol one of them "
+        f"anew with a name of its own, then `autotune device resume {agent.device.name}`",
+        distrust_since=context.clock() - timedelta(seconds=clash.since_s),
+    )
+    return drained.drained_because
 
 
 def _take(

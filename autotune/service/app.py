@@ -19,10 +19,21 @@ from fastapi.openapi.utils import get_openapi
 
 import autotune
 from autotune.api_types import Health, Problem
-from autotune.service import agents, devices, events, fronts, jobs, sensitivity, uploads
+from autotune.service import (
+    agents,
+    devices,
+    events,
+    fronts,
+    jobs,
+    quarantine,
+    sensitivity,
+    uploads,
+    views,
+)
 from autotune.service.attendance import Attendance
 from autotune.service.body_limit import BodyLimit
 from autotune.service.context import ServiceContext
+from autotune.service.identities import Identities
 from autotune.service.problems import install_problem_handlers, problem_responses
 from autotune.service.security import require_user
 from autotune.settings import Settings
@@ -41,6 +52,7 @@ USER_ROUTES = (
     sensitivity.router,
     events.router,
     devices.router,
+    quarantine.router,
     uploads.router,
 )
 
@@ -67,6 +79,9 @@ def create_app(context: ServiceContext) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.context = context
+    app.state.identities = Identities(
+        window_s=views.ONLINE_HEARTBEATS * context.settings.heartbeat_s
+    )
     app.state.attendance = Attendance(context.repository, ttl_s=context.settings.lease_ttl_s)
     app.include_router(_health)
     app.include_router(agents.router, responses=problem_responses(422))

@@ -1,6 +1,8 @@
-"""Routes of devices: what enrolled, and tokens to enrol more."""
+"""Routes of devices: what enrolled, tokens to enrol more, and what their owner does to them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -54,6 +56,34 @@ async def make_enrolment_token(
         expires_in_s=ENROLMENT_VALID_S,
     )
     return EnrolmentToken(token=token, expires_in_s=ENROLMENT_VALID_S)
+
+
+@router.post("/{device_id}/revoke", operation_id="revoke_device", responses=problem_responses(404))
+async def revoke_device(context: Context, device_id: str) -> Device:
+    """The key of the device's agent is worth nothing from now on; its work goes back."""
+    return await _changed(context, context.repository.fleet.revoke, device_id)
+
+
+@router.post(
+    "/{device_id}/rotate", operation_id="rotate_device_key", responses=problem_responses(404)
+)
+async def rotate_device_key(context: Context, device_id: str) -> Device:
+    """The device's agent gets a new key with its next heartbeat, as it does once a day."""
+    return await _changed(context, context.repository.fleet.request_rotation, device_id)
+
+
+@router.post("/{device_id}/resume", operation_id="resume_device", responses=problem_responses(404))
+async def resume_device(context: Context, device_id: str) -> Device:
+    """A drained device gets work again."""
+    return await _changed(context, context.repository.fleet.resume, device_id)
+
+
+async def _changed(
+    context: Context, change: Callable[[str], DeviceRecord], device_id: str
+) -> Device:
+    return await run_in_threadpool(
+        lambda: _show(context, context.repository.get_device(change(device_id).id))
+    )
 
 
 def _show(context: ServiceContext, device: DeviceRecord) -> Device:

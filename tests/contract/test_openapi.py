@@ -30,6 +30,7 @@ CALLS = {
     "trials": "list_trials",
     "trial": "get_trial",
     "front": "get_front",
+    "portability": "get_portability",
     "export": "export_trial",
     "sensitivity": "list_sensitivities",
     "heat_map": "get_heat_map",
@@ -38,6 +39,11 @@ CALLS = {
     "devices": "list_devices",
     "device": "get_device",
     "enrolment_token": "make_enrolment_token",
+    "revoke_device": "revoke_device",
+    "rotate_device_key": "rotate_device_key",
+    "resume_device": "resume_device",
+    "quarantine": "list_quarantine",
+    "clear_quarantine": "clear_quarantine",
     "upload": "upload_file",
 }
 OPEN = {"get_health", "enrol"}

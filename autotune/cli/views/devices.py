@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autotune.api_types import Device, EnrolmentToken
+from autotune.api_types import Device, EnrolmentToken, Quarantined
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
 
@@ -25,8 +25,20 @@ def _told(key: str) -> Callable[[Device], str]:
 
 
 def _presence(device: Device) -> str:
+    if device.drained_because is not None:
+        return f"drained: {device.drained_because}"
     return (
         "online" if device.is_online else f"offline for {figures.seconds(device.last_seen_s_ago)}"
+    )
+
+
+def _canary(device: Device) -> str:
+    ratio = device.canary_ratio
+    if ratio is None or device.canary_s_ago is None:
+        return figures.MISSING
+    return (
+        f"{ratio.value:.3f} of its pool's latency ({ratio.low:.3f} to {ratio.high:.3f}), "
+        f"{figures.seconds(device.canary_s_ago)} ago"
     )
 
 
@@ -36,6 +48,8 @@ _DEVICE_FIELDS: list[Field[Device]] = [
     Field(name="pool", value=lambda d: d.pool),
     Field(name="is_online", value=lambda d: d.is_online),
     Field(name="last_seen_s_ago", value=lambda d: d.last_seen_s_ago),
+    Field(name="drained_because", value=lambda d: d.drained_because),
+    Field(name="canary_ratio", value=lambda d: d.canary_ratio.value if d.canary_ratio else None),
     Field(name="architecture", value=lambda d: d.description.get("architecture")),
     Field(name="cpu_model", value=lambda d: d.description.get("cpu_model")),
     Field(name="logical_cpus", value=lambda d: d.description.get("logical_cpus")),
@@ -63,6 +77,7 @@ DEVICES: View[Device] = View(
 DEVICE: View[Device] = View(
     columns=[
         *DEVICES.columns[:4],
+        Column(title="canary", text=_canary),
         Column(title="architecture", text=_told("architecture")),
         Column(title="CPU", text=_told("cpu_model")),
         Column(title="CPU flags", text=_told("cpu_flags")),
@@ -88,4 +103,24 @@ ENROLMENTS: View[tuple[str, EnrolmentToken]] = View(
         Field(name="expires_in_s", value=lambda row: row[1].expires_in_s),
     ],
     document=lambda row: {"command": row[0], **row[1].model_dump(mode="json")},
+)
+
+
+QUARANTINE: View[Quarantined] = View(
+    columns=[
+        Column(title="artifact", text=lambda q: q.artifact_sha256[:12]),
+        Column(title="runtime", text=lambda q: q.runtime),
+        Column(title="on devices like", text=lambda q: q.fingerprint[:12]),
+        Column(title="since", text=lambda q: f"{q.created_at:%F %T}"),
+        Column(title="because", text=lambda q: q.reason),
+    ],
+    fields=[
+        Field(name="artifact_sha256", value=lambda q: q.artifact_sha256),
+        Field(name="runtime", value=lambda q: q.runtime),
+        Field(name="fingerprint", value=lambda q: q.fingerprint),
+        Field(name="reason", value=lambda q: q.reason),
+        Field(name="job", value=lambda q: q.job_id),
+        Field(name="created_at", value=lambda q: q.created_at.isoformat()),
+    ],
+    document=lambda entry: entry.model_dump(mode="json"),
 )

@@ -266,7 +266,12 @@ def centring_offsets(
         out = str(node.output[0])
         if out not in variables:
             continue
-        terms = [offsets[n] for n in view.data_inputs(node) if n in offsets]
+        # A tensor that is not scaled, as one of a single channel, stays where it is.
+        terms = [
+            offsets[n] if n in offsets else np.zeros(view.shape(n)[0])
+            for n in view.data_inputs(node)
+            if view.shape(n)
+        ]
         if not movable[out]:
             offsets[out] = np.zeros(len(variables[out]))
         elif node.name in layers:

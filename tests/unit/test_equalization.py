@@ -171,3 +171,27 @@ def without_channels(calibration: object) -> object:
     import dataclasses
 
     return dataclasses.replace(calibration, channels={})
+
+
+def test_a_single_channel_joined_with_itself_is_calibrated() -> None:
+    nodes = [
+        helper.make_node("Conv", ["input", "a.weight"], ["a"], "a", strides=[2, 2]),
+        helper.make_node("Concat", ["a", "a"], ["j"], "j", axis=1),
+        helper.make_node("Conv", ["j", "b.weight"], ["output"], "b"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "joined",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 1, 3, 3])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 1, 2, 2])],
+        [
+            numpy_helper.from_array(np.full((1, 1, 1, 1), 0.125, np.float32), "a.weight"),
+            numpy_helper.from_array(np.array([[[[-0.1]], [[0.5]]]], np.float32), "b.weight"),
+        ],
+    )
+    model = onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )
+    x = np.random.default_rng(0).normal(size=(8, 1, 3, 3)).astype(np.float32)
+    whole = Equalization(GraphView(model), calibrate(model, x)).whole
+    assert all((stretched.factors >= 1).all() for stretched in whole.values())

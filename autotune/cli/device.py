@@ -36,15 +36,19 @@ def list_devices(session: Session) -> None:
 @shared_options
 @click.pass_obj
 def show(session: Session, reference: str) -> None:
-    """Show what one device is and what it can run.
+    """Show what one device is, what it can run, and which precisions are faster on it.
 
     DEVICE is an id, the unique start of one, or a name.
     """
-    from autotune.cli.output import print_one
-    from autotune.cli.views.devices import DEVICE
+    from autotune.cli.output import print_one, print_rows
+    from autotune.cli.views.devices import DEVICE, KERNEL_SPEEDS
 
     shown = session.client().device(reference)
     print_one(DEVICE, shown, output_format=session.output_format, to=sys.stdout)
+    speeds = shown.description.get("kernel_speeds", [])
+    if session.output_format == "table" and speeds:
+        click.echo()
+        print_rows(KERNEL_SPEEDS, speeds, output_format="table", to=sys.stdout)
 
 
 @device.command("enroll")

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from autotune.api_types import JobResult, TargetResult
-from autotune.compression.kernels import X86_VNNI, KernelClass, why_not_faster
+from autotune.compression.device_kernels import DeviceKernels
+from autotune.compression.kernels import X86_VNNI
 from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.front import Answer, blocking_groups
 from autotune.search.runtimes import asked_for
@@ -28,6 +29,8 @@ from storage.records import JobRecord, TrialRecord
 
 CANCELLED_BY_HAND = "cancelled by hand"
 
+_USUAL = (DeviceKernels(kernels=X86_VNNI),)
+
 _NONE_LOST = 3.0
 """The rule of three: -ln(0.05), rounded up."""
 
@@ -36,7 +39,7 @@ _ONE_POINT = 0.01
 
 
 def build_space(
-    spec: JobSpec, inventory: LayerInventory, *, kernels: Sequence[KernelClass] = (X86_VNNI,)
+    spec: JobSpec, inventory: LayerInventory, *, kernels: Sequence[DeviceKernels] = _USUAL
 ) -> SearchSpace:
     """The job's choices applied to the model's inventory, on devices with those kernels.
 
@@ -52,7 +55,7 @@ def build_space(
 
 
 def left_out(
-    spec: JobSpec, inventory: LayerInventory, *, kernels: Sequence[KernelClass] = (X86_VNNI,)
+    spec: JobSpec, inventory: LayerInventory, *, kernels: Sequence[DeviceKernels] = _USUAL
 ) -> list[str]:
     """Which of the job's precisions are not offered to which groups, and why; a sentence each."""
     precisions = [Precision.parse(name) for name in spec.search.precisions]
@@ -79,12 +82,12 @@ def left_out(
 
 
 def _why_left_out(
-    spec: JobSpec, group: LayerGroup, precision: Precision, kernels: Sequence[KernelClass]
+    spec: JobSpec, group: LayerGroup, precision: Precision, kernels: Sequence[DeviceKernels]
 ) -> str | None:
     if "size" in spec.search.objectives:
         return None
     slow = [
-        why_not_faster(precision, of_device, is_matrix_product=group.is_matrix_product)
+        of_device.why_not_faster(precision, group, runtimes=spec.search.runtimes)
         for of_device in kernels
     ]
     if None in slow:
@@ -106,7 +109,7 @@ def limits(
     inventory: LayerInventory,
     *,
     has_training: bool,
-    kernels: Sequence[KernelClass] = (X86_VNNI,),
+    kernels: Sequence[DeviceKernels] = _USUAL,
 ) -> list[str]:
     """What the job asked for and this model or data cannot give, one sentence each.
 

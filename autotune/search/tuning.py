@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from autotune.compression.kernels import kernels_of
+from autotune.compression.device_kernels import device_kernels
 from autotune.errors import AutotuneError, DiskFull, JobNotReady
 from autotune.search import planner
 from autotune.search.conclusion import (
@@ -150,7 +150,7 @@ class Tuning:
             inspection: Inspection = self._call("inspect")
             self._workers.share_source()
         inventory = inspection.inventory
-        kernels = [kernels_of(device.description) for device in self._devices]
+        kernels = [device_kernels(device.description) for device in self._devices]
         if self._job.inventory is None:
             has_training = splits.training is not None
             for notice in (

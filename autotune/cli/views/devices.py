@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from autotune.api_types import Device, EnrolmentToken, Quarantined
+from autotune.api_types import Device, EnrolmentToken, Interval, Quarantined
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
 
@@ -92,6 +93,31 @@ DEVICE: View[Device] = View(
     ],
     fields=_DEVICE_FIELDS,
     document=lambda device: device.model_dump(mode="json"),
+)
+
+
+def _speed(speed: dict[str, Any]) -> str:
+    if speed.get("ratio") is None:
+        return f"not measured: {speed.get('missing')}"
+    return figures.interval(
+        Interval(value=speed["ratio"], low=speed["ratio_low"], high=speed["ratio_high"])
+    )
+
+
+KERNEL_SPEEDS: View[dict[str, Any]] = View(
+    columns=[
+        Column(title="runtime", text=lambda s: str(s["runtime"])),
+        Column(title="operator", text=lambda s: str(s["operator"])),
+        Column(title="precision", text=lambda s: str(s["precision"])),
+        Column(title="x FP32 [95 %]", text=_speed),
+    ],
+    fields=[
+        Field(name="runtime", value=lambda s: s["runtime"]),
+        Field(name="operator", value=lambda s: s["operator"]),
+        Field(name="precision", value=lambda s: s["precision"]),
+        Field(name="fp32_ratio", value=lambda s: s["ratio"]),
+    ],
+    document=dict,
 )
 
 

@@ -37,6 +37,8 @@ from tests.benchmarks.protocols import (
     by_fixed_runs,
     documents,
     interquartile_range,
+    said,
+    share,
 )
 
 MODEL, SIZE, QUICK_SIZE = "mobilenet_v2", 224, 64
@@ -131,24 +133,6 @@ def covers(measured: Sequence[Measured]) -> list[bool]:
     """Which of the stated intervals contain the median over all of the repeats."""
     long_run = median(x.ratio for x in measured)
     return [x.claims(long_run) for x in measured]
-
-
-def share(hits: Sequence[bool]) -> Figure:
-    """A share with its 95 % interval (Clopper and Pearson 1934, exact)."""
-    from scipy.stats import binomtest
-
-    result = binomtest(sum(hits), len(hits))
-    interval = result.proportion_ci(method="exact")
-    return Figure(
-        value=float(result.statistic),
-        low=float(interval.low),
-        high=float(interval.high),
-        n=len(hits),
-    )
-
-
-def said(measured: Measured) -> str:
-    return f"{measured.ratio:.4f} ±{measured.half_width:.1%} in {measured.device_s:.1f} s"
 
 
 def _iqr_ratio(ratios: np.ndarray) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 from device_agents.latency import CONFIDENCE_LEVEL
 from device_agents.measurement import Measurement
 from device_agents.protocol import LatencyReport, MeasurementPlan, RuntimeRequest
-from tests.benchmarks.harness import ROOT
+from tests.benchmarks.harness import ROOT, Figure
 
 WARM_UP_RUNS = 10
 _BUSY = """
@@ -44,6 +44,7 @@ class Measured:
     high: float
     device_s: float
     n_samples: int
+    reference_ns: float
 
     def claims(self, value: float) -> bool:
         """The stated interval contains the value."""
@@ -82,6 +83,7 @@ def from_report(report: LatencyReport) -> Measured:
         high=report.ratio_high,
         device_s=report.wall_s,
         n_samples=report.n_samples,
+        reference_ns=report.reference_p50_ns,
     )
 
 
@@ -128,6 +130,7 @@ def ratio_of_means(
         high=ratio * float(np.exp(width)),
         device_s=device_s,
         n_samples=int(a.size),
+        reference_ns=float(b.mean()),
     )
 
 
@@ -150,6 +153,20 @@ def interquartile_range(values: Sequence[float]) -> float:
     """Of the values' logarithms, which is a fraction; exchanging the models keeps it."""
     low, high = np.quantile(np.log(values), [0.25, 0.75])
     return float(high - low)
+
+
+def share(hits: Sequence[bool]) -> Figure:
+    """A share with its 95 % interval (Clopper and Pearson 1934, exact)."""
+    from scipy.stats import binomtest
+
+    result = binomtest(sum(hits), len(hits))
+    low, high = result.proportion_ci(method="exact")
+    return Figure(value=float(result.statistic), low=float(low), high=float(high), n=len(hits))
+
+
+def said(measured: Measured) -> str:
+    """For a line of progress."""
+    return f"{measured.ratio:.4f} ±{measured.half_width:.1%} in {measured.device_s:.1f} s"
 
 
 def documents(measured: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -1,0 +1,119 @@
+"""Device seconds to a ±2 % interval, against fixed runs: `python -m tests.benchmarks.device_time`.
+
+Six FP32 models from 0.1 to 100 ms, each against a second session of itself, so that the ratio
+is known: 1. The agent's measurement (to ±2 %, 30 s at most) takes turns with 10 warm-up and 100
+timed runs of each of the two, all in fresh processes. Keys:
+
+- `device_seconds_ratio`: seconds of the agent's measurements over those of the fixed runs,
+  summed over the models, each model's median; from loading the runtime to the figures, for both;
+  at most 0.5;
+- `coverage`, `coverage_fixed`: the share of intervals that contain 1, over all models and
+  repeats: the stated interval of each (for the fixed runs that of the ratio of means, with
+  Student's quantile). The comparison is fair where the first is not the smaller;
+- `coverage_fixed_2pct`: the same where the fixed runs are credited with ±2 % flat.
+
+`raw` has each model's latency, seconds, half widths and coverages.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.harness import Benchmark, Figure, start
+from tests.benchmarks.models import fp32_model
+from tests.benchmarks.protocols import (
+    Measured,
+    by_agent,
+    by_fixed_runs,
+    documents,
+    said,
+    share,
+)
+
+MODELS = (
+    ("squeezenet1_1", 32),
+    ("mobilenet_v2", 64),
+    ("efficientnet_b0", 64),
+    ("efficientnet_b0", 224),
+    ("densenet121", 224),
+    ("convnext_tiny", 288),
+)
+"""About 0.1, 0.5, 1.6, 7, 29 and 100 ms on one x86 core."""
+QUICK_MODELS = (("mobilenet_v2", 64), ("efficientnet_b0", 224))
+REPEATS, QUICK_REPEATS = 10, 2
+FIXED_RUNS = 100
+TARGET, TIME_CAP_S = 0.02, 30.0
+
+Turns = dict[str, list[Measured]]
+
+
+def main() -> int:
+    benchmark = start("device_time", "Device seconds to an interval of ±2 %.")
+    found: dict[str, Turns] = {}
+    for name, size in QUICK_MODELS if benchmark.quick else MODELS:
+        found[f"{name}_{size}"] = take_turns(benchmark, name, size)
+    for key, figure in figures(found).items():
+        benchmark.add(key, figure)
+    benchmark.raw["models"] = {name: model_document(turns) for name, turns in found.items()}
+    benchmark.report()
+    return 0
+
+
+def take_turns(benchmark: Benchmark, name: str, size: int) -> Turns:
+    """All repeats of one model."""
+    path = fp32_model(name, size)
+    found: Turns = {"agent": [], "fixed": []}
+    for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
+        ours = by_agent(path, path, target=TARGET, time_cap_s=TIME_CAP_S, seed=seed)
+        fixed = by_fixed_runs(path, path, runs=FIXED_RUNS, seed=seed)
+        found["agent"].append(ours)
+        found["fixed"].append(fixed)
+        benchmark.say(f"{name} at {size}: agent {said(ours)}, fixed {said(fixed)}")
+    return found
+
+
+def figures(found: Mapping[str, Turns]) -> dict[str, Figure]:
+    """The keys from the turns of each model."""
+    ours, fixed = (seconds(found, way) for way in ("agent", "fixed"))
+    n = len(found)
+    return {
+        "device_seconds_ratio": Figure(value=sum(ours) / sum(fixed), n=n),
+        "coverage": share([x.claims(1.0) for turns in found.values() for x in turns["agent"]]),
+        "coverage_fixed": share(
+            [x.claims(1.0) for turns in found.values() for x in turns["fixed"]]
+        ),
+        "coverage_fixed_2pct": share(
+            [abs(x.ratio - 1) <= TARGET for turns in found.values() for x in turns["fixed"]]
+        ),
+    }
+
+
+def seconds(found: Mapping[str, Turns], way: str) -> list[float]:
+    """The median over repeats of what one measurement takes, per model."""
+    return [median(x.device_s for x in turns[way]) for turns in found.values()]
+
+
+def model_document(turns: Turns) -> dict[str, Any]:
+    """One model's figures and raw values."""
+    ours, fixed = turns["agent"], turns["fixed"]
+    return {
+        "latency_ms": median(x.reference_ns for x in ours) / 1e6,
+        "device_seconds_ratio": seconds({"": turns}, "agent")[0] / seconds({"": turns}, "fixed")[0],
+        "half_width": median(x.half_width for x in ours),
+        "half_width_fixed": median(x.half_width for x in fixed),
+        "coverage": _covered(ours),
+        "coverage_fixed": _covered(fixed),
+        "agent": documents(ours),
+        "fixed": documents(fixed),
+    }
+
+
+def _covered(measured: Sequence[Measured]) -> float:
+    return sum(x.claims(1.0) for x in measured) / len(measured)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

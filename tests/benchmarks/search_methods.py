@@ -9,7 +9,7 @@ or measure each choice alone, add up, and solve for every budget.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import optuna
@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler
 
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO
 from autotune.search.improvement import Landscape, most_promising
-from autotune.search.surrogate import Surrogate
+from autotune.search.surrogate import Features, Surrogate
 from tests.benchmarks.oracles import NOISE, SAMPLES, Oracle
 
 REFERENCE = (REFERENCE_RATIO, REFERENCE_DROP)
@@ -44,14 +44,18 @@ def model_based(oracle: Oracle, runs: int, seed: int) -> np.ndarray:
 
 
 def fitted(
-    oracle: Oracle, latency: object, drop: object, points: object, figures: object
+    oracle: Oracle,
+    latency: Features,
+    drop: Features,
+    points: Sequence[np.ndarray],
+    figures: Sequence[tuple[float, float]],
 ) -> Landscape:
     """Both models on what has been measured; the first point is FP32."""
     rows, values = np.array(points), np.array(figures)
     capped = np.minimum(values[:, 1], DROP_CEILING)
     return Landscape(
-        Surrogate(latency, rows, values[:, 0], NOISE * values[:, 0], base=float(values[0, 0])),  # type: ignore[arg-type]
-        Surrogate(drop, rows, capped, np.full(len(rows), 1 / SAMPLES), base=0.0),  # type: ignore[arg-type]
+        Surrogate(latency, rows, values[:, 0], NOISE * values[:, 0], base=float(values[0, 0])),
+        Surrogate(drop, rows, capped, np.full(len(rows), 1 / SAMPLES), base=0.0),
     )
 
 
@@ -147,6 +151,17 @@ def _table(
         points.append(point)
         gains[column][option] = oracle.measure(point, rng)[0] - base
     return gains, tables
+
+
+def predicted_by_table(
+    oracle: Oracle, points: np.ndarray, runs: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The ratios that a table of choices measured alone adds up to, `(n,)`."""
+    gains, _ = _table(oracle, oracle.baselines(), 3 * runs // 2, rng)
+    total = np.ones(len(points))
+    for column, gain in enumerate(gains):
+        total += gain[points[:, column]]
+    return total
 
 
 def _optima(gains: list[np.ndarray], damage: list[np.ndarray]) -> Iterator[np.ndarray]:

@@ -212,6 +212,8 @@ def _reported(ended: ChildEnd, runtime: RuntimeRequest) -> MeasurementOutcome:
     try:
         outcome = Outcome(document["outcome"])
         report = document.get("report")
+        if report is not None and outcome is Outcome.UNSTABLE and math.isinf(report["ratio_high"]):
+            report = None  # two blocks or fewer: nothing is known of the spread
         if report is not None:
             report = LatencyReport.model_validate(report | {"runtime": runtime.model_dump()})
     except (KeyError, TypeError, ValueError, ValidationError) as error:

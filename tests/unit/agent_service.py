@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -46,6 +47,7 @@ class FakeService:
     """The agent's routes, with knobs.
 
     `answers` maps a route to the statuses of its next calls; afterwards it works again.
+    `pauses` are the seconds between the last sign that the agent was at one lease and the next.
     """
 
     def __init__(self):
@@ -60,6 +62,8 @@ class FakeService:
         self.drop_lease = False
         self.cut_after = None
         self.ranges = []
+        self.pauses = []
+        self.busy_until_s = None
         self.changed = threading.Condition()
 
     def add(self, model):
@@ -68,22 +72,22 @@ class FakeService:
         self.artifacts[sha256] = data
         return ArtifactReference(sha256=sha256, size_bytes=len(data))
 
-    def offer(self, candidate, *, number=1, threads=1, **plan):
+    def offer(self, candidate, *, number=1, threads=1, runtime="simulated", reference=None, **plan):
         request = MeasurementRequest(
             measurement_id=f"m{number}",
             artifact=candidate if isinstance(candidate, ArtifactReference) else self.add(candidate),
-            reference=self.add(SimulatedModel(latency_ns=8e5, noise=0.01)),
-            runtime=RuntimeRequest(runtime="simulated", threads=threads),
-            reference_runtime=RuntimeRequest(runtime="simulated"),
+            reference=self.add(reference or SimulatedModel(latency_ns=8e5, noise=0.01)),
+            runtime=RuntimeRequest(runtime=runtime, threads=threads),
+            reference_runtime=RuntimeRequest(runtime=runtime),
             plan=MeasurementPlan(**plan),
         )
         lease = Lease(lease_id=f"l{number}", fencing_token=number, ttl_s=30, request=request)
         with self.changed:
             self.leases.append(lease)
 
-    def wait_for(self, condition):
+    def wait_for(self, condition, timeout_s=PATIENCE_S):
         with self.changed:
-            assert self.changed.wait_for(lambda: condition(self), PATIENCE_S)
+            assert self.changed.wait_for(lambda: condition(self), timeout_s)
 
     def answer(self, route, body, key):
         """The status, and what to send: a JSON document or the bytes of an artifact."""
@@ -117,15 +121,20 @@ class FakeService:
         beat = json.loads(body)
         self.heartbeats.append(beat)
         drop = self.drop_lease and beat["lease_id"] is not None
+        if beat["lease_id"] is not None:
+            self.busy_until_s = time.monotonic()
         return 200, {"heartbeat_s": 0.05, "drop_lease": drop}
 
     def lease(self, _):
         if not self.leases:
             return 204, None
+        if self.busy_until_s is not None:
+            self.pauses.append(time.monotonic() - self.busy_until_s)
         return 200, self.leases.pop(0).model_dump(mode="json")
 
     def accept(self, body):
         self.results.append(MeasurementResult.model_validate_json(body))
+        self.busy_until_s = time.monotonic()
         return 200, {"accepted": True}
 
 

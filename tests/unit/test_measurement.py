@@ -273,6 +273,12 @@ def end(**changes):
     return interpret(ChildEnd(**fields | changes), runtime=SIMULATED, timeout_s=9)
 
 
+def test_an_interval_without_an_end_is_no_report():
+    report = {"ratio_high": float("inf")}
+    told = end(document={"outcome": "unstable", "reason": "2 blocks only", "report": report})
+    assert (told.outcome, told.reason, told.report) == (Outcome.UNSTABLE, "2 blocks only", None)
+
+
 @pytest.mark.parametrize(
     ("changes", "outcome", "said"),
     [

@@ -1,8 +1,8 @@
 """A real service process whose measurements come from its standard input, for `fleet`.
 
 `python -m tests.benchmarks.fleet_service DATA_DIR READY_FILE LEASE_TTL_S`: database, routes and
-server are the service's own; in the place of the job runner stands one that obeys commands, one JSON
-document a line, and answers each with one on standard output:
+server are the service's own; in the place of the job runner stands one that obeys commands, one
+JSON document a line, and answers each with one on standard output:
 
 - `{"enrol": n}`: n devices, each `{"agent_id", "device_id", "key"}`;
 - `{"devices": null}`: the ids of all devices; `{"open": null}`: how many measurements are not done;

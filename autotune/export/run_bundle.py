@@ -1,6 +1,7 @@
 """Run the model of a bundle: this file is copied into every bundle as `run.py`.
 
-It needs numpy and onnxruntime, nothing else, and no flag to be right or fast:
+It needs numpy and the runtime that the model was tuned for (onnxruntime or openvino), nothing
+else, and no flag to be right or fast:
 `python run.py` checks the model's digest and measures it on this machine;
 `python run.py --input x.npy` prints the class of every sample in the file.
 """
@@ -13,12 +14,11 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 
 WARM_UP_RUNS = 10
 
@@ -51,36 +51,77 @@ def verified_model(folder: Path, sha256: str) -> bytes:
     return model
 
 
-def open_session(model: bytes, *, provider: str, threads: int) -> ort.InferenceSession:
+class Session(NamedTuple):
+    """A loaded model: `run` takes one sample (1, ...) and returns its scores (1, classes)."""
+
+    run: Callable[[np.ndarray], np.ndarray]
+    runtime: str
+
+
+def open_session(model: bytes, runtime: str, *, provider: str, threads: int) -> Session:
     """A session with the runtime's defaults and the threads that the search chose."""
-    options = ort.SessionOptions()
+    openers = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
+    if runtime not in openers:
+        raise Unusable(
+            f"the model was tuned for {runtime}, which this script cannot start; load model.onnx "
+            "with it, at batch 1"
+        )
+    try:
+        return openers[runtime](model, provider, threads)
+    except ImportError as error:
+        raise Unusable(f"the model was tuned for {runtime}: pip install {runtime}") from error
+
+
+def _open_onnxruntime(model: bytes, provider: str, threads: int) -> Session:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    return ort.InferenceSession(model, options, providers=[provider])
+    session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    name = session.get_inputs()[0].name
+    return Session(
+        run=lambda x: session.run(None, {name: x})[0],
+        runtime=f"onnxruntime {onnxruntime.__version__}",
+    )
 
 
-def benchmark_ns(session: ort.InferenceSession, x: np.ndarray, *, runs: int) -> np.ndarray:
+def _open_openvino(model: bytes, provider: str, threads: int) -> Session:
+    """Compiled as it was measured: one sample, for latency, in FP32 where it is not quantized."""
+    import openvino
+
+    core = openvino.Core()
+    graph = core.read_model(model)
+    for port in graph.inputs:
+        shape = port.partial_shape
+        shape[0] = 1
+        graph.reshape({port: shape})
+    device = provider.removesuffix("ExecutionProvider")
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if device == "CPU":
+        options["INFERENCE_NUM_THREADS"] = threads
+    request = core.compile_model(graph, device, options).create_infer_request()
+    return Session(
+        run=lambda x: np.asarray(request.infer({0: x}, share_inputs=True)[0]),
+        runtime=f"openvino {str(openvino.__version__).partition('-')[0]}",
+    )
+
+
+def benchmark_ns(session: Session, x: np.ndarray, *, runs: int) -> np.ndarray:
     """Durations of `runs` inferences in ns, after a warm-up; shape (runs,)."""
-    feed = {session.get_inputs()[0].name: x}
     for _ in range(WARM_UP_RUNS):
-        session.run(None, feed)
+        session.run(x)
     durations = np.empty(runs, dtype=np.int64)
     for i in range(runs):
         start = time.perf_counter_ns()
-        session.run(None, feed)
+        session.run(x)
         durations[i] = time.perf_counter_ns() - start
     return durations
 
 
-def classify(
-    session: ort.InferenceSession, x: np.ndarray, *, batch_size: int = 32
-) -> tuple[np.ndarray, np.ndarray]:
+def classify(session: Session, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The most probable class of each sample, and its probability; shapes (n_samples,)."""
-    name = session.get_inputs()[0].name
-    parts = [
-        session.run(None, {name: x[i : i + batch_size]})[0] for i in range(0, len(x), batch_size)
-    ]
-    logits = np.concatenate(parts).astype(np.float64)
+    logits = np.concatenate([session.run(x[i : i + 1]) for i in range(len(x))]).astype(np.float64)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = powers / powers.sum(axis=1, keepdims=True)
     classes = probabilities.argmax(axis=1)
@@ -134,31 +175,30 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     model = verified_model(folder, facts["sha256"])
     runtime = facts["runtime"]
     threads = options.threads or runtime["threads"]
-    session = open_session(model, provider=runtime["provider"], threads=threads)
+    session = open_session(model, runtime["runtime"], provider=runtime["provider"], threads=threads)
     shape = facts["input_shape"]
     if options.input is not None:
         print_classes(session, read_samples(options.input, shape), facts["class_names"])
         return
     print(f"model.onnx    sha256 {facts['sha256'][:16]}… is the exported file")
     x = np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
-    print_benchmark(benchmark_ns(session, x, runs=options.runs), threads, reports)
+    here = f"{threads} thread(s), {session.runtime}"
+    print_benchmark(benchmark_ns(session, x, runs=options.runs), here, reports)
 
 
-def print_classes(
-    session: ort.InferenceSession, x: np.ndarray, class_names: Sequence[str] | None
-) -> None:
+def print_classes(session: Session, x: np.ndarray, class_names: Sequence[str] | None) -> None:
     """One line per sample: its index, class and probability, separated by tabs."""
     for i, (label, probability) in enumerate(zip(*classify(session, x), strict=True)):
         name = class_names[label] if class_names else label
         print(f"{i}\t{name}\t{probability:.4f}")
 
 
-def print_benchmark(durations: np.ndarray, threads: int, reports: dict[str, Any]) -> None:
+def print_benchmark(durations: np.ndarray, here: str, reports: dict[str, Any]) -> None:
     """The median here with its spread, beside the one on the device it was tuned for."""
     low, median, high = np.percentile(durations, [10, 50, 90]) / 1e6
     print(
         f"this machine  p50 {median:.3f} ms, p10 to p90 {low:.3f} to {high:.3f} ms, "
-        f"n={len(durations)}, batch 1, {threads} thread(s), onnxruntime {ort.__version__}"
+        f"n={len(durations)}, batch 1, {here}"
     )
     winner = reports["figures"]["winner"]["latency"]
     tuned = winner["confirmed"] or winner["screening"]

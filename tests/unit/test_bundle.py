@@ -15,6 +15,7 @@ from autotune.errors import BundleError, DiskFull
 from autotune.export import bundle as bundle_module
 from autotune.export import run_bundle
 from autotune.export.bundle import read_bundle, write_bundle
+from search_spaces import RuntimeOptions
 from tests.unit import fabricated_job as fabricated
 
 
@@ -221,6 +222,31 @@ def test_run_py_prints_the_classes_of_samples(export, tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     expected = [["cat", "dog", "eel"][i] for i in (x @ weight).argmax(axis=1)]
     assert [line.split("\t")[1] for line in done.stdout.splitlines()] == expected
+
+
+def tuned_for(records, runtime: str, **options):
+    trial = records[1][7]
+    chosen = RuntimeOptions(runtime=runtime, **options)
+    return replace(trial, candidate=replace(trial.candidate, runtime=chosen))
+
+
+def test_run_py_starts_the_runtime_that_was_tuned_for(export, records, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra edge-autotune[openvino] is not installed")
+    folder = export(tmp_path / "b", trial=tuned_for(records, "openvino", threads=2))
+    done = run(folder, "--runs", "5")
+    assert "batch 1, 2 thread(s), openvino 20" in done.stdout, done.stderr
+    assert "pip install numpy openvino" in (folder / "README.md").read_text(encoding="utf-8")
+    x = np.random.default_rng(5).standard_normal((4, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    weight = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    shown = run(folder, "--input", str(tmp_path / "x.npy")).stdout.splitlines()
+    assert [int(line.split("\t")[1]) for line in shown] == (x @ weight).argmax(axis=1).tolist()
+
+
+def test_run_py_names_a_runtime_that_it_cannot_start(export, records, tmp_path: Path) -> None:
+    done = run(export(tmp_path / "b", trial=tuned_for(records, "vendor")))
+    assert done.returncode == 1
+    assert "tuned for vendor, which this script cannot start" in done.stderr
 
 
 def test_run_py_refuses_an_altered_model(export, tmp_path: Path) -> None:

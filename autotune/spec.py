@@ -32,6 +32,7 @@ JOB_VERSION: Literal[1] = 1
 # 2026-11-21: search.prune_importance (before it, l2) and recovery.patience (before it, 3).
 # 2026-11-21: search.runtimes (before it, onnxruntime alone).
 # 2026-11-21: search.objectives, and precisions with options; a job without them means the same.
+# 2026-11-21: rounding; a job without it means the same.
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
@@ -162,6 +163,17 @@ class RecoverySpec(_Section):
     """Softens teacher and student; larger is softer."""
 
 
+class RoundingSpec(_Section):
+    """How the winner's weights are rounded in the end."""
+
+    adaround: bool = False
+    """Learn for each 8-bit weight of the confirmed winner whether it goes up or down (AdaRound,
+    Nagel et al. 2020), and measure and judge the outcome like any trial. It takes the winner's
+    place where it is no worse; minutes, where the model is small."""
+    iterations: int = Field(default=500, ge=1)
+    """Steps per layer; the paper takes 10,000, from weights that are rounded to nearest."""
+
+
 class MeasurementSpec(_Section):
     """How exactly the device measures; see `device_agents.protocol.MeasurementPlan`."""
 
@@ -208,6 +220,8 @@ class JobSpec(_Section):
     """What may be chosen, and how long to search."""
     recovery: RecoverySpec = RecoverySpec()
     """Training after pruning."""
+    rounding: RoundingSpec = RoundingSpec()
+    """Learned rounding of the winner."""
     measurement: MeasurementSpec = MeasurementSpec()
     """How exactly to measure."""
     seed: int = Field(default=0, ge=0)

@@ -33,10 +33,11 @@ from autotune.compression.shipped_runtime import executed_precisions
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError, InvalidModel
-from autotune.spec import Importance, RecoverySpec
+from autotune.spec import Importance, RecoverySpec, RoundingSpec
 from search_spaces import Candidate, PrunableGroup
 
 if TYPE_CHECKING:
+    from autotune.compression.adaround import LearnedRounding
     from autotune.compression.importance import ChannelScores
 
 __all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
@@ -58,7 +59,8 @@ class Artifact:
 
     `candidate_digest` is the digest of the candidate asked for; candidates that share an
     `artifact_digest` have the same `data`, where `kernels` is the same too: the kernel class
-    that the file is written for. `groups` has one entry per layer group.
+    that the file is written for. `groups` has one entry per layer group, `rounding` what was
+    learned for this candidate alone.
     """
 
     data: bytes
@@ -68,16 +70,21 @@ class Artifact:
     groups: tuple[GroupPrecision, ...]
     base: BaseFacts
     kernels: str
+    rounding: LearnedRounding | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the bytes, as a plain dictionary: a trial's `compression`."""
-        return {
-            "sha256": self.sha256,
-            "size_bytes": self.size_bytes,
-            "groups": [group.to_json() for group in self.groups],
+        """Everything but the bytes, as a plain dictionary."""
+        return {"sha256": self.sha256, "size_bytes": self.size_bytes, **self.compression}
+
+    @property
+    def compression(self) -> dict[str, Any]:
+        """How the file came to be, as a plain dictionary: a trial's `compression`."""
+        facts = {
             "base": self.base.to_json(),
+            "groups": [group.to_json() for group in self.groups],
             "kernels": self.kernels,
         }
+        return facts if self.rounding is None else {**facts, "rounding": self.rounding.to_json()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +97,8 @@ class Compressor:
     """Builds artifacts of one source model; everything it has made once stays warm.
 
     `importance` and `channel_multiple` say how pruning ranks channels and what it rounds their
-    number to. Not thread-safe; several processes may share `cache_dir`.
+    number to; `adaround_iterations` how long a candidate's rounding is learned. Not
+    thread-safe; several processes may share `cache_dir`.
     """
 
     def __init__(
@@ -105,6 +113,7 @@ class Compressor:
         seed: int = 0,
         threads: int = 1,
         kernels: KernelClass = X86_VNNI,
+        adaround_iterations: int = RoundingSpec().iterations,
     ) -> None:
         self.kernels = kernels
         self.source = source
@@ -120,6 +129,8 @@ class Compressor:
         self._data_digests: dict[str, str] = {}
         self._teacher_logits: np.ndarray | None = None
         self._scores: ChannelScores | None = None
+        self._adaround_iterations = adaround_iterations
+        self._learned: dict[str, LearnedRounding] = {}
 
     def prepare_base(self, prune_ratios: Mapping[str, float]) -> BaseFacts:
         """Make the base with those ratios ready; seconds to minutes where it is new.
@@ -142,10 +153,12 @@ class Compressor:
         """
         base = self._base(candidate.prune_ratios)
         kernels = kernels or self.kernels
-        data = base.graph.emit(candidate.precisions, kernels=kernels)
+        learned = self._learn(base.graph, candidate)
+        rounding = None if learned is None else learned.rounding
+        data = base.graph.emit(candidate.precisions, kernels=kernels, rounding=rounding)
         checked, fused_here = data, as_checked_here(kernels)
         if fused_here != kernels:
-            checked = base.graph.emit(candidate.precisions, kernels=fused_here)
+            checked = base.graph.emit(candidate.precisions, kernels=fused_here, rounding=rounding)
         return Artifact(
             data=data,
             sha256=hashlib.sha256(data).hexdigest(),
@@ -154,7 +167,35 @@ class Compressor:
             groups=self._executed(candidate, base.graph, data, checked, kernels),
             base=base.facts,
             kernels=kernels.name,
+            rounding=learned,
         )
+
+    def _learn(self, graph: QuantizableGraph, candidate: Candidate) -> LearnedRounding | None:
+        """The candidate's own rounding, if any; learned once, the same for every kernel class."""
+        from autotune.compression.adaround import SAMPLES, adaround
+
+        if candidate.rounding is None:
+            return None
+        digest = candidate.artifact_digest
+        if digest not in self._learned:
+            training = self._splits.training
+            samples = self._splits.calibration if training is None else training.x[:SAMPLES]
+            self._learned[digest] = adaround(
+                graph,
+                candidate.precisions,
+                samples,
+                judged_by=self._splits.search.x,
+                iterations=self._adaround_iterations,
+                threads=self._threads,
+            )
+        learned = self._learned[digest]
+        if not learned.is_better:
+            raise CompressionError(
+                f"AdaRound found no better rounding: {learned.mean_kl:.3g} nats from FP32 against "
+                f"{learned.earlier_kl:.3g} on {learned.n_judged} search samples, with new codes "
+                f"for {len(learned.improved)} of {learned.n_layers} layers"
+            )
+        return learned
 
     def emit(self, candidate: Candidate) -> bytes:
         """The bytes of `build` without the check: milliseconds on a warm base.
@@ -163,7 +204,10 @@ class Compressor:
             CompressionError: the message names the group and the cause.
             DiskFull: there is no room for a new base.
         """
-        return self._base(candidate.prune_ratios).graph.emit(candidate.precisions)
+        graph = self._base(candidate.prune_ratios).graph
+        learned = self._learn(graph, candidate)
+        rounding = None if learned is None else learned.rounding
+        return graph.emit(candidate.precisions, rounding=rounding)
 
     def _executed(
         self,

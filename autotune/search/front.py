@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from device_agents.protocol import LatencyReport
@@ -144,9 +144,26 @@ def answer(
     the most accurate trial inside the budget is. `on_every_device` says that the trials are
     seen as the worst of several devices has them (`targets.py`): budget and distance are then
     told as what they are, shares of each device's budget.
+
+    A trial whose rounding was learned for its candidate alone never wins by itself: it takes
+    the winner's place where it is the same candidate and no worse (`is_no_worse`).
     """
+    found = _best(
+        [t for t in trials if t.candidate.rounding is None and ranks(t)],
+        latency_budget_ns,
+        max_accuracy_drop,
+        on_every_device,
+    )
+    return found and _with_learned_rounding(found, trials, latency_budget_ns)
+
+
+def _best(
+    ranking: Sequence[TrialRecord],
+    latency_budget_ns: float | None,
+    max_accuracy_drop: float | None,
+    on_every_device: bool,
+) -> Answer | None:
     inside = _inside(latency_budget_ns, on_every_device)
-    ranking = [t for t in trials if ranks(t)]
     if not ranking:
         return None
     feasible = [t for t in ranking if is_feasible(t, latency_budget_ns)]
@@ -182,6 +199,44 @@ def answer(
             f"the one that loses least of {len(feasible)} loses {_points(_drop(winner))}"
         ),
     )
+
+
+def is_no_worse(learned: TrialRecord, winner: TrialRecord, budget_ns: float | None) -> bool:
+    """A learned rounding may take the place of the rounding that it began with.
+
+    Confirmed, within the budget and not certainly slower; and neither on the search data nor
+    on the held-out data does it lose more, nor reach its interval higher.
+    """
+    mine, theirs = latency_of(learned), latency_of(winner)
+    pairs = (
+        (learned.accuracy, winner.accuracy),
+        (learned.held_out_accuracy, winner.held_out_accuracy),
+    )
+    return (
+        learned.confirmed_latency is not None
+        and is_feasible(learned, budget_ns)
+        and mine is not None
+        and theirs is not None
+        and mine.p50_low_ns <= theirs.p50_high_ns
+        and all(
+            a is not None and b is not None and a.drop <= b.drop and a.drop_high <= b.drop_high
+            for a, b in pairs
+        )
+    )
+
+
+def _with_learned_rounding(
+    found: Answer, trials: Sequence[TrialRecord], budget_ns: float | None
+) -> Answer:
+    for trial in trials:
+        origin = replace(trial.candidate, rounding=None)
+        if (
+            trial.candidate != origin == found.winner.candidate
+            and is_no_worse(trial, found.winner, budget_ns)
+        ):  # fmt: skip
+            why = f"with a rounding of its own, it is no worse than trial {found.winner.number}"
+            return replace(found, winner=trial, explanation=f"{found.explanation}; {why}")
+    return found
 
 
 def select(trials: Sequence[TrialRecord], how: str) -> TrialRecord | None:

@@ -207,8 +207,9 @@ def flips(
     """
     moves: list[tuple[float, int, Candidate]] = []
     for trial in front:
+        origin = replace(trial.candidate, rounding=None)
         for group, choices in space.precisions.items():
-            current = trial.candidate.precision(group)
+            current = origin.precision(group)
             for choice in choices:
                 if choice == current:
                     continue
@@ -216,7 +217,7 @@ def flips(
                     (group, choice.name), 0.0
                 )
                 score = gain * rng.uniform(0.5, 1.5) + rng.uniform(0.0, 1e-6)
-                moves.append((-score, len(moves), trial.candidate.with_precision(group, choice)))
+                moves.append((-score, len(moves), origin.with_precision(group, choice)))
     for _, _, candidate in sorted(moves, key=lambda move: move[:2]):
         yield candidate
 

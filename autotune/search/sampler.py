@@ -103,6 +103,8 @@ class Sampler:
 
     def _encode(self, candidate: Candidate) -> dict[str, int] | None:
         bases = [Candidate(prune_ratios=b).base_digest for b in self.bases]
+        if candidate.rounding is not None:
+            return None  # the sampler cannot choose it
         if candidate.base_digest not in bases or candidate.runtime not in self.space.runtimes:
             return None
         values = {

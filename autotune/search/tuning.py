@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from autotune.compression.device_kernels import device_kernels
 from autotune.errors import AutotuneError, DiskFull, JobNotReady
 from autotune.search import planner
+from autotune.search.canary import check_pools, references
 from autotune.search.conclusion import (
     CANCELLED_BY_HAND,
+    all_limits,
     baseline_trials,
     build_space,
     conclude_views,
-    data_limits,
-    limits,
     nothing_ranks,
 )
 from autotune.search.evaluation import Evaluation, race_of
@@ -132,6 +132,8 @@ class Tuning:
             bases = self._prune(inspection.inventory, entries)
             self._search(evaluation, inspection.inventory, bases, damage(entries))
         self._confirm(evaluation)
+        while self._check_pools(evaluation):
+            self._confirm(evaluation)
 
     # The phases, in order.
 
@@ -152,37 +154,21 @@ class Tuning:
         inventory = inspection.inventory
         kernels = [device_kernels(device.description) for device in self._devices]
         if self._job.inventory is None:
-            has_training = splits.training is not None
-            for notice in (
-                *inspection.notices,
-                *limits(self._spec, inventory, has_training=has_training, kernels=kernels),
-                *data_limits(
-                    self._spec,
-                    n_calibration=len(splits.calibration),
-                    n_search=len(splits.search),
-                    n_held_out=len(splits.held_out),
-                ),
-            ):
+            limited = all_limits(self._spec, inventory, splits, kernels=kernels)
+            for notice in (*inspection.notices, *limited):
                 self._notice(notice)
-        reference = self._store_reference(inspection.fp32)
         self._job = self._update(
             inventory=inventory,
             space=build_space(self._spec, inventory, kernels=kernels),
-            source={
-                "digest": inspection.source_digest,
-                "artifact_sha256": reference.sha256,
-                "artifact_size_bytes": reference.size_bytes,
-                "input_name": inspection.input_name,
-                "input_shape": list(inspection.input_shape),
-                "output_name": inspection.output_name,
-                "num_classes": inspection.num_classes,
-            },
+            source=inspection.source(self._store_reference(inspection.fp32)),
         )
         return inspection
 
     def _baselines(self, inspection: Inspection) -> Evaluation:
         self._enter("baselines")
-        evaluation = self._evaluation(self._store_reference(inspection.fp32))
+        reference = self._store_reference(inspection.fp32)
+        self._check_pools(self._evaluation(reference))
+        evaluation = self._evaluation(reference)
         self._reopen_fp32()
         first, *others = planner.baselines(self._space)
         fp32 = self._evaluate(evaluation, [first])
@@ -265,11 +251,13 @@ class Tuning:
         queue = proposals.warm_start(self._trials())[: max(BATCH, self._trials_left() // 2)]
         turn = 0
         while not self._is_over():
-            batch = queue[:BATCH]
+            self._check_pools(evaluation)
+            size = max(BATCH, self._host.fleet.capacity(self._job, self._devices))
+            batch = queue[:size]
             if not batch:
                 trials = self._trials()
-                batch = proposals.refine(trials, self._flip_from(trials), turn=turn)
-            queue = queue[BATCH:]
+                batch = proposals.refine(trials, self._flip_from(trials), turn=turn, size=size)
+            queue = queue[size:]
             turn += 1
             if not batch:
                 self._stopped_because = "nothing new is left to propose"
@@ -291,6 +279,27 @@ class Tuning:
                 break
             for winner in unconfirmed.values():
                 self._confirm_trial(evaluation, winner)
+        if self._spec.rounding.adaround:
+            self._learn_rounding(evaluation)
+
+    def _learn_rounding(self, evaluation: Evaluation) -> None:
+        """Round the winner's weights anew; `front.is_no_worse` says whether that replaces it."""
+        found = self._answer()
+        if found is None or found.winner.candidate.rounding is not None:
+            return
+        winner = found.winner
+        precisions = winner.candidate.precisions.values()
+        if not any(p.weight_bits == 8 and not p.is_weight_only for p in precisions):
+            self._notice(f"trial {winner.number} has no 8-bit layers for AdaRound to round")
+            return
+        learned = replace(winner.candidate, rounding="adaround")
+        proposal = Proposal(candidate=learned, proposed_by="adaround")
+        (trial,) = self._evaluate(evaluation, [proposal])
+        self._confirm_trial(evaluation, trial)
+        found = self._answer()
+        if found is None or found.winner.id != trial.id:
+            reason = trial.reason or "it is worse on one of the two data sets, or slower"
+            self._notice(f"AdaRound leaves trial {winner.number} the winner: {reason}")
 
     # What the phases share.
 
@@ -323,9 +332,21 @@ class Tuning:
 
     def _calibrate(self, evaluation: Evaluation, fp32: TrialRecord) -> Evaluation:
         """Pin the reference's own latency on each target; everything later is a ratio times it."""
-        if any(target.reference_latency_ns is None for target in self._job.targets):
-            self._job = self._update(**calibrated(self._job, self._spec, fp32))
+        self._job = self._update(**calibrated(self._job, self._spec, fp32))
         return replace(evaluation, job=self._job)
+
+    def _check_pools(self, evaluation: Evaluation) -> bool:
+        """Compare the members of the job's pools where that is due; whether one was off.
+
+        What that one did since it was last in line is measured again, on the others.
+        """
+        check = check_pools(evaluation, notice=self._notice)
+        if check.latencies_ns:
+            self._job = self._update(**references(self._job, check))
+        if check.drained:
+            self._tried.clear()
+            evaluation.run([t for t in self._stored_trials() if t.state is not TrialState.FINISHED])
+        return bool(check.drained)
 
     def _evaluation(self, reference: ArtifactReference) -> Evaluation:
         return Evaluation(

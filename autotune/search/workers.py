@@ -24,6 +24,7 @@ import numpy as np
 from autotune.errors import AutotuneError, CompressionError
 from autotune.search.interruption import Stopped
 from autotune.spec import JobSpec
+from device_agents.protocol import ArtifactReference
 from search_spaces import Candidate, LayerInventory, Precision
 from storage.records import AccuracyReport
 from storage.sensitivity import Sensitivity
@@ -57,6 +58,18 @@ class Inspection:
     output_name: str
     num_classes: int
     notices: tuple[str, ...] = ()
+
+    def source(self, stored: ArtifactReference) -> dict[str, Any]:
+        """What a job keeps of its source model; `stored` is the FP32 graph."""
+        return {
+            "digest": self.source_digest,
+            "artifact_sha256": stored.sha256,
+            "artifact_size_bytes": stored.size_bytes,
+            "input_name": self.input_name,
+            "input_shape": list(self.input_shape),
+            "output_name": self.output_name,
+            "num_classes": self.num_classes,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +153,7 @@ class CompressionWorker:
             seed=self._spec.seed,
             threads=1,
             kernels=kernels_of(self._devices[0] if self._devices else None),
+            adaround_iterations=self._spec.rounding.iterations,
         )
 
     def share(self) -> SourceModel:
@@ -190,11 +204,7 @@ class CompressionWorker:
         return Built(
             artifact=artifact.data,
             sha256=artifact.sha256,
-            compression={
-                "base": artifact.base.to_json(),
-                "groups": [group.to_json() for group in artifact.groups],
-                "kernels": artifact.kernels,
-            },
+            compression=artifact.compression,
             accuracy=accuracy,
         )
 

@@ -97,3 +97,17 @@ def test_a_job_file_may_name_uploads_beside_paths(tmp_path: Path) -> None:
     spec = read_job(path)
     assert spec.model.source == f"onnx:{tmp_path}/model.onnx"
     assert spec.data.evaluation == f"npz:sha256:{DIGEST}"
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"adaround": "soon"}, "rounding.adaround"),
+        ({"iterations": 0}, "rounding.iterations"),
+        ({"adarond": True}, "did you mean 'adaround'"),
+    ],
+)
+def test_a_wrong_rounding_is_told_where_it_is_wrong(written: object, told: str) -> None:
+    assert not parse_job(document()).rounding.adaround
+    with pytest.raises(InvalidJob, match=told):
+        parse_job({**document(), "rounding": written})

@@ -430,3 +430,36 @@ def test_candidates_race_against_the_drop_that_the_job_allows(
 ) -> None:
     race = race_of(max_accuracy_drop=drop, seed=4)
     assert (race.limit, race.ends_within, race.seed) == (limit, within, 4)
+
+
+def test_rounding_is_learned_for_the_winner_alone_and_only_on_demand(bench: Bench) -> None:
+    with _agent(bench):
+        plain = bench.run(bench.job())
+        asked = bench.run(bench.job(rounding={"adaround": True}))
+    before, after = (bench.repository.list_trials(job.id) for job in (plain, asked))
+    assert [t.candidate for t in after[:-1]] == [t.candidate for t in before]
+    assert plain.result is not None and asked.result is not None
+    origin = bench.repository.get_trial(plain.result["winner"]).candidate
+    winner = bench.repository.get_trial(asked.result["winner"])
+    assert winner.candidate == replace(origin, rounding="adaround")
+    assert winner.proposed_by == "adaround"
+    assert winner.confirmed_latency is not None and winner.held_out_accuracy is not None
+    assert "no worse than trial" in asked.result["explanation"]
+
+
+def test_a_learned_rounding_that_loses_more_leaves_the_winner(bench: Bench) -> None:
+    def pool() -> FakePool:
+        made = FakePool()
+        made.report_of = lambda candidate, race: accuracy(
+            fake_accuracy(candidate) - (0.001 if candidate.rounding else 0)
+        )
+        return made
+
+    bench.make_pool = pool
+    with _agent(bench):
+        job = bench.run(bench.job(rounding={"adaround": True}))
+    assert job.result is not None
+    assert bench.repository.get_trial(job.result["winner"]).candidate.rounding is None
+    assert bench.repository.list_trials(job.id)[-1].candidate.rounding == "adaround"
+    notices = [e.payload for e in bench.repository.list_events(job.id) if e.kind == "notice"]
+    assert any("AdaRound leaves trial" in notice["message"] for notice in notices)

@@ -29,6 +29,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-21: `MeasurementRequest.profile`; `profile`, `tainted_pairs`, `are_tainted_used` and
 # `n_restarts` of `LatencyReport`; `DeviceDescription.kernel_speeds`. A peer that does not know
 # them leaves them out.
+# 2026-11-21: `Block.sitting`; an agent without it had one sitting.
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -275,10 +276,14 @@ class Lease(Message):
 
 
 class Block(Message):
-    """Samples taken one after the other: per-call durations in ns, of one of the two models."""
+    """Samples taken one after the other: per-call durations in ns, of one of the two models.
+
+    Blocks of the same `sitting` ran in the same two sessions; the next one loaded both anew.
+    """
 
     subject: Literal["candidate", "reference"]
     samples_ns: tuple[int, ...]
+    sitting: int = 0
 
 
 class KernelTime(Message):
@@ -330,7 +335,7 @@ class LatencyReport(Message):
 
     All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
     calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
-    of a block bootstrap's and a batch-means one, of the ratio, scaled likewise. `p90_ns` and
+    of a block bootstrap's and one over the sittings, of the ratio, scaled likewise. `p90_ns` and
     `p99_ns` are the candidate's sample quantiles scaled by the same calibration. `ratio`
     compares with the reference model, which is the job's FP32 model: below 1 is faster.
     `is_steady` is false where the interval is too wide to order anything; what slows both

@@ -13,15 +13,16 @@ from typing import Final
 from device_agents.protocol import Block, LatencyReport
 from storage.errors import StorageError
 
-SAMPLES_VERSION: Final = 1
+SAMPLES_VERSION: Final = 2
 # Version 1 (2026-11-21): {"version", "blocks": [[subject, [ns, ...]], ...]}, in time order.
+# Version 2 (2026-11-21): [subject, [ns, ...], sitting]; version 1 is read as one sitting.
 
 
 def encode_blocks(blocks: tuple[Block, ...]) -> bytes:
     """The blocks as bytes."""
     document = {
         "version": SAMPLES_VERSION,
-        "blocks": [[block.subject, block.samples_ns] for block in blocks],
+        "blocks": [[block.subject, block.samples_ns, block.sitting] for block in blocks],
     }
     return zlib.compress(json.dumps(document, separators=(",", ":")).encode())
 
@@ -34,14 +35,14 @@ def decode_blocks(encoded: bytes) -> tuple[Block, ...]:
     """
     try:
         document = json.loads(zlib.decompress(encoded))
-        if document["version"] != SAMPLES_VERSION:
+        if document["version"] not in range(1, SAMPLES_VERSION + 1):
             raise StorageError(
                 f"raw samples have format version {document['version']!r}; "
-                f"this release reads version {SAMPLES_VERSION}"
+                f"this release reads versions up to {SAMPLES_VERSION}"
             )
         return tuple(
-            Block(subject=subject, samples_ns=tuple(samples))
-            for subject, samples in document["blocks"]
+            Block(subject=subject, samples_ns=tuple(samples), sitting=next(iter(sitting), 0))
+            for subject, samples, *sitting in document["blocks"]
         )
     except (zlib.error, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"raw samples cannot be read: {error}") from error

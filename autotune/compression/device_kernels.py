@@ -17,10 +17,11 @@ from search_spaces import Layer, LayerGroup, LayerKind, Precision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceKernels:
-    """A device's kernel class and the speeds that it measured; none where it did not."""
+    """A device's kernel class, the speeds that it measured, and the names of its runtimes."""
 
     kernels: KernelClass
     speeds: tuple[KernelSpeed, ...] = ()
+    runtimes: tuple[str, ...] = ()
 
     def why_not_faster(
         self, precision: Precision, group: LayerGroup, *, runtimes: Collection[str]
@@ -68,7 +69,11 @@ class DeviceKernels:
 
 def device_kernels(description: DeviceDescription) -> DeviceKernels:
     """The kernels of a device that enrolled."""
-    return DeviceKernels(kernels=kernels_of(description), speeds=description.kernel_speeds)
+    return DeviceKernels(
+        kernels=kernels_of(description),
+        speeds=description.kernel_speeds,
+        runtimes=tuple(build.name for build in description.runtimes),
+    )
 
 
 def _figure(speed: KernelSpeed) -> tuple[float, float, float] | None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from autotune.api_types import JobResult, TargetResult
 from autotune.compression.device_kernels import DeviceKernels
 from autotune.compression.kernels import X86_VNNI
 from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.front import Answer, blocking_groups
-from autotune.search.runtimes import asked_for
+from autotune.search.runtimes import asked_for, unused
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
 from search_spaces import (
@@ -26,6 +27,9 @@ from search_spaces import (
     can_take,
 )
 from storage.records import JobRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from autotune.compression.data import DataSplits
 
 CANCELLED_BY_HAND = "cancelled by hand"
 
@@ -158,7 +162,25 @@ def limits(
     if inventory.float_operators:
         listed = ", ".join(map(str, inventory.float_operators))
         notices.append(f"operators that stay in FP32: {listed}")
-    return notices + left_out(spec, inventory, kernels=kernels)
+    notices += left_out(spec, inventory, kernels=kernels)
+    return notices + unused(spec.search, [device.runtimes for device in kernels])
+
+
+def all_limits(
+    spec: JobSpec,
+    inventory: LayerInventory,
+    splits: DataSplits,
+    *,
+    kernels: Sequence[DeviceKernels],
+) -> list[str]:
+    """`limits` and `data_limits` of a job, with the data it has."""
+    has_training = splits.training is not None
+    return limits(spec, inventory, has_training=has_training, kernels=kernels) + data_limits(
+        spec,
+        n_calibration=len(splits.calibration),
+        n_search=len(splits.search),
+        n_held_out=len(splits.held_out),
+    )
 
 
 def data_limits(spec: JobSpec, *, n_calibration: int, n_search: int, n_held_out: int) -> list[str]:

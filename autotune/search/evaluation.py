@@ -21,7 +21,7 @@ from typing import Any
 from autotune.compression.kernels import kernels_of
 from autotune.compression.layer_times import with_groups
 from autotune.compression.racing import Race
-from autotune.errors import DiskFull
+from autotune.errors import CompressionError, DiskFull
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.front import REFERENCE_DROP, counts_size, non_dominated
 from autotune.search.planner import Proposal
@@ -293,7 +293,10 @@ class Evaluation:
         if report.profile is None or not report.profile.kernels or inventory is None:
             return report
         artifact = self.artifacts.read(_artifact_of(trial).sha256)
-        profile = with_groups(report.profile, artifact, inventory.groups)
+        try:
+            profile = with_groups(report.profile, artifact, inventory.groups)
+        except CompressionError:  # no ONNX graph: a simulated artifact
+            return report
         return report.model_copy(update={"profile": profile})
 
     def _note(self, trial: TrialRecord, *devices: DeviceRecord, **figures: Any) -> None:

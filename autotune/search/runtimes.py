@@ -6,7 +6,7 @@ accuracy in a runtime is `autotune.compression.shipped_runtime`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from autotune.errors import InvalidJob
@@ -17,6 +17,7 @@ from search_spaces import RuntimeOptions, SearchSpace
 from storage.records import TrialRecord
 
 ONNXRUNTIME = "onnxruntime"
+SIMULATED = "simulated"
 
 CONTENDING = 1.5
 """How much slower than the fastest baseline an option's own fastest may be for the search to go
@@ -88,12 +89,16 @@ def _fastest_baselines(
         yield found
 
 
-def unused(search: SearchSpec, builds: Sequence[RuntimeBuild]) -> str | None:
-    """A sentence on the runtimes that the device has and the job does not name; None without."""
-    known = sorted({b.name for b in builds} - {*search.runtimes, "simulated"})
+def unused(search: SearchSpec, offered: Sequence[Collection[str]]) -> list[str]:
+    """A sentence on the runtimes that every device has and the job does not name, if any.
+
+    `offered` has the names of each device's runtimes.
+    """
+    on_all = set.intersection(*(set(names) for names in offered)) if offered else set()
+    known = sorted(on_all - {*search.runtimes, SIMULATED})
     if not known:
-        return None
-    return (
-        f"the device also has {', '.join(known)}; name it in search.runtimes to let it compete, "
-        "for two more baselines and its share of the trials"
-    )
+        return []
+    return [
+        f"the device also has {', '.join(known)}: search.runtimes lets it compete, for two more "
+        "baselines and its share of the trials"
+    ]

@@ -129,8 +129,10 @@ class FakePool:
         return accuracy(fake_accuracy(candidate), split="held_out", n_samples=600)
 
 
-def description(host_id: str = "edge") -> DeviceDescription:
-    """A device with onnxruntime."""
+def description(
+    host_id: str = "edge", runtimes: Sequence[str] = ("onnxruntime",)
+) -> DeviceDescription:
+    """A device with these runtimes."""
     return DeviceDescription(
         hostname="edge",
         host_id=host_id,
@@ -143,8 +145,9 @@ def description(host_id: str = "edge") -> DeviceDescription:
         kernel="6",
         python="3.11",
         agent_version="0.1.0",
-        runtimes=(
-            RuntimeBuild(name="onnxruntime", version="1", providers=("CPUExecutionProvider",)),
+        runtimes=tuple(
+            RuntimeBuild(name=name, version="1", providers=("CPUExecutionProvider",))
+            for name in runtimes
         ),
         fingerprint="f" * 64,
     )
@@ -164,12 +167,13 @@ class FakeAgent:
         *,
         name: str = "local",
         host_id: str = "edge",
+        runtimes: Sequence[str] = ("onnxruntime",),
     ) -> None:
         repository.add_enrolment_token(f"token-{name}", pool=None, expires_in_s=60)
         device, agent = repository.enrol(
             f"token-{name}",
             name=name,
-            description=description(host_id),
+            description=description(host_id, runtimes),
             agent_key_hash=f"key-{name}",
         )
         self.device: DeviceRecord = device

@@ -1,0 +1,117 @@
+"""Runtimes compete in a job: what is asked for, what can be judged, which one wins."""
+
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+
+from autotune.errors import InvalidJob
+from autotune.search import tuning
+from autotune.search.evaluation import Evaluation
+from autotune.search.runtimes import asked_for, contending, require_judges, unused
+from autotune.spec import SearchSpec
+from device_agents.protocol import KernelTime, Profile, RuntimeBuild
+from search_spaces import RuntimeOptions
+from storage.records import JobState, TargetFigures
+from tests.unit.fakes import fake_ms
+from tests.unit.records import latency, trial
+from tests.unit.spaces import inventory, space
+from tests.unit.test_tuning import bench  # noqa: F401 - a fixture
+
+ORT = RuntimeOptions()
+OPENVINO = RuntimeOptions(runtime="openvino")
+BOTH = replace(space(), runtimes=(ORT, OPENVINO))
+
+
+def build(name):
+    return RuntimeBuild(name=name, version="1", providers=())
+
+
+def baseline(options, p50_ms, **changes):
+    return trial(0, p50_ms, 0.9, candidate=BOTH.fp32(options), proposed_by="baseline", **changes)
+
+
+def test_every_runtime_competes_with_every_number_of_threads():
+    asked = asked_for(SearchSpec(runtimes=("onnxruntime", "openvino"), threads=(1, 2)))
+    assert len(asked) == len(set(asked)) == 4
+    assert RuntimeOptions(runtime="openvino", threads=2) in asked
+
+
+def test_a_runtime_that_this_host_cannot_judge_is_refused_with_the_way_out():
+    with pytest.raises(InvalidJob, match=r"openvino.*pip install 'edge-autotune\[openvino\]'"):
+        require_judges(BOTH, probe=lambda names: [])
+    require_judges(BOTH, probe=lambda names: [build(name) for name in names])
+
+
+def test_a_job_on_onnxruntime_alone_probes_nothing():
+    require_judges(space(), probe=lambda names: pytest.fail("probed"))
+
+
+def test_a_runtime_far_behind_is_not_searched_further():
+    trials = [baseline(ORT, 2.0), baseline(OPENVINO, 3.1)]
+    assert contending(BOTH, trials).runtimes == (ORT,)
+    assert contending(BOTH, [trials[0], baseline(OPENVINO, 2.9)]).runtimes == (ORT, OPENVINO)
+
+
+def test_a_runtime_that_is_fast_on_one_of_two_devices_is_searched_further():
+    slow_there = TargetFigures(device_id="b", latency=latency(9.0))
+    fast_there = TargetFigures(device_id="b", latency=latency(3.0))
+    trials = [
+        baseline(ORT, 2.0, further=(slow_there,)),
+        baseline(OPENVINO, 9.0, further=(fast_there,)),
+    ]
+    assert contending(BOTH, trials).runtimes == (ORT, OPENVINO)
+
+
+def test_without_its_baselines_no_runtime_is_left_out():
+    assert contending(BOTH, [baseline(ORT, 2.0)]) == BOTH
+
+
+def test_the_user_is_told_of_a_runtime_that_every_device_has():
+    search = SearchSpec()
+    assert unused(search, [("onnxruntime", "simulated")]) == []
+    assert unused(search, [("onnxruntime", "openvino"), ("onnxruntime",)]) == []
+    (notice,) = unused(search, [("onnxruntime", "openvino")])
+    assert "openvino: search.runtimes lets it compete" in notice
+
+
+def test_the_faster_runtime_wins_the_job(bench, monkeypatch):  # noqa: F811 - the fixture
+    monkeypatch.setattr(tuning, "require_judges", lambda space: None)
+    search = {"trials": 14, "runtimes": ["onnxruntime", "openvino"]}
+    with bench.agent(runtimes=("onnxruntime", "openvino")) as agent:
+        agent.report_of = lambda c: latency(
+            fake_ms(c) * (0.8 if c.runtime.runtime == "openvino" else 1.0)
+        )
+        job = bench.run(bench.job(search=search))
+    assert job.state is JobState.FINISHED
+    trials = bench.repository.list_trials(job.id)
+    baselines = [t.candidate.runtime.runtime for t in trials if t.proposed_by == "baseline"]
+    assert sorted(baselines) == ["onnxruntime"] * 2 + ["openvino"] * 2
+    winner = bench.repository.get_trial(job.result["winner"])
+    assert winner.candidate.runtime == OPENVINO
+    judged = {c.arguments[1] for c in bench.pools[0].calls if c.method == "held_out"}
+    assert "openvino" in judged
+
+
+def test_baselines_and_confirmed_trials_are_profiled_and_no_others(bench):  # noqa: F811
+    with bench.agent():
+        job = bench.run(bench.job())
+    kinds = {t.id: t.proposed_by for t in bench.repository.list_trials(job.id)}
+    for record in bench.repository.list_measurements(job.id):
+        is_confirmation = record.request.plan.kind == "confirmation"
+        expected = is_confirmation or kinds.get(record.trial_id) == "baseline"
+        assert record.request.profile is expected
+
+
+def evaluation(**changes):
+    return Evaluation(**{field.name: None for field in fields(Evaluation)} | changes)
+
+
+def test_a_profile_without_a_graph_stays_as_the_device_sent_it():
+    profile = Profile(kernels=(KernelTime(name="a", operator="Conv", time_ns=1.0),))
+    report = latency(1.0).model_copy(update={"profile": profile})
+    kept = evaluation(
+        job=SimpleNamespace(inventory=inventory()),
+        artifacts=SimpleNamespace(read=lambda sha256: b"{}"),
+    )._by_group(report, trial(0, 1.0, 0.9, artifact_sha256="0" * 64, artifact_size_bytes=2))
+    assert kept == report

@@ -49,9 +49,11 @@ does not notice, and every further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
 MIN_SITTING_PAIRS = 3
-"""Of one sitting, which is sampled for at least as long as it took to load: what is best for
-the interval depends on how much sessions and pairs differ, and is within a factor of two of
-that."""
+"""Of one sitting, which is sampled for as long as it took to load: what is best for the
+interval depends on how much sessions and pairs differ, and is within a factor of two of that."""
+MAX_SITTING_SHARE = 0.5 / MIN_SITTINGS
+"""Of the time cap, after which a sitting ends however long it took to load: else there would be
+time for one or two."""
 MAX_RESTARTS = 3
 PAUSE_SHARE = 0.1
 """Of the time cap: how long a device may cool before a measurement begins anew. A board's heat
@@ -306,13 +308,14 @@ class _Attempt:
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
         """Pairs of one sitting."""
         start_ns, n_before = self.clock.now_ns(), self._n_pairs
+        enough_ns = min(self.seats.loading_ns, MAX_SITTING_SHARE * self.plan.time_cap_s * 1e9)
         before = self.watch.look()
         for pair in order:
             blocks = [self._block(subject) for subject in pair]
             after = self.watch.look()
             self._add(blocks, taint(before, after))
             before, now_ns = after, self.clock.now_ns()
-            is_enough = now_ns - start_ns >= self.seats.loading_ns
+            is_enough = now_ns - start_ns >= enough_ns
             if is_enough and self._n_pairs - n_before >= MIN_SITTING_PAIRS:
                 return
             if now_ns >= cap_ns and self._n_pairs >= MIN_PAIRS:

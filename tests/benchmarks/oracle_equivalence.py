@@ -182,7 +182,9 @@ def run(model: bytes, x: np.ndarray) -> np.ndarray:
     """The outputs in a plain CPU session, one image at a time."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # a line for every scale that fusing left without a reader
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: image[None]})[0] for image in x])
 

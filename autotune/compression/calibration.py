@@ -2,8 +2,9 @@
 
 Owns what an activation's 8 bits stand for. The graph runs once per base and leaves, per tensor,
 a histogram, its least and largest value, and those of each channel; every candidate of that
-base derives its scales from them. How a range follows from a histogram is `histograms.py`'s
-knowledge, how channels share a range `equalization.py`'s.
+base derives its scales from them. What a Relu behind a residual Add swallows does not count.
+How a range follows from a histogram is `histograms.py`'s knowledge, how channels share a range
+`equalization.py`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from onnx import helper
 
 from autotune.compression.graph import GraphView
 from autotune.compression.histograms import LEVELS, Histogram, choose_range
-from autotune.compression.operators import INT8_OPERATORS, find_layers
+from autotune.compression.operators import (
+    INT8_OPERATORS,
+    clip_bounds,
+    find_layers,
+    is_residual_add,
+)
 from autotune.errors import CompressionError
 
 _LEAST_WIDTH = 2.0**-50
@@ -68,6 +74,8 @@ class ChannelRange:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What the tensors hold, on how many samples.
+
+    Of a term of a sum that a Relu cuts, only what is felt behind it (`felt_values`).
 
     `ranges` has a range per tensor, `methods` how it was chosen; `channels` the extremes of
     each channel and `histograms` the distribution, from which other ranges can be derived.
@@ -130,9 +138,13 @@ def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) 
     names = quantizable_tensors(view)
     inner = [name for name in names if name != view.input_name]
     seen = {name: _Seen() for name in names}
+    partners = cut_terms(view)
     for values in tensor_batches(view, inner, samples, threads=threads):
         for name in names:
-            seen[name].add(name, values[name])
+            value = values[name]
+            if name in partners:
+                value = felt_values(value, values[partners[name]])
+            seen[name].add(name, value)
     chosen = {name: seen[name].chosen_range() for name in names}
     return Calibration(
         n_samples=len(samples),
@@ -203,6 +215,34 @@ def quantizable_tensors(view: GraphView) -> list[str]:
             names.update(dict.fromkeys((*view.data_inputs(node), node.output[0])))
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED)
     return [n for n in names if view.rank(n) > 0 and view.element_type(n) in floats]
+
+
+def cut_terms(view: GraphView) -> dict[str, str]:
+    """Each term of a residual Add that a Relu (or ReLU6) alone takes, with the other term.
+
+    A term that something else takes as well, as the shortcut, is felt there too and is left out.
+    """
+    partners: dict[str, str] = {}
+    for node in view.nodes:
+        taker = view.only_consumer(node.output[0]) if is_residual_add(view, node) else None
+        bounds = clip_bounds(view, taker) if taker is not None else None
+        if bounds is None or bounds[0] != 0.0:
+            continue
+        for term, other in (node.input, reversed(node.input)):
+            if view.only_consumer(term) is not None and term != other:
+                partners[str(term)] = str(other)
+    return partners
+
+
+def felt_values(term: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A term of `max(term + other, 0)` without what the bound swallows.
+
+    Below `-other` the sum is cut off at 0 whatever the term is, so values between there and 0
+    are as good: a range that holds these gives the same sums, with smaller steps. It is as good
+    for both terms at once: two that are cut at their ranges' lower ends are both negative.
+    """
+    felt: np.ndarray = np.maximum(term, np.minimum(-other, 0))
+    return felt
 
 
 def _session(

@@ -31,11 +31,12 @@ STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 """Student's quantiles for `CONFIDENCE_LEVEL`, two-sided, at 1, 2, ... degrees of freedom."""
 MAX_PARTS = len(STUDENT) + 1
 """Parts of a measurement whose medians are held against each other; whole sittings each."""
-MIN_PARTS = 3
-"""With fewer the spread of sessions is not estimated from this measurement."""
 SESSION_SPREAD = 0.011
 """Standard deviation of the ratio of two sessions of one file: on an idle x86 core it has an
 interquartile range of 1.5 %, from where the sessions happen to lie in memory."""
+LARGEST_SESSION_SPREAD = 2 * SESSION_SPREAD
+"""What sessions are taken to spread by where there are too few to show it. A choice, twice what
+was measured on one kind of machine."""
 MIN_SITTINGS = 4
 """Before the first look. With three, Student's quantile is a third larger, and an interval of
 ±2 % needs sessions that agree better than they do."""
@@ -230,15 +231,14 @@ def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
     half of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
     medians, and their spread the standard error of the whole (batch means: Conway 1963). A
     device that throttles half way, or shares a core with a neighbour who comes and goes, shows
-    here too. Below `MIN_PARTS` sittings, which is what a slow model has time for, the spread of
-    sessions is taken to be the known one.
+    here too. Infinite for a single sitting.
 
     It helps and does not cure where the ratio itself switches between two states that last a
     fifth of the measurement: see `tests/unit/test_latency.py`, which repeats all of it.
     """
     names = np.unique(sittings)
-    if names.size < MIN_PARTS:
-        return NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(names.size)
+    if names.size == 1:
+        return math.inf
     parts = np.array_split(names, min(MAX_PARTS, names.size))
     medians = [float(np.median(logs[np.isin(sittings, part)])) for part in parts]
     student = STUDENT[len(parts) - 2]
@@ -249,15 +249,23 @@ def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:
     """The ratio of candidate to reference with its interval; below 1 is faster.
 
     The wider of two intervals: `median_interval` for what changes from pair to pair,
-    `sitting_half_width` for what changes from sitting to sitting.
+    `sitting_half_width` for what changes from sitting to sitting. With fewer than `MAX_PARTS`
+    sittings, which is all that a slow model or a short time cap leaves, Student's quantile makes
+    the latter very wide under noise: there it is bounded by the former together with
+    `LARGEST_SESSION_SPREAD`.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
     """
     logs = log_ratios(*_columns(blocks))
+    sittings = np.array([block.sitting for block in blocks[0::2]])
     low, center, high = median_interval(logs, seed=seed)
-    slow = sitting_half_width(logs, np.array([block.sitting for block in blocks[0::2]]))
-    low, high = min(low, center - slow), max(high, center + slow)
+    slow, n_sittings = sitting_half_width(logs, sittings), np.unique(sittings).size
+    known = math.inf
+    if n_sittings < MAX_PARTS:
+        known = NORMAL_QUANTILE * LARGEST_SESSION_SPREAD / math.sqrt(n_sittings)
+    low = center - max(center - low, min(slow, math.hypot(center - low, known)))
+    high = center + max(high - center, min(slow, math.hypot(high - center, known)))
     return Interval(low=math.exp(low), high=_exp(high), center=math.exp(center))
 
 

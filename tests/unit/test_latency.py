@@ -174,9 +174,20 @@ def test_many_sittings_are_joined_so_that_slow_changes_show():
     assert found == pytest.approx(2.5706 * np.std([0, 1] * 3, ddof=1) / math.sqrt(6))
 
 
-def test_two_sittings_are_credited_with_the_known_spread_of_sessions():
-    found = latency.sitting_half_width(np.zeros(6), sittings_of(6))
-    assert found == pytest.approx(1.96 * 0.011 / math.sqrt(2), rel=1e-3)
+def test_few_sittings_under_noise_are_bounded_by_what_sessions_spread_by():
+    is_candidate, medians = simulated_device("noisy", 3, 45)
+    blocks = blocks_of(is_candidate, medians, sitting_pairs=15)
+    logs = latency.log_ratios(is_candidate, medians)
+    low, center, _ = latency.median_interval(logs, seed=0)
+    assert latency.sitting_half_width(logs, sittings_of(45, sitting_pairs=15)) > 0.03
+    found = latency.ratio_interval(blocks, seed=0)
+    bound = math.hypot(center - low, 1.96 * 2 * latency.SESSION_SPREAD / math.sqrt(3))
+    assert center - math.log(found.low) == pytest.approx(bound, rel=1e-3)
+
+
+def test_one_sitting_is_credited_with_the_spread_that_sessions_may_have():
+    blocks = blocks_of(*simulated_device("quiet", 3, 9), sitting_pairs=9)
+    assert latency.ratio_interval(blocks, seed=0).half_width > 1.96 * 2 * latency.SESSION_SPREAD
 
 
 def test_one_pair_of_sessions_covers_the_ratio_in_half_of_the_cases():

@@ -1,0 +1,69 @@
+"""An artifact in OpenVINO: the outputs that accuracy is judged by, and what is executed."""
+
+import pytest
+
+from autotune.compression import shipped_runtime
+from autotune.compression.accuracy import AccuracyEvaluator
+from autotune.compression.shipped_runtime import executed_precisions, open_answers
+from autotune.errors import CompressionError
+from search_spaces import FP16, INT8, W4
+from tests.unit.compression_models import labelled, quantizable, run, samples
+
+pytest.importorskip("openvino", reason="the extra edge-autotune[openvino] is not installed")
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return quantizable("tiny")
+
+
+def test_the_answers_are_onnxruntimes_for_the_fp32_model(graph):
+    x, model = samples(5), graph.emit({})
+    answers = open_answers(model, "openvino", threads=1)
+    assert answers(x) == pytest.approx(run(model, x), abs=1e-4)
+
+
+def test_the_accuracy_of_an_8_bit_artifact_is_judged_in_the_runtime_that_ships(graph):
+    model = graph.emit(dict.fromkeys(graph.units, INT8))
+    evaluator = AccuracyEvaluator(graph.emit({}), labelled(40), split="search")
+    here, there = evaluator.evaluate(model), evaluator.evaluate(model, runtime="openvino")
+    assert there.n_samples == 40
+    assert there.mean_kl != here.mean_kl
+    assert there.mean_kl == pytest.approx(here.mean_kl, abs=0.05)
+
+
+def effective(graph, plan):
+    groups = executed_precisions(graph.emit(plan), graph.units.values(), plan, runtime="openvino")
+    return {group.group: group for group in groups}
+
+
+def test_uniform_8_bit_and_fp32_run_as_planned(graph):
+    quantized = effective(graph, dict.fromkeys(graph.units, INT8))
+    assert {group.effective for group in quantized.values()} == {"w8a8"}
+    assert {group.effective for group in effective(graph, {}).values()} == {"fp32"}
+
+
+def test_packed_weights_of_a_matrix_product_stay_packed(graph):
+    assert effective(graph, {"head": W4})["head"].effective == "w4"
+
+
+def test_float16_is_computed_in_fp32_and_the_reason_says_so(graph):
+    group = effective(graph, {"stem.0": FP16})["stem.0"]
+    assert (group.planned, group.effective) == ("fp16", "fp32")
+    assert "f32" in group.reason
+
+
+def test_what_the_runtime_cannot_read_is_a_failed_candidate():
+    with pytest.raises(CompressionError, match="openvino cannot run the artifact"):
+        open_answers(b"no model", "openvino", threads=1)
+
+
+def test_a_runtime_that_is_not_here_is_named(graph):
+    with pytest.raises(CompressionError, match="no-such cannot run the artifact"):
+        open_answers(graph.emit({}), "no-such", threads=1)
+
+
+def test_a_runtime_that_tells_nothing_is_taken_at_its_word(graph, monkeypatch):
+    monkeypatch.setattr(shipped_runtime, "load_runtime", lambda name: object())
+    group = effective(graph, {"stem.0": INT8})["stem.0"]
+    assert (group.effective, group.reason[:8]) == ("w8a8", "not seen")

@@ -48,7 +48,7 @@ from device_agents.transfer import Transfer
 
 LONG_POLL_S = 20.0
 ENROLMENT_TRIES = 4
-DOWNLOAD_TRIES = 3
+DOWNLOAD_TRIES = 5
 PROMPT_ANSWER_S = 0.2
 STOP_PATIENCE_S = 3.0
 STOP_POLL_S = 0.02
@@ -105,6 +105,14 @@ class Agent:
         )
         self._transfer = Transfer(self._connection, self._cache)
         self._outbox = Outbox(settings.state_dir / "outbox")
+        self._pulse = Pulse(
+            self._connection,
+            held=lambda: self._held,
+            came_back=self._came_back.set,
+            rotate=self._rotate,
+            say=say,
+            backoff=backoff,
+        )
 
     def stop(self) -> None:
         """End `run` soon, from a signal handler or another thread."""
@@ -124,12 +132,13 @@ class Agent:
         """
         self._enter()
         try:
-            pulse = self._pulse(self._identify())
+            identity = self._identify()
+            self._pulse.interval_s = identity.heartbeat_s
             self._outbox.redeem()
             threads = [
                 threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
                 for name, loop in (
-                    ("heartbeat", partial(pulse.run, self._stop)),
+                    ("heartbeat", partial(self._pulse.run, self._stop)),
                     ("work", self._work),
                 )
             ]
@@ -150,17 +159,6 @@ class Agent:
             self._state.close()
         if self._fatal is not None:
             raise self._fatal
-
-    def _pulse(self, identity: Identity) -> Pulse:
-        return Pulse(
-            self._connection,
-            interval_s=identity.heartbeat_s,
-            held=lambda: self._held,
-            came_back=self._came_back.set,
-            rotate=self._rotate,
-            say=self._say,
-            backoff=self._backoff,
-        )
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
@@ -332,8 +330,11 @@ class Agent:
             try:
                 return self._transfer.fetch(artifact, keep=keep, in_parts=in_parts)
             except (ServiceUnreachable, ArtifactCorrupt) as error:
-                # A line that breaks but brings something each time gets there in the end.
-                if self._cache.received_bytes(artifact.sha256) <= received:
+                # A line that breaks but brings something each time gets there in the end, and
+                # while nothing gets through the lease may still be ours: the heartbeat will tell.
+                if self._pulse.is_connected and (
+                    self._cache.received_bytes(artifact.sha256) <= received
+                ):
                     tries_left -= 1
                 if tries_left == 0 or held.is_dropped.wait(backoff.next_s()):
                     raise

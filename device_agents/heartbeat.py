@@ -21,6 +21,8 @@ from device_agents.measurement import Measurement
 from device_agents.protocol import PROTOCOL_VERSION, Conditions, Heartbeat, HeartbeatReply
 
 SHORTEST_S = 0.05
+FIRST_INTERVAL_S = 3.0
+"""Until the service names its own."""
 
 INSTANCE = secrets.token_hex(16)
 """Names this process, so that the service can tell a copy of the agent from the agent."""
@@ -53,11 +55,10 @@ class HeldLease:
 
 
 class Pulse:
-    """Beats until it is told to stop.
+    """Beats until it is told to stop, every `interval_s`; `is_connected`: the last one arrived.
 
     Args:
         connection: where the heartbeats go.
-        interval_s: the time between two, until the service names another.
         held: the lease that the agent holds at this moment, if any.
         came_back: called when the service answers again after it did not.
         say: gets one line when the service goes and one when it comes back.
@@ -69,7 +70,6 @@ class Pulse:
         self,
         connection: ServiceConnection,
         *,
-        interval_s: float,
         held: Callable[[], HeldLease | None],
         came_back: Callable[[], None],
         rotate: Callable[[], None],
@@ -77,14 +77,14 @@ class Pulse:
         backoff: Callable[[], Backoff],
     ) -> None:
         self._connection = connection
-        self._interval_s = interval_s
+        self.interval_s = FIRST_INTERVAL_S
+        self.is_connected = True
         self._held = held
         self._came_back = came_back
         self._rotate = rotate
         self._drained_because: str | None = None
         self._say = say
         self._backoff = backoff()
-        self._is_connected = True
 
     def run(self, stop: threading.Event) -> None:
         """Beat until `stop` is set.
@@ -105,21 +105,21 @@ class Pulse:
         try:
             reply = self._connection.heartbeat(heartbeat_of(held))
         except ServiceUnreachable as error:
-            if self._is_connected and not stop.is_set():
+            if self.is_connected and not stop.is_set():
                 self._say(f"{error}; trying again")
-            self._is_connected = False
+            self.is_connected = False
             # Sooner than the next beat would be, or the lease runs out over one lost answer.
-            return min(self._interval_s, self._backoff.next_s())
-        if not self._is_connected:
+            return min(self.interval_s, self._backoff.next_s())
+        if not self.is_connected:
             self._say("the service is back")
             self._came_back()
-        self._is_connected = True
+        self.is_connected = True
         self._backoff.reset()
         self._heed(reply, held)
-        return self._interval_s
+        return self.interval_s
 
     def _heed(self, reply: HeartbeatReply, held: HeldLease | None) -> None:
-        self._interval_s = max(SHORTEST_S, reply.heartbeat_s)
+        self.interval_s = max(SHORTEST_S, reply.heartbeat_s)
         if reply.drop_lease and held is not None:
             held.drop()
         if reply.drained_because not in (None, self._drained_because):

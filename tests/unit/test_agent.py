@@ -173,7 +173,7 @@ def test_an_artifact_altered_on_its_way_is_never_measured(service, tmp_path):
     with RunningAgent(service.url, tmp_path):
         service.wait_for(lambda s: s.results)
     assert service.results[0].outcome is Outcome.ARTIFACT_CORRUPT
-    assert service.calls["artifacts"] == 3
+    assert service.calls["artifacts"] == 5
 
 
 def test_a_download_over_a_line_that_breaks_goes_on_where_it_stopped(service, tmp_path):

@@ -268,7 +268,8 @@ class TargetFigures:
 class TrialRecord:
     """One candidate with its reports and its outcome.
 
-    `proposed_by` names who had the idea (`baseline`, `sensitivity`, `optuna`, `mutation`, `adaround`).
+    `proposed_by` names who had the idea (`baseline`, `sensitivity`, `size`, `optuna`, `mutation`,
+    `adaround`).
     `latency` comes without its raw samples; they are with the measurement. `artifact` facts
     and `groups` (planned and effective precision, one entry per layer group) are None until
     the file is built. `held_out_*` are filled when the trial is confirmed. All these figures

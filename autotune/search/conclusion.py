@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autotune.api_types import JobResult, TargetResult
 from autotune.compression.device_kernels import DeviceKernels
@@ -305,6 +305,19 @@ def conclude_cancelled(job: JobRecord, trials: Sequence[TrialRecord]) -> JobResu
     max_drop = job.spec.get("max_accuracy_drop")
     found = [(view, view.answer(max_accuracy_drop=max_drop)) for view in views(job, trials)]
     return conclude_views(job, found, stopped_because=CANCELLED_BY_HAND)
+
+
+def news_of(trial: TrialRecord) -> dict[str, Any]:
+    """What the event of a finished trial says."""
+    return {
+        "trial": trial.id,
+        "number": trial.number,
+        "outcome": trial.outcome.value if trial.outcome else None,
+        "reason": trial.reason,
+        "proposed_by": trial.proposed_by,
+        "accuracy": trial.accuracy.value if trial.accuracy else None,
+        "latency_ns": trial.latency.p50_ns if trial.latency else None,
+    }
 
 
 def nothing_ranks(trials: Sequence[TrialRecord]) -> str:

@@ -11,9 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_array
+
 from autotune.search.screening import pruned_macs
+from autotune.search.sizes import group_bytes
 from search_spaces import FP32, INT8, Candidate, LayerInventory, LayerKind, SearchSpace
 from storage.records import TrialRecord
+
+_SIZE_BOUNDS = 6
+"""Steps of the ladder of sizes: as many as the ladder by sensitivity has on some 60 groups."""
+_SMALLER_IS_BETTER = 1e-6
+"""Weight of the size beside the damage, both as shares of their sums."""
+_GAP, _TIME_LIMIT_S = 1e-4, 10.0
 
 _SAVING_SHARE = 0.95
 """Of the saving aimed at: the last twentieth would take a group that saves little and hurts."""
@@ -168,6 +179,70 @@ def ladder(space: SearchSpace, damage: Mapping[tuple[str, str], float]) -> list[
     while (step := max(1, steps[-1] * 2)) <= len(ranked) // 2:
         steps.append(step)
     return [_leave_float(uniform, ranked[:step]) for step in steps]
+
+
+def size_ladder(
+    space: SearchSpace, inventory: LayerInventory, damage: Mapping[tuple[str, str], float]
+) -> list[Candidate]:
+    """For falling bounds on the file's size the candidate that is expected to hurt least.
+
+    An integer program per bound: each group takes one of its precisions, the sum of bytes
+    (`sizes.py`) stays within the bound, the sum of damages (mean KL in nats, as if they added
+    up) is least. The bounds lie evenly on a logarithmic scale between FP32's size and the
+    smallest there is, which is the last. Choices without a known damage are left out.
+    """
+    groups = {group.name: group for group in inventory.groups}
+    choices = [
+        (name, precision, damage.get((name, precision.name), 0.0))
+        for name, offered in space.precisions.items()
+        for precision in offered
+        if precision == FP32 or (name, precision.name) in damage
+    ]
+    sizes = [group_bytes(groups[name], precision) for name, precision, _ in choices]
+    by_group = {name: [i for i, c in enumerate(choices) if c[0] == name] for name in groups}
+    largest = sum(max(sizes[i] for i in held) for held in by_group.values() if held)
+    least = sum(min(sizes[i] for i in held) for held in by_group.values() if held)
+    if least == largest:
+        return []
+    chosen = [
+        _least_damage([cost for *_, cost in choices], sizes, list(by_group.values()), bound)
+        for bound in np.geomspace(largest, least, _SIZE_BOUNDS + 1)[1:].round()
+    ]
+    return _distinct(
+        [
+            Candidate(
+                precisions={choices[i][0]: choices[i][1] for i in picked},
+                runtime=space.runtimes[0],
+            )
+            for picked in chosen
+            if picked
+        ]
+    )
+
+
+def _least_damage(
+    costs: Sequence[float], sizes: Sequence[int], groups: Sequence[Sequence[int]], bound: float
+) -> list[int]:
+    """The choices, one per group, of the multiple-choice knapsack problem's solution.
+
+    Of choices that hurt equally the smaller one is taken.
+    """
+    one_each = lil_array((len(groups), len(costs)))
+    for row, held in enumerate(groups):
+        one_each[row, list(held)] = 1
+    weight = np.array(sizes, dtype=float)
+    total = float(sum(costs)) or 1.0
+    found = milp(
+        np.array(costs) / total + _SMALLER_IS_BETTER * weight / weight.sum(),
+        integrality=np.ones(len(costs)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each.tocsr(), 1, 1),
+            LinearConstraint(weight / weight.sum(), -np.inf, bound / weight.sum()),
+        ],
+        options={"mip_rel_gap": _GAP, "time_limit": _TIME_LIMIT_S},
+    )
+    return [] if found.x is None else [i for i, taken in enumerate(found.x) if taken > 0.5]
 
 
 def by_kind(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 
 from autotune.search import planner
 from autotune.search.planner import Proposal
@@ -38,17 +38,32 @@ class Proposals:
     by_size: bool = False
 
     def warm_start(self, trials: Sequence[TrialRecord]) -> list[Proposal]:
-        """What structure suggests, most promising first; nothing that was tried."""
+        """What structure suggests, most promising first; nothing that was tried.
+
+        With `by_size` candidates for falling file sizes come between those for latency.
+        """
         known = _digests(trials)
         warm = planner.first_candidates(self.space, self.inventory, self.damage, self.bases)
-        return [
-            Proposal(candidate=c, proposed_by="sensitivity") for c in warm if c.digest not in known
-        ]
+        ladders = [[Proposal(candidate=c, proposed_by="sensitivity") for c in warm]]
+        if self.by_size:
+            small = planner.size_ladder(self.space, self.inventory, self.damage)
+            ladders.append([Proposal(candidate=c, proposed_by="size") for c in small])
+        mixed = [p for row in zip_longest(*ladders) for p in row if p is not None]
+        new: dict[str, Proposal] = {}
+        for proposal in mixed:
+            if proposal.candidate.digest not in known:
+                new.setdefault(proposal.candidate.digest, proposal)
+        return list(new.values())
 
     def refine(
-        self, trials: Sequence[TrialRecord], flip_from: Sequence[TrialRecord], *, turn: int
+        self,
+        trials: Sequence[TrialRecord],
+        flip_from: Sequence[TrialRecord],
+        *,
+        turn: int,
+        size: int = BATCH,
     ) -> list[Proposal]:
-        """A batch shared by Optuna and by single-group flips of the trials `flip_from`.
+        """A batch of `size` shared by Optuna and by single-group flips of the trials `flip_from`.
 
         Empty where nothing new is left.
         """
@@ -58,13 +73,14 @@ class Proposals:
             bases=[{}, *self.bases],
             seed=self.seed,
             latency_budget_ns=self.latency_budget_ns,
+            by_size=self.by_size,
         )
-        asked = sampler.propose(trials, BATCH // 2, is_known=lambda c: c.digest in known)
+        asked = sampler.propose(trials, size // 2, is_known=lambda c: c.digest in known)
         known |= {c.digest for c in asked}
         rng = random.Random(self.seed * 1000 + turn)  # noqa: S311 - a search, not a secret
         neighbours = planner.flips(flip_from, self.space, self.damage, rng=rng)
         fresh = (c for c in neighbours if c.digest not in known)
-        flipped = islice(fresh, BATCH - len(asked))
+        flipped = islice(fresh, size - len(asked))
         return [
             *(Proposal(candidate=c, proposed_by="optuna") for c in asked),
             *(Proposal(candidate=c, proposed_by="mutation") for c in flipped),

@@ -32,7 +32,8 @@ _ATTEMPTS = 50
 class Sampler:
     """Asks Optuna's multivariate TPE (Bergstra et al. 2011; multi-objective: Ozaki et al. 2022).
 
-    Objectives: latency p50 in ns (smaller) and accuracy drop (smaller). Constraint: the upper
+    Objectives: latency p50 in ns (smaller), accuracy drop (smaller) and, with `by_size`, the
+    file's bytes (smaller). Constraint: the upper
     bound of the latency interval minus the budget, feasible at or below 0.
     """
 
@@ -40,6 +41,7 @@ class Sampler:
     bases: Sequence[Mapping[str, float]]
     seed: int
     latency_budget_ns: float | None = None
+    by_size: bool = False
 
     def propose(
         self,
@@ -67,7 +69,7 @@ class Sampler:
         """An in-memory study that holds every ranking trial of this space."""
         optuna.logging.set_verbosity(logging.ERROR)
         study = optuna.create_study(
-            directions=["minimize", "minimize"],
+            directions=["minimize"] * (3 if self.by_size else 2),
             sampler=optuna.samplers.TPESampler(
                 seed=self.seed + len(trials), multivariate=True, n_startup_trials=8
             ),
@@ -78,10 +80,17 @@ class Sampler:
             latency = latency_of(trial)
             if params is None or latency is None or trial.accuracy is None or not ranks(trial):
                 continue
+            size = trial.artifact_size_bytes
+            if self.by_size and size is None:
+                continue
             study.add_trial(
                 create_trial(
                     state=OptunaState.COMPLETE,
-                    values=[latency.p50_ns, trial.accuracy.drop],
+                    values=[
+                        latency.p50_ns,
+                        trial.accuracy.drop,
+                        *([size] if self.by_size and size is not None else []),
+                    ],
                     params=dict(params),
                     distributions=distributions,
                     user_attrs={"candidate": trial.candidate.digest, "number": trial.number},

@@ -25,6 +25,7 @@ from autotune.search.conclusion import (
     baseline_trials,
     build_space,
     conclude_views,
+    news_of,
     nothing_ranks,
 )
 from autotune.search.evaluation import Evaluation, race_of
@@ -399,7 +400,8 @@ class Tuning:
         """The trials whose neighbours are worth trying: the current answer, then the front."""
         found = self._answer()
         front = self._front(trials)
-        return [found.winner] if found is not None and found.winner in front else front
+        by_size = counts_size(self._job.spec)  # the answer is not the smallest: others lead there
+        return [found.winner] if found and found.winner in front and not by_size else front
 
     # When to stop.
 
@@ -485,15 +487,4 @@ class Tuning:
         return self._job
 
     def _report_trial(self, trial: TrialRecord) -> None:
-        self._event(
-            "trial_finished",
-            {
-                "trial": trial.id,
-                "number": trial.number,
-                "outcome": trial.outcome.value if trial.outcome else None,
-                "reason": trial.reason,
-                "proposed_by": trial.proposed_by,
-                "accuracy": trial.accuracy.value if trial.accuracy else None,
-                "latency_ns": trial.latency.p50_ns if trial.latency else None,
-            },
-        )
+        self._event("trial_finished", news_of(trial))

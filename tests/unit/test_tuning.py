@@ -463,3 +463,14 @@ def test_a_learned_rounding_that_loses_more_leaves_the_winner(bench: Bench) -> N
     assert bench.repository.list_trials(job.id)[-1].candidate.rounding == "adaround"
     notices = [e.payload for e in bench.repository.list_events(job.id) if e.kind == "notice"]
     assert any("AdaRound leaves trial" in notice["message"] for notice in notices)
+
+
+def test_with_size_as_an_objective_small_files_are_tried_and_kept_on_the_front(
+    bench: Bench,
+) -> None:
+    search = {"trials": 16, "objectives": ["accuracy", "latency", "size"]}
+    with _agent(bench):
+        job = bench.run(bench.job(search=search))
+    trials = bench.repository.list_trials(job.id)
+    assert {"size", "optuna", "mutation"} <= {t.proposed_by for t in trials}
+    assert any(p.name == "w4" for t in trials for p in t.candidate.precisions.values())

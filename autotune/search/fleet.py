@@ -175,6 +175,10 @@ class Fleet:
         members = self.members(job, device)
         return [d for d in members if self.is_online(d) and d.drained_by is None]
 
+    def capacity(self, job: JobRecord, devices: Sequence[DeviceRecord]) -> int:
+        """How many measurements each of the job's devices can be at, summed over them."""
+        return sum(len(self.workers_of(job, device)) for device in devices)
+
     def absence(
         self, job: JobRecord, selector: str | None, device: DeviceRecord | None
     ) -> str | None:
@@ -354,6 +358,8 @@ def is_shared(job: JobRecord, device: DeviceRecord) -> bool:
     """The job names the device's pool and not the device."""
     named = job.spec.get("device")
     named = named if isinstance(named, list | tuple) else [named]
+    if device.pool is None:
+        return False
     return device.pool in named and device.id not in named and device.name not in named
 
 

@@ -194,6 +194,8 @@ def require_runtimes(devices: Sequence[DeviceRecord], space: SearchSpace) -> Non
 def calibrated(job: JobRecord, spec: JobSpec, fp32: TrialRecord) -> dict[str, Any]:
     """What the FP32 model's trial says of each target, as changes of the job.
 
+    What the job knows of a target stays: an earlier trial's, or a pool's (`canary.py`).
+
     Raises:
         DeviceUnavailable: it could not be measured on one of them.
     """
@@ -210,10 +212,9 @@ def calibrated(job: JobRecord, spec: JobSpec, fp32: TrialRecord) -> dict[str, An
         found.append(
             replace(
                 target,
-                reference_latency_ns=there.latency.reference_p50_ns,
-                latency_budget_ns=None
-                if budget is None
-                else budget.nanoseconds(fp32_latency_ns=p50_ns),
+                reference_latency_ns=target.reference_latency_ns or there.latency.reference_p50_ns,
+                latency_budget_ns=target.latency_budget_ns
+                or (budget.nanoseconds(fp32_latency_ns=p50_ns) if budget else None),
             )
         )
     primary, *further = found

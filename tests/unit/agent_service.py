@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from device_agents.agent import Agent, AgentSettings
@@ -59,6 +59,7 @@ class FakeService:
         self.heartbeats = []
         self.answers = {}
         self.calls = Counter()
+        self.sent = defaultdict(list)
         self.drop_lease = False
         self.cut_after = None
         self.ranges = []
@@ -95,6 +96,7 @@ class FakeService:
         name = "segments" if rest.endswith("/segments") else name
         with self.changed:
             self.calls[name] += 1
+            self.sent[name].append(json.loads(body) if body else None)
             self.changed.notify_all()
             planned = self.answers.get(name) or self.answers.get("*")
             if planned:
@@ -161,7 +163,12 @@ def handler_for(service):
             self.close_connection = True
 
         def do_POST(self):
-            self.reply(self.rfile.read(int(self.headers["Content-Length"])))
+            length = int(self.headers["Content-Length"])
+            body = self.rfile.read(length)
+            if len(body) < length:
+                self.close_connection = True  # the agent was killed in the middle of it
+            else:
+                self.reply(body)
 
         def reply(self, body):
             route = self.path.removeprefix("/v1/agent/")

@@ -313,9 +313,21 @@ def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str
             f"{report.runtime.runtime} {report.runtime_version}, {report.runtime.provider}, "
             f"threads: {report.runtime.threads}"
         ),
+        "repeated": _repeated_text(report),
         "steady": "yes" if report.is_steady else f"no: {report.unsteady_reason}",
     }
-    return "\n".join([str(model), *(f"  {key:<9}{value}" for key, value in rows.items())])
+    shown = (f"  {key:<9}{value}" for key, value in rows.items() if value)
+    return "\n".join([str(model), *shown])
+
+
+def _repeated_text(report: LatencyReport) -> str:
+    """What was measured again and why; empty where nothing was."""
+    pairs = ", ".join(f"{count} {reason}" for reason, count in report.tainted_pairs.items())
+    if pairs:
+        pairs = f"pairs of blocks: {pairs}"
+        pairs += "; most were, so all of them count" if report.are_tainted_used else ""
+    restarts = f"all of it {report.n_restarts} times, for a drift" if report.n_restarts else ""
+    return "; ".join(text for text in (pairs, restarts) if text)
 
 
 def _profile_text(profile: Profile) -> str:

@@ -1,5 +1,6 @@
 """Profiles: kernels timed on the device, and the layer groups that they compute."""
 
+import io
 import json
 
 import numpy as np
@@ -8,7 +9,11 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
+from autotune.cli.output import print_rows
+from autotune.cli.views.trials import GROUPS as GROUP_ROWS
 from autotune.compression.layer_times import with_groups
+from autotune.search.front import blocking_groups
+from autotune.service.views import trial_view
 from device_agents.cli import main
 from device_agents.measurement import Measurement
 from device_agents.profile import kernel_medians, profile
@@ -17,6 +22,9 @@ from device_agents.runtimes import KernelRun, RuntimeOptions, load_runtime
 from device_agents.runtimes.onnxruntime import kernel_runs
 from device_agents.runtimes.simulated import SimulatedModel
 from search_spaces import LayerGroup
+from tests.unit import fabricated_job as fabricated
+from tests.unit.records import latency, trial
+from tests.unit.spaces import inventory
 
 ONE_THREAD = RuntimeOptions(provider="CPUExecutionProvider", threads=1)
 
@@ -141,3 +149,30 @@ def test_the_device_shows_the_kernels_of_a_model_alone(two_layers):
     kernels = json.loads(shown.stdout)["report"]["profile"]["kernels"]
     assert sum(k["operator"] == "Conv" for k in kernels) == 2
     assert "kernels take" in CliRunner().invoke(main, arguments).stdout
+
+
+def profiled_trial():
+    kernels = (
+        KernelTime(name="conv", operator="Conv", time_ns=3e5, group="stem"),
+        KernelTime(name="relu", operator="Relu", time_ns=1e5, group="stem"),
+        KernelTime(name="in", operator="ReorderInput", time_ns=5e4),
+    )
+    profile = Profile(kernels=kernels, inference_ns=5e5, n_runs=50)
+    groups = [{"group": g, "planned": "fp32", "effective": "fp32"} for g in ("stem", "body")]
+    return trial(
+        0, 1.0, 0.9, compression={"groups": groups},
+        confirmed_latency=latency(1.0).model_copy(update={"profile": profile}),
+    )  # fmt: skip
+
+
+def test_a_trial_shows_what_each_groups_kernels_take_and_what_lies_between():
+    shown = trial_view(fabricated.job(fabricated.inventory()), profiled_trial())
+    assert {group.group: group.kernel_ns for group in shown.groups} == {"stem": 4e5, "body": None}
+    assert shown.profile.other_ns == {"ReorderInput": 5e4}
+    table = io.StringIO()
+    print_rows(GROUP_ROWS, shown.groups, output_format="table", to=table)
+    assert "0.4" in next(line for line in table.getvalue().splitlines() if "stem" in line)
+
+
+def test_the_groups_that_hold_a_trial_up_are_those_of_its_profile():
+    assert blocking_groups(profiled_trial(), inventory()) == ["stem"]

@@ -75,8 +75,10 @@ class TrialOnTarget(Shape):
     accuracy_drop: Interval | None = None
     latency_ns: Interval | None = None
     fp32_ratio: Interval | None = None
+    latency_samples: int | None = None
     is_steady: bool | None = None
     is_feasible: bool | None = None
+    held_out_accuracy: Interval | None = None
     held_out_accuracy_drop: Interval | None = None
     confirmed_latency_ns: Interval | None = None
     confirmed_fp32_ratio: Interval | None = None

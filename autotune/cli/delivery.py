@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotune.api_types import Front, Interval, Job, JobResult, Trial, Verification
+from autotune.api_types import Front, Interval, Job, JobResult, Portability, Trial, Verification
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View, print_rows
 from autotune.cli.views.front import FRONT, front_rows
+from autotune.cli.views.portability import portability_view
 from autotune.errors import BundleError, DiskFull, JobNotReady
 
 if TYPE_CHECKING:
@@ -63,19 +65,54 @@ def deliver(client: Client, job: Job, *, out: Path, report: Path, output_format:
     for line in answer_lines(job.result):
         click.echo(line, err=output_format != "table")
 
-    bundle, verification = export_and_verify(client, job, out)
-    winner = next(trial for trial in trials if trial.id == job.result.winner)
-    comparisons = compare(winner, verification)
+    matrix = client.portability(job.id) if job.result.targets else None
+    if matrix is not None and output_format == "table":
+        click.echo("\nwhat wins on one device, on the others:")
+        print_rows(
+            portability_view(matrix.targets), matrix.rows, output_format="table", to=sys.stdout
+        )
+    delivered = []
+    for winner, path, device in _winners(job, trials, out):
+        bundle, verification = export_and_verify(client, job, path, device=device)
+        delivered.append((bundle, verification))
+        if output_format == "table":
+            click.echo(
+                f"\nthe bundle, loaded back and measured again on {verification.device_name}:"
+            )
+            rows_of = compare(winner, verification)
+            print_rows(COMPARISONS, rows_of, output_format="table", to=sys.stdout)
+            if verification.reason:
+                click.echo(f"{verification.outcome}: {verification.reason}")
     write_file(report, client.report(job.id).encode(), what="report")
     if output_format == "json":
-        _print_document(job, front, verification, bundle=bundle, report=report)
-    elif output_format == "table":
-        click.echo(f"\nthe bundle, loaded back and measured again on {verification.device_name}:")
-        print_rows(COMPARISONS, comparisons, output_format="table", to=sys.stdout)
-        if verification.reason:
-            click.echo(f"{verification.outcome}: {verification.reason}")
-    click.echo(f"bundle: {bundle}", err=output_format != "table")
+        _print_document(job, front, delivered, matrix=matrix, report=report)
+    for bundle, _ in delivered:
+        click.echo(f"bundle: {bundle}", err=output_format != "table")
     click.echo(f"report: {report}", err=output_format != "table")
+
+
+def _winners(job: Job, trials: Sequence[Trial], out: Path) -> list[tuple[Trial, Path, str | None]]:
+    """What to hand over, with its path: the winner, or each device's own as it is there."""
+    by_id = {trial.id: trial for trial in trials}
+    result = job.result
+    if result is None or not result.targets:
+        return [(by_id[result.winner], out, None)] if result else []
+    names = {target.device_id: target.device_name for target in job.targets}
+    return [
+        (
+            _on(by_id[there.winner], there.device_id),
+            out.with_name(f"{out.stem}-{names[there.device_id]}{out.suffix}"),
+            names[there.device_id],
+        )
+        for there in result.targets
+    ]
+
+
+def _on(trial: Trial, device_id: str) -> Trial:
+    """The trial with its figures on one of several devices."""
+    (there,) = (target for target in trial.targets if target.device_id == device_id)
+    shared = type(there).model_fields.keys() & Trial.model_fields.keys()
+    return trial.model_copy(update={name: getattr(there, name) for name in shared})
 
 
 def answer_lines(result: JobResult) -> list[str]:
@@ -86,8 +123,10 @@ def answer_lines(result: JobResult) -> list[str]:
     return ["", *lines]
 
 
-def export_and_verify(client: Client, job: Job, out: Path) -> tuple[Path, Verification]:
-    """Export the winner, read the bundle back and have its model measured again.
+def export_and_verify(
+    client: Client, job: Job, out: Path, *, device: str | None = None
+) -> tuple[Path, Verification]:
+    """Export the winner (on `device`), read the bundle back and have its model measured again.
 
     Raises:
         BundleError: the bundle is damaged, or what was measured is not what it holds.
@@ -95,9 +134,9 @@ def export_and_verify(client: Client, job: Job, out: Path) -> tuple[Path, Verifi
     from autotune.export.bundle import read_bundle
 
     click.echo("exporting the winner and measuring the bundle again", err=True)
-    path = client.export(job.id, out)
+    path = client.export(job.id, out, device=device)
     bundle = read_bundle(path)
-    verification = client.verify(job.id, bundle.model)
+    verification = client.verify(job.id, bundle.model, device=device)
     if verification.artifact_sha256 != bundle.sha256:
         raise BundleError(
             f"the bundle {path} holds {bundle.sha256}, "
@@ -177,13 +216,26 @@ def write_file(path: Path, content: bytes, *, what: str) -> None:
 
 
 def _print_document(
-    job: Job, front: Front, verification: Verification, *, bundle: Path, report: Path
+    job: Job,
+    front: Front,
+    delivered: Sequence[tuple[Path, Verification]],
+    *,
+    matrix: Portability | None,
+    report: Path,
 ) -> None:
-    document = {
+    """One document; `bundle` and `verification` are the first device's where there are several."""
+    bundle, verification = delivered[0]
+    document: dict[str, Any] = {
         "job": job.model_dump(mode="json"),
         "front": front.model_dump(mode="json"),
         "verification": verification.model_dump(mode="json"),
         "bundle": str(bundle),
         "report": str(report),
     }
+    if matrix is not None:
+        document["portability"] = matrix.model_dump(mode="json")
+        document["bundles"] = [
+            {"bundle": str(path), "verification": found.model_dump(mode="json")}
+            for path, found in delivered
+        ]
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))

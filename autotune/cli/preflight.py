@@ -19,7 +19,7 @@ from autotune.errors import (
 from autotune.spec import FILE_SCHEMES, JobSpec, runs_job_code
 
 
-def require_runnable(spec: JobSpec, *, trust_job_code: bool) -> None:
+def require_runnable(spec: JobSpec, *, trust_job_code: bool, on_this_machine: bool = True) -> None:
     """Return when nothing is known against running the job on this machine.
 
     Raises:
@@ -30,11 +30,12 @@ def require_runnable(spec: JobSpec, *, trust_job_code: bool) -> None:
     """
     if runs_job_code(spec) and not trust_job_code:
         raise UntrustedCode("the job names Python code; pass --trust-job-code if you trust it")
-    if spec.device not in (None, AGENT_NAME):
+    elsewhere = [named for named in spec.targets if named not in (None, AGENT_NAME)]
+    if on_this_machine and elsewhere:
         raise DeviceUnavailable(
-            f"the job asks for the device {spec.device!r}, but `autotune tune` measures on this "
-            f"machine ({AGENT_NAME!r}); leave `device` out, or run `autotune serve` and "
-            "`autotune job submit`"
+            f"the job asks for the device {elsewhere[0]!r}, but `autotune tune` measures on this "
+            f"machine ({AGENT_NAME!r}); leave `device` out, or say --device {elsewhere[0]} to "
+            "measure through the service that runs (`autotune serve`)"
         )
     _require_file(spec.model.source, InvalidModel, "model.source")
     if spec.model.weights is not None:

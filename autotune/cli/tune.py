@@ -10,17 +10,17 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import click
 
-from autotune.cli.session import Session, format_option
+from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
     from autotune.api_types import Job
-    from autotune.cli.embedded import EmbeddedService
     from autotune.cli.ledger import Ledger
     from autotune.cli.panel import Display
     from autotune.cli.watching import Ended
@@ -56,7 +56,15 @@ _CANCEL_PATIENCE_S = 30.0
     show_default=True,
     help="Run Python code that the job names.",
 )
-@format_option
+@click.option(
+    "--device",
+    "devices",
+    metavar="NAME",
+    multiple=True,
+    help="Measure on this device of the service that runs, not on this machine; repeat it for "
+    "several.",
+)
+@shared_options
 @click.pass_obj
 def tune(
     session: Session,
@@ -67,12 +75,16 @@ def tune(
     fresh: bool,
     workers: int | None,
     trust_job_code: bool,
+    devices: tuple[str, ...],
 ) -> None:
     """Tune a model on this machine, from job file to bundle.
 
     Starts a service and one agent for the time of the call, runs the job, prints its front,
     exports the winner, loads it back, measures it again and writes a report. Called again
     with the same job file after an interruption, it goes on where it was.
+
+    With --device the service at --url runs the job on devices that enrolled there; on several
+    each one's winner is exported.
     """
     from autotune.cli.delivery import deliver
     from autotune.cli.embedded import EmbeddedService
@@ -80,20 +92,24 @@ def tune(
     from autotune.cli.panel import open_display
     from autotune.cli.preflight import require_runnable
     from autotune.cli.watching import require_finished
-    from autotune.spec import read_job
+    from autotune.spec import measured_on, read_job
 
-    spec = read_job(job_file)
-    require_runnable(spec, trust_job_code=trust_job_code)
+    if devices and workers is not None:
+        raise click.UsageError("--workers is for this machine; with --device the service has them")
+    spec = measured_on(read_job(job_file), devices)
+    require_runnable(spec, trust_job_code=trust_job_code, on_this_machine=not devices)
     data_dir = (data_dir or job_file.parent / ".autotune").resolve()
     out = out or Path(f"{spec.name}-bundle")
     report = report or out.parent / f"{spec.name}-report.html"
     ledger = Ledger(data_dir / "tune.json")
-    with (
-        _stop_signals(),
-        EmbeddedService(
+    serving: contextlib.AbstractContextManager[Serving]
+    if devices:
+        serving = contextlib.nullcontext(RunningElsewhere(client=session.client()))
+    else:
+        serving = EmbeddedService(
             data_dir, trust_job_code=trust_job_code, workers=workers, say=_say
-        ) as service,
-    ):
+        )
+    with _stop_signals(), serving as service:
         started = datetime.now(UTC)
         job = _submit_or_resume(service.client, spec, ledger, fresh=fresh)
         with open_display() as display:
@@ -103,6 +119,27 @@ def tune(
             service.client, finished, out=out, report=report, output_format=session.output_format
         )
         ledger.set_delivered(spec)
+
+
+class Serving(Protocol):
+    """The service that runs the job."""
+
+    @property
+    def client(self) -> Client:
+        """Its client."""
+
+    def check(self) -> None:
+        """Return while there is something to wait for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningElsewhere:
+    """A service that is not of this call: it lives on when the call ends."""
+
+    client: Client
+
+    def check(self) -> None:
+        """Nothing of it can die here; the client says when it does not answer."""
 
 
 def _say(text: str) -> None:
@@ -128,7 +165,7 @@ def _submit_or_resume(client: Client, spec: JobSpec, ledger: Ledger, *, fresh: b
     return job
 
 
-def _run(service: EmbeddedService, job: Job, display: Display, *, since: datetime) -> Ended:
+def _run(service: Serving, job: Job, display: Display, *, since: datetime) -> Ended:
     """Wait for the job; Ctrl-C asks it to stop in good order, a second one leaves at once."""
     from autotune.cli.watching import follow
 
@@ -141,7 +178,7 @@ def _run(service: EmbeddedService, job: Job, display: Display, *, since: datetim
         raise
 
 
-def _cancel(service: EmbeddedService, job_id: str) -> None:
+def _cancel(service: Serving, job_id: str) -> None:
     from autotune.cli.children import wait_until
     from autotune.client import FINAL_STATES
 

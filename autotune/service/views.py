@@ -118,6 +118,8 @@ def _on_target(trial: TrialRecord, target: JobTarget) -> api_types.TrialOnTarget
         fp32_ratio=_ratio(there.latency),
         is_steady=there.latency.is_steady if there.latency else None,
         is_feasible=is_feasible(there, target.latency_budget_ns) if there.latency else None,
+        latency_samples=there.latency.n_samples if there.latency else None,
+        held_out_accuracy=_accuracy(there.held_out_accuracy),
         held_out_accuracy_drop=_drop(there.held_out_accuracy),
         confirmed_latency_ns=_latency(there.confirmed_latency),
         confirmed_fp32_ratio=_ratio(there.confirmed_latency),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import pytest
 
 from autotune.cli import root as cli
+from autotune.cli.delivery import deliver
 from autotune.cli.session import Session
 from autotune.errors import JobNotReady, NotFoundError
 from autotune.export.bundle import read_bundle
+from autotune.search.verification import VerificationOutcome
 from storage.records import DeviceRecord, JobRecord, JobTarget, TrialOutcome, TrialRecord
 from tests.running_service import RunningService, running_service
 from tests.unit import fabricated_job
@@ -184,6 +186,29 @@ def test_a_model_is_verified_on_the_device_that_it_was_written_for(two: TwoDevic
     finally:
         runner.verify = verify  # type: ignore[method-assign]
     assert asked == [two.second.id, two.first.id, two.second.id]
+
+
+def test_each_devices_winner_is_handed_over_and_verified_there(
+    two: TwoDevices, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify(job: JobRecord, model: bytes) -> VerificationOutcome:
+        found = two.service.verification(
+            job, two.service.repository.get_device(job.device_id or "")
+        )
+        return replace(found, artifact_sha256=hashlib.sha256(model).hexdigest())
+
+    client, runner = two.service.client, two.service.runner
+    before, runner.verify = runner.verify, verify  # type: ignore[method-assign]
+    try:
+        out, report = tmp_path / "bundle", tmp_path / "report.html"
+        job = client.job(two.job.id)
+        deliver(client, job, out=out, report=report, output_format="table")
+    finally:
+        runner.verify = before  # type: ignore[method-assign]
+    printed = capsys.readouterr().out
+    assert "what wins on one device, on the others:" in printed
+    assert "measured again on gateway:" in printed and "measured again on pi4:" in printed
+    assert read_bundle(tmp_path / "bundle-pi4").model == model_for_second()
 
 
 def test_the_report_shows_the_matrix_and_is_about_the_device_asked_for(two: TwoDevices) -> None:

@@ -169,9 +169,14 @@ class FakeClient:
         return next(t for t in self.trial_list if reference in (str(t.number), t.id))
 
     def front(
-        self, reference: str, budget: str | None = None, max_drop: float | None = None
+        self,
+        reference: str,
+        budget: str | None = None,
+        max_drop: float | None = None,
+        *,
+        device: str | None = None,
     ) -> Front:
-        self.calls.append(("front", reference, budget, max_drop))
+        self.calls.append(("front", reference, budget, max_drop, *([device] if device else [])))
         return Front(
             job_id="job-1",
             latency_budget_ns=3e6,
@@ -185,9 +190,16 @@ class FakeClient:
         yield from self.event_list
 
     def export(
-        self, reference: str, path: Path, *, budget: str | None = None, select: str | None = None
+        self,
+        reference: str,
+        path: Path,
+        *,
+        budget: str | None = None,
+        select: str | None = None,
+        device: str | None = None,
     ) -> Path:
-        self.calls.append(("export", reference, str(path), budget, select))
+        named = [device] if device else []
+        self.calls.append(("export", reference, str(path), budget, select, *named))
         return path
 
     def sensitivity(self, reference: str) -> list[Sensitivity]:
@@ -203,7 +215,7 @@ class FakeClient:
     def report(self, reference: str) -> str:
         return "<html>report</html>"
 
-    def verify(self, reference: str, model: bytes) -> Verification:
+    def verify(self, reference: str, model: bytes, *, device: str | None = None) -> Verification:
         self.calls.append(("verify", reference, len(model)))
         return make_verification()
 

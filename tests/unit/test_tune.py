@@ -72,6 +72,7 @@ def changed(spec: JobSpec, **keys: Any) -> JobSpec:
 def test_a_job_with_its_files_in_place_may_run(spec: JobSpec) -> None:
     require_runnable(spec, trust_job_code=False)
     require_runnable(changed(spec, device="local"), trust_job_code=False)
+    require_runnable(changed(spec, device="pi4"), trust_job_code=False, on_this_machine=False)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,9 @@ def delivering(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
                 model=fabricated.linear_model(),
             )
 
-        def verify(self, reference: str, model: bytes) -> Verification:
+        def verify(
+            self, reference: str, model: bytes, *, device: str | None = None
+        ) -> Verification:
             super().verify(reference, model)
             return make_verification(artifact_sha256=self.measured or records[7].artifact_sha256)
 

@@ -26,7 +26,8 @@ from autotune.compression.operators import (
 from autotune.compression.sharing import share_concat_scales
 from search_spaces import LayerKind, Precision
 
-_GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+# Its 8-bit kernel (QLinearSoftmax, 1.31) answers 0 where it has a single value to choose from.
+_GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm", "Softmax"})
 # onnxruntime fuses these into the Gemm before it looks for DQs (GemmActivationFusion, 1.31).
 _FUSED_INTO_GEMM = frozenset(
     {

@@ -300,7 +300,7 @@ def _four_levels(groups: np.ndarray, shrink: float) -> tuple[np.ndarray, np.ndar
 def _ternary(groups: np.ndarray, shrink: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-1, 0 and 1 steps (Li et al. 2016, "Ternary weight networks"); code 0 is not used."""
     largest = np.abs(groups).max(axis=1, keepdims=True)
-    scale = np.where(largest == 0, 1.0, largest * shrink).astype(np.float32)
+    scale = _divisor(largest * shrink)
     codes = np.clip(np.rint(groups / scale), -1, 1) + 2
     return codes.astype(np.uint8), scale, np.full(scale.shape, 2, np.float32)
 
@@ -321,7 +321,7 @@ def _symmetric(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, n
     offset = 2 ** (bits - 1)
     where = np.abs(groups).argmax(axis=1)[:, None]
     extreme = np.take_along_axis(groups, where, axis=1)
-    scale = np.where(extreme == 0, 1.0, extreme / -offset).astype(np.float32)
+    scale = _divisor(extreme / -offset)
     codes = np.clip(np.rint(groups / scale) + offset, 0, 2 * offset - 1).astype(np.uint8)
     return codes, scale, np.full(scale.shape, offset, np.float32)
 
@@ -334,10 +334,17 @@ def _asymmetric(
     low = np.minimum(groups.min(axis=1, keepdims=True), 0).astype(np.float64)
     high = np.maximum(groups.max(axis=1, keepdims=True), 0).astype(np.float64)
     width = np.where(high > low, high - low, top)
-    scale = (shrink * width / top).astype(np.float32)
+    scale = _divisor(shrink * width / top)
     zero = np.clip(np.rint(-shrink * low / scale), 0, top).astype(np.float32)
     codes = np.clip(np.rint(groups / scale) + zero, 0, top).astype(np.uint8)
     return codes, scale, zero
+
+
+def _divisor(scale: np.ndarray) -> np.ndarray:
+    """float32, with 1 for a row so small that its scale becomes 0: its codes are those of zero."""
+    narrow = scale.astype(np.float32)
+    found: np.ndarray = np.where(narrow == 0, np.float32(1), narrow)
+    return found
 
 
 def _square_error(

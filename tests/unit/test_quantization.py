@@ -110,6 +110,35 @@ def test_each_group_alone_in_fp32_stays_float(name: str) -> None:
         assert {g.group for g in report if g.effective == "fp32"} == {group}
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_softmax_between_codes_stays_float(axis: int) -> None:
+    """The runtime's 8-bit Softmax answers 0 along an axis of one value, as the last one here."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a.weight": rng.normal(size=(4, 2, 3, 3)).astype(np.float32),
+        "b.weight": np.abs(rng.normal(size=(1, 4, 1, 1))).astype(np.float32),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["input", "a.weight"], ["a"], "a"),
+            helper.make_node("Softmax", ["a"], ["s"], "s", axis=axis),
+            helper.make_node("Conv", ["s", "b.weight"], ["output"], "b"),
+        ],
+        "softmax",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 2, 3, 3])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 1, 1, 1])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )
+    x = rng.normal(size=(4, 2, 3, 3)).astype(np.float32)
+    quantized = QuantizableGraph(model, calibrate(model, x))
+    artifact = quantized.emit(uniform(quantized))
+    assert operators(artifact)["Softmax"] == 1
+    assert run(artifact, x) == pytest.approx(run(model.SerializeToString(), x), rel=0.05)
+
+
 def test_the_runtime_would_quantize_an_unguarded_float_convolution() -> None:
     """The reason for the guard: without it, the check itself reports the difference."""
     graph = quantizable("mobilenet_v2")

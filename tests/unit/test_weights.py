@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from autotune.compression import weights
-from autotune.compression.weights import largest_weights, quantize_weight, weight_sums
+from autotune.compression.weights import (
+    code_weight,
+    largest_weights,
+    quantize_weight,
+    weight_sums,
+)
+from search_spaces import PerChannel
 
 # Axis of the outputs, the weight's shape and factors that broadcast against it.
 CASES = {
@@ -47,3 +53,15 @@ def test_a_weight_that_begins_at_an_odd_byte_gives_the_same_codes() -> None:
         quantize_weight(w, axis=0, input_scale=0.1, bias=None) for w in (odd, weight)
     )
     np.testing.assert_array_equal(found.codes, expected.codes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_channel_smaller_than_any_scale_gets_the_codes_of_zero(
+    bits: int, symmetric: bool
+) -> None:
+    weight = np.array([[1e-45, 0.0], [-0.5, 0.25]], np.float32)
+    found = code_weight(weight, axis=0, bits=bits, granularity=PerChannel(), symmetric=symmetric)
+    decoded = (found.codes - found.zero) * found.scale
+    assert np.isfinite(found.scale).all()
+    assert np.abs(decoded[0]).max() <= 1e-44

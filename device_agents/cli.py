@@ -85,11 +85,24 @@ def main() -> None:
     show_default=True,
     help="How much disk the artifacts may take.",
 )
+@click.option(
+    "--kernel-benchmark/--no-kernel-benchmark",
+    envvar="AUTOTUNE_KERNEL_BENCHMARK",
+    default=True,
+    show_default=True,
+    help="Whether to measure on enrolling which precisions are faster here; a minute at most.",
+)
 def run(
-    service: str, token: str | None, state_dir: Path, name: str | None, cache_gb: float
+    service: str,
+    token: str | None,
+    state_dir: Path,
+    name: str | None,
+    cache_gb: float,
+    kernel_benchmark: bool,
 ) -> None:
     """Work for a service until stopped (SIGTERM or Ctrl-C)."""
     from device_agents.agent import Agent, AgentSettings
+    from device_agents.device import describe_device
     from device_agents.errors import DeviceAgentError
 
     settings = AgentSettings(
@@ -100,7 +113,9 @@ def run(
         cache_max_bytes=int(cache_gb * 1e9),
     )
     try:
-        agent = Agent(settings, say=_say, describe=_described)
+        agent = Agent(
+            settings, say=_say, describe=_described if kernel_benchmark else describe_device
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.stop())
         agent.run()
@@ -280,7 +295,7 @@ def _described() -> DeviceDescription:
     from device_agents.kernel_benchmark import cache_folder, remembered
 
     return describe_device(
-        speeds=lambda fingerprint, builds: remembered(cache_folder(), fingerprint, builds, say=_say)
+        speeds=lambda hardware, builds: remembered(cache_folder(), hardware, builds, say=_say)
     )
 
 

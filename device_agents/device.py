@@ -105,8 +105,8 @@ def describe_device(
 ) -> DeviceDescription:
     """What this device is. `probe` finds the runtimes; None asks `probe_runtimes`.
 
-    `speeds` takes the fingerprint and the runtimes and measures their kernels; None leaves
-    them unmeasured.
+    `speeds` takes the hardware's fingerprint and the runtimes and measures their kernels; None
+    leaves them unmeasured.
 
     The fingerprint covers what decides about latency: CPU, memory (whole GiB, because kernels
     reserve different amounts of it) and the runtime builds. A new kernel is the same device.
@@ -120,11 +120,7 @@ def describe_device(
         "cpu_flags": processor.kernel_flags(),
         "logical_cpus": _usable_cpus(),
     }
-    digest = fingerprint(
-        **decisive,
-        memory_gib=round(memory_bytes / 2**30),
-        runtimes=sorted((build.name, build.version) for build in runtimes),
-    )
+    hardware: dict[str, Any] = decisive | {"memory_gib": round(memory_bytes / 2**30)}
     return DeviceDescription(
         hostname=socket.gethostname(),
         host_id=host_id(root),
@@ -134,8 +130,10 @@ def describe_device(
         python=platform.python_version(),
         agent_version=agent_version(),
         runtimes=runtimes,
-        kernel_speeds=tuple(speeds(digest, runtimes)) if speeds else (),
-        fingerprint=digest,
+        kernel_speeds=tuple(speeds(fingerprint(**hardware), runtimes)) if speeds else (),
+        fingerprint=fingerprint(
+            **hardware, runtimes=sorted((build.name, build.version) for build in runtimes)
+        ),
         **decisive,
     )
 

@@ -9,6 +9,7 @@ Run as `python -m device_agents.kernel_benchmark RUNTIME...`: one line of JSON p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from device_agents.files import durable_file
 from device_agents.protocol import KernelSpeed, RuntimeBuild
@@ -26,7 +27,7 @@ from device_agents.protocol import KernelSpeed, RuntimeBuild
 MODELS = Path(__file__).parent / "kernel_models"
 SPEEDS_VERSION = 1
 # Version 1 (2026-11-21): {"version", "speeds": [KernelSpeed, ...]}; the file's name holds a digest
-# of the device and its runtimes.
+# of the hardware, the runtime and its version.
 
 LIMIT_S = 60.0
 """What the whole benchmark may take; figures that are missing then are told as missing."""
@@ -35,54 +36,58 @@ PAIR_S = 0.25
 idle core gives ±5 %, which tells a factor of 3 from 1; a busy one an interval that says so."""
 TARGET_HALF_WIDTH = 0.05
 PROVIDER = "CPUExecutionProvider"
-UNMEASURED = ("simulated",)
-"""Runtimes that have no kernels."""
-
-
-def kernel_speeds(
-    builds: Sequence[RuntimeBuild], *, limit_s: float = LIMIT_S
-) -> tuple[KernelSpeed, ...]:
-    """The figures of every runtime that was found here; takes some ten seconds for each.
-
-    A runtime that dies on a model costs the figures behind it, no more.
-    """
-    deadline_s = time.monotonic() + limit_s
-    found: list[KernelSpeed] = []
-    for build in builds:
-        if build.name not in UNMEASURED and PROVIDER in build.providers:
-            found += _in_a_child(build.name, limit_s=deadline_s - time.monotonic())
-    return tuple(found)
+MEASURED = ("onnxruntime", "openvino")
+"""Runtimes that read these models and have kernels; a vendor's may know neither."""
 
 
 def remembered(
     folder: Path,
-    fingerprint: str,
+    hardware: str,
     builds: Sequence[RuntimeBuild],
     *,
     say: Callable[[str], None] = lambda _: None,
+    limit_s: float = LIMIT_S,
 ) -> tuple[KernelSpeed, ...]:
-    """`kernel_speeds`, measured once per fingerprint and kept in `folder`; `say` tells people.
+    """The figures of every runtime of `MEASURED` that was found here; some ten seconds for each.
 
-    What cannot be read is measured again; what cannot be kept is measured the next time.
+    Measured once for each build on this hardware (a fingerprint) and kept in `folder`; `say`
+    tells people. What cannot be read is measured again, what cannot be kept the next time. All
+    that is measured now takes `limit_s` at most; figures that this cut off are not kept.
     """
-    path = folder / f"kernel-speeds-{fingerprint[:16]}.json"
-    speeds = TypeAdapter(tuple[KernelSpeed, ...])
+    deadline_s = time.monotonic() + limit_s
+    found: list[KernelSpeed] = []
+    for build in builds:
+        if build.name not in MEASURED or PROVIDER not in build.providers:
+            continue
+        path = folder / f"kernel-speeds-{hardware[:16]}-{build.name}-{build.version}.json"
+        speeds = _read(path)
+        if speeds is None:
+            say(f"measuring which precisions are faster in {build.name}; once, a minute at most")
+            left_s = deadline_s - time.monotonic()
+            speeds, is_whole = kernel_speeds(build.name, limit_s=left_s)
+            if is_whole:
+                _keep(path, speeds)
+        found += speeds
+    return tuple(found)
+
+
+def _read(path: Path) -> list[KernelSpeed] | None:
     try:
         document = json.loads(path.read_bytes())
         if document["version"] == SPEEDS_VERSION:
-            return speeds.validate_python(document["speeds"])
+            return [KernelSpeed.model_validate(speed) for speed in document["speeds"]]
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         pass
-    say(f"measuring which precisions are faster here (once, {LIMIT_S:g} s at most)")
-    found = kernel_speeds(builds)
-    text = json.dumps({"version": SPEEDS_VERSION, "speeds": speeds.dump_python(found)})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _keep(path: Path, speeds: Sequence[KernelSpeed]) -> None:
+    dumped = [speed.model_dump(mode="json") for speed in speeds]
+    text = json.dumps({"version": SPEEDS_VERSION, "speeds": dumped})
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with durable_file(path) as file:
             file.write(text.encode())
-    except OSError:
-        pass
-    return found
 
 
 def cache_folder() -> Path:
@@ -91,25 +96,30 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "edge-autotune"
 
 
-def _in_a_child(runtime: str, *, limit_s: float) -> list[KernelSpeed]:
+def kernel_speeds(runtime: str, *, limit_s: float) -> tuple[list[KernelSpeed], bool]:
+    """The figures of a runtime, measured now, and whether time was left for all of them.
+
+    A runtime that dies on a model costs the figures behind it, no more.
+    """
     command = [sys.executable, "-m", "device_agents.kernel_benchmark", runtime]
     child = subprocess.Popen(  # noqa: S603 - our own module
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
     )
     try:
         output, _ = child.communicate(timeout=max(0.0, limit_s))
-        end = f"the benchmark ended with code {child.returncode}"
+        is_whole, end = True, f"the benchmark ended with code {child.returncode}"
     except subprocess.TimeoutExpired:
         child.kill()
         output, _ = child.communicate()
-        end = f"the {LIMIT_S:g} s for all figures were over"
+        is_whole, end = False, "the time for all figures was over"
     found = [KernelSpeed.model_validate_json(line) for line in _whole_lines(output)]
     told = {(speed.operator, speed.precision) for speed in found}
-    return found + [
+    missing = [
         KernelSpeed(runtime=runtime, operator=operator, precision=precision, missing=end)
         for operator, precision, _ in _variants()
         if (operator, precision) not in told
     ]
+    return found + missing, is_whole
 
 
 def _whole_lines(output: bytes) -> list[bytes]:

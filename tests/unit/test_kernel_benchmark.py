@@ -10,6 +10,7 @@ from device_agents import kernel_benchmark
 from device_agents.kernel_benchmark import kernel_speeds, remembered
 from device_agents.protocol import KernelSpeed, RuntimeBuild
 
+HARDWARE = "f" * 64
 SPEED = KernelSpeed(
     runtime="onnxruntime", operator="matmul", precision="w4", ratio=0.3, ratio_low=0.2,
     ratio_high=0.4,
@@ -43,19 +44,17 @@ def test_onnxruntime_executes_the_models_in_the_kernels_that_they_are_about(name
 
 
 def test_a_runtime_that_does_not_load_leaves_a_reason_for_every_figure():
-    found = kernel_speeds([build("no-such-runtime")])
+    found, is_whole = kernel_speeds("no-such-runtime", limit_s=60)
+    assert is_whole
     assert len(found) == 14
     assert all("no-such-runtime" in speed.missing for speed in found)
 
 
-def test_runtimes_without_kernels_are_left_out():
-    assert kernel_speeds([build("simulated"), build("far", "NPUExecutionProvider")]) == ()
-
-
-def test_what_the_time_limit_cuts_off_is_told_as_missing():
-    found = kernel_speeds([build("onnxruntime")], limit_s=0.0)
+def test_what_the_time_limit_cuts_off_is_told_as_missing_and_not_kept(tmp_path):
+    found = remembered(tmp_path, HARDWARE, [build("onnxruntime")], limit_s=0.0)
     assert {speed.ratio for speed in found} == {None}
-    assert "were over" in found[0].missing
+    assert "was over" in found[0].missing
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_figure_compares_a_model_with_its_twin(monkeypatch):
@@ -68,28 +67,38 @@ def test_a_figure_compares_a_model_with_its_twin(monkeypatch):
 @pytest.fixture
 def measured(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        kernel_benchmark, "kernel_speeds", lambda builds: calls.append(builds) or (SPEED,)
-    )
+
+    def instead(runtime, *, limit_s):
+        calls.append(runtime)
+        return [SPEED], True
+
+    monkeypatch.setattr(kernel_benchmark, "kernel_speeds", instead)
     return calls
 
 
-def test_the_figures_of_a_device_are_measured_once(measured, tmp_path):
+def test_the_figures_of_a_build_are_measured_once_on_the_same_hardware(measured, tmp_path):
     said = []
     for _ in range(2):
-        assert remembered(tmp_path, "f" * 64, [], say=said.append) == (SPEED,)
+        assert remembered(tmp_path, HARDWARE, [build("openvino")], say=said.append) == (SPEED,)
     assert len(measured) == len(said) == 1
-    remembered(tmp_path, "e" * 64, [])
-    assert len(measured) == 2
+    remembered(tmp_path, "e" * 64, [build("openvino")])
+    remembered(tmp_path, HARDWARE, [build("onnxruntime")])
+    assert measured == ["openvino", "openvino", "onnxruntime"]
+
+
+def test_runtimes_that_do_not_read_the_models_are_left_out(measured, tmp_path):
+    builds = [build("simulated"), build("vendor"), build("openvino", "NPUExecutionProvider")]
+    assert remembered(tmp_path, HARDWARE, builds) == ()
+    assert measured == []
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 99, "speeds": []}', "[1]"])
 def test_figures_that_cannot_be_read_are_measured_again(measured, tmp_path, content):
-    (tmp_path / f"kernel-speeds-{'f' * 16}.json").write_text(content)
-    assert remembered(tmp_path, "f" * 64, []) == (SPEED,)
+    (tmp_path / f"kernel-speeds-{HARDWARE[:16]}-openvino-1.json").write_text(content)
+    assert remembered(tmp_path, HARDWARE, [build("openvino")]) == (SPEED,)
     assert len(measured) == 1
 
 
 def test_figures_that_cannot_be_kept_are_no_error(measured, tmp_path):
     (tmp_path / "file").write_text("")
-    assert remembered(tmp_path / "file", "f" * 64, []) == (SPEED,)
+    assert remembered(tmp_path / "file", HARDWARE, [build("openvino")]) == (SPEED,)

@@ -76,14 +76,22 @@ def _light_graph(
         if number != _GRAPH_INITIALIZER:
             yield whole
             continue
-        raw = next((f for f in fields(content) if f.number == _TENSOR_RAW_DATA), None)
-        is_large = raw is not None and len(raw.content) >= LARGE_BYTES
-        rest = [f.whole for f in fields(content) if not is_large or f.number != _TENSOR_RAW_DATA]
+        rest = [f.whole for f in fields(content) if f.number != _TENSOR_RAW_DATA]
         tensor = onnx.TensorProto.FromString(b"".join(rest))
+        raw = next((f.content for f in fields(content) if f.number == _TENSOR_RAW_DATA), None)
         constants[tensor.name] = whole
-        if is_large and raw is not None:
-            weights[tensor.name] = _array(tensor, raw.content)
-        yield field(number, b"".join(rest)) if is_large else whole
+        if raw is None or not _is_large_array(tensor, len(raw)):
+            yield whole
+            continue
+        weights[tensor.name] = _array(tensor, raw)
+        yield field(number, b"".join(rest))
+
+
+def _is_large_array(tensor: onnx.TensorProto, n_bytes: int) -> bool:
+    """It is worth a view, and numpy has the type: neither bfloat16 nor packed codes."""
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    fits = dtype.itemsize * math.prod(tensor.dims) == n_bytes
+    return n_bytes >= LARGE_BYTES and dtype.isbuiltin == 1 and fits
 
 
 def _array(tensor: onnx.TensorProto, data: memoryview) -> np.ndarray:

@@ -82,3 +82,18 @@ def test_each_constant_is_a_field_that_another_graph_can_take_over() -> None:
     held = Fp32File.read(source.SerializeToString())
     graph = onnx.GraphProto.FromString(b"".join(held.constants.values()))
     assert list(graph.initializer) == list(source.graph.initializer)
+
+
+@pytest.mark.parametrize(
+    ("element", "count"), [(onnx.TensorProto.BFLOAT16, 20_000), (onnx.TensorProto.INT4, 80_000)]
+)
+def test_a_large_constant_of_a_type_that_numpy_lacks_stays_in_the_model(
+    element: int, count: int
+) -> None:
+    source = model()
+    source.graph.initializer.append(
+        helper.make_tensor("other", element, [count], bytes(40_000), raw=True)
+    )
+    held = Fp32File.read(source.SerializeToString())
+    assert list(held.weights) == ["large"]
+    assert held.light.graph.initializer[2] == source.graph.initializer[2]

@@ -34,6 +34,7 @@ from autotune.service.attendance import Attendance
 from autotune.service.body_limit import BodyLimit
 from autotune.service.context import ServiceContext
 from autotune.service.identities import Identities
+from autotune.service.known_agents import KnownAgents
 from autotune.service.problems import install_problem_handlers, problem_responses
 from autotune.service.security import require_user
 from autotune.settings import Settings
@@ -82,6 +83,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     app.state.identities = Identities(
         window_s=views.ONLINE_HEARTBEATS * context.settings.heartbeat_s
     )
+    app.state.known_agents = KnownAgents(context.repository, context.broadcast)
     app.state.attendance = Attendance(context.repository, ttl_s=context.settings.lease_ttl_s)
     app.include_router(_health)
     app.include_router(agents.router, responses=problem_responses(422))

@@ -23,6 +23,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from autotune.errors import AuthenticationError
 from autotune.service.context import Context
+from autotune.service.known_agents import Known
 from storage.errors import InvalidToken
 from storage.records import AgentRecord
 from storage.repository import Repository
@@ -79,7 +80,7 @@ async def require_user(
 
 
 async def require_agent(
-    context: Context,
+    known: Known,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_agent_scheme)],
 ) -> AgentRecord:
     """The agent whose key the request carries.
@@ -91,7 +92,7 @@ async def require_agent(
         raise AuthenticationError("this route needs an agent key; enrol the device first")
     digest = hash_secret(credentials.credentials)
     try:
-        return await run_in_threadpool(context.repository.find_agent, digest)
+        return await known.find(digest)
     except InvalidToken as error:
         raise AuthenticationError(f"{error} (`autotune device enroll`)") from error
 

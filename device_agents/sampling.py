@@ -41,14 +41,13 @@ Load = Callable[[], Mapping[Subject, Call]]
 SAMPLE_NS = 100_000.0
 """A sample lasts at least this long: reading the clock twice takes 0.1 µs, a thousandth."""
 BLOCK_NS = 1e7
-"""A block lasts about this long, but at least `MIN_SAMPLES` samples."""
-MIN_SAMPLES = 2
+"""A block lasts about this long, and at least one sample."""
 LONG_CALL_NS = 1e8
 """A call of this length is a sample and a block: refilling the caches takes some ms, which it
 does not notice, and every further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
-MIN_SITTING_PAIRS = 3
+MIN_SITTING_PAIRS = 2
 """Of one sitting, which is sampled for as long as it took to load: what is best for the
 interval depends on how much sessions and pairs differ, and is within a factor of two of that."""
 MAX_SITTING_SHARE = 0.5 / MIN_SITTINGS
@@ -140,7 +139,7 @@ def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Ti
     groups = {s: max(1, math.ceil(SAMPLE_NS / ns)) for s, ns in fastest_ns.items()}
     typical_ns = math.sqrt(math.prod(groups[s] * ns for s, ns in fastest_ns.items()))
     is_long = min(fastest_ns.values()) >= LONG_CALL_NS
-    n_samples = 1 if is_long else max(MIN_SAMPLES, round(BLOCK_NS / typical_ns))
+    n_samples = 1 if is_long else max(1, round(BLOCK_NS / typical_ns))
     return {
         subject: Timer(
             call=call,

@@ -221,7 +221,7 @@ def test_pairs_of_a_throttled_spell_are_measured_again():
 def test_a_device_that_is_always_throttled_is_measured_as_it_is():
     measured = bench(noisy(2e5, throttle_after_s=0.0), noisy(4e5)).sample()
     assert measured.are_tainted_used
-    assert len(measured.blocks) == 2 * measured.tainted_pairs["throttled"] >= 2 * 12
+    assert len(measured.blocks) == 2 * measured.tainted_pairs["throttled"] >= 2 * 8
 
 
 def test_a_clock_that_falls_half_way_does_not_end_the_measurement():

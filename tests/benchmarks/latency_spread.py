@@ -2,9 +2,9 @@
 
 mobilenet_v2 with all groups in 8 bits against its FP32 file, 40 times on an idle machine and 40
 times while another process computes on one core. In each repeat the agent's measurement (as for
-screening: to ±2 %, 8 s at most) takes turns with what is usually done, 10 warm-up and 20 timed
+screening: to ±2 %, but 4 s at most) takes turns with what is usually done, 10 warm-up and 20 timed
 runs of each model and the ratio of the means, all in fresh processes. FP32 against FP32 is
-measured by the agent as often. Keys:
+measured by the agent half as often. Keys:
 
 - `iqr_ratio_idle`, `iqr_ratio_loaded`: interquartile range of the agent's ratios over that of the
   usual ones, of their logarithms; at most a third under load;
@@ -44,7 +44,7 @@ from tests.benchmarks.protocols import (
 MODEL, SIZE, QUICK_SIZE = "mobilenet_v2", 224, 64
 REPEATS, QUICK_REPEATS = 40, 3
 USUAL_RUNS = 20
-TARGET, TIME_CAP_S, QUICK_TIME_CAP_S = 0.02, 8.0, 1.5
+TARGET, TIME_CAP_S, QUICK_TIME_CAP_S = 0.02, 4.0, 1.2
 CALIBRATION_IMAGES = 8
 RESAMPLES = 2000
 
@@ -96,11 +96,12 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
         found["usual_equal"].append(
             by_fixed_runs(int8, fp32, runs=USUAL_RUNS, device_s=ours.device_s, seed=seed)
         )
-        same = by_agent(fp32, fp32, target=TARGET, time_cap_s=cap, seed=seed)
-        found["agent_same"].append(same)
+        if seed % 2 == 0:
+            same = by_agent(fp32, fp32, target=TARGET, time_cap_s=cap, seed=seed)
+            found["agent_same"].append(same)
         benchmark.say(
-            f"{condition} {seed + 1}: agent {said(ours)}, usual {said(found['usual'][-1])}, "
-            f"usual in equal time {said(found['usual_equal'][-1])}, same model {said(same)}"
+            f"{condition} {seed + 1}: "
+            + ", ".join(f"{way} {said(values[-1])}" for way, values in found.items())
         )
     return found
 

@@ -248,11 +248,14 @@ def _report(context: ServiceContext, job_id: str, device: str | None) -> str:
         matrix = _portability(context, job, trials)
     asked = _device_id(context, job, device) if device is not None else job.device_id
     shown, seen = _on(job, trials, asked)
+    where = _device(context, shown)
     return render_report(
         shown,
         seen,
-        _device(context, shown),
-        verification=_last_verification(context, job),
+        where,
+        verification=_last_verification(
+            context, job, where.name if where is not None and job.further_targets else None
+        ),
         portability=matrix,
     )
 
@@ -328,12 +331,16 @@ def _with_budget(job: JobRecord, text: str) -> JobRecord:
     )
 
 
-def _last_verification(context: ServiceContext, job: JobRecord) -> Verification | None:
+def _last_verification(
+    context: ServiceContext, job: JobRecord, device_name: str | None
+) -> Verification | None:
+    """The newest one; on that device where one of several is meant."""
     last, after = None, 0
     while True:
         page = context.repository.list_events(job.id, after=after, limit=_EVENTS_PER_READ)
         for event in page:
-            last = event if event.kind == VERIFIED else last
+            is_meant = device_name in (None, event.payload.get("device_name"))
+            last = event if event.kind == VERIFIED and is_meant else last
         if len(page) < _EVENTS_PER_READ:
             return None if last is None else Verification(**last.payload)
         after = page[-1].id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, create_engine, inspect, text
 
+from search_spaces import Candidate
 from storage.database import open_database
+from storage.repository import Repository
+from storage.schema import alembic_config
 from storage.tables import Base
 
 PARTS = (
@@ -86,3 +91,35 @@ def test_services_that_start_together_migrate_once(empty_url: str, engine: Engin
         list(pool.map(open_together, range(4)))
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1
+
+
+def test_jobs_and_trials_of_the_first_schema_are_on_one_device(
+    empty_url: str, engine: Engine
+) -> None:
+    at_first_schema(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, name, state, phase, spec, cancel_requested, sensitivity, "
+                "created_at) VALUES ('j-1', 'old', 'finished', 'finished', '{}', false, '[]', "
+                "'2026-11-20 12:00:00')"
+            )
+        )
+        connection.execute(
+            text(
+                "INSERT INTO trials (id, job_id, number, candidate, candidate_digest, "
+                "proposed_by, state, created_at) VALUES ('t-1', 'j-1', 0, :candidate, 'd', "
+                "'baseline', 'finished', '2026-11-20 12:00:00')"
+            ),
+            {"candidate": Candidate().canonical_json()},
+        )
+    with contextlib.closing(open_database(empty_url)) as database:
+        repository = Repository(database)
+        (trial,) = repository.list_trials("j-1")
+        assert (repository.get_job("j-1").further_targets, trial.further) == ((), ())
+
+
+def at_first_schema(engine: Engine) -> None:
+    """What the first release left behind."""
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), "0001")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autotune.search.workers import CompressionWorker
-from autotune.spec import parse_job
+from autotune.spec import JobSpec, parse_job
+from search_spaces import INT8, Candidate
 from tests.unit.compression_models import tiny_source, tiny_splits
 from tests.unit.fakes import description
 
+X86 = {"architecture": "x86_64", "cpu_flags": ("avx2", "avx512f", "avx512_vnni")}
+ARM = {"architecture": "aarch64", "cpu_flags": ("asimd", "asimddp")}
 
-@pytest.mark.parametrize(("flags", "multiple"), [(("avx2", "avx512f"), 16), (("avx2",), 8)])
-def test_channels_are_rounded_for_the_device(
-    tmp_path: Path, flags: tuple[str, ...], multiple: int
-) -> None:
-    spec = parse_job(
+
+def spec() -> JobSpec:
+    return parse_job(
         {
             "model": {"source": "python:tests.unit.compression_models:tiny_module"},
             "data": {"evaluation": "npz:none.npz"},
@@ -24,9 +26,38 @@ def test_channels_are_rounded_for_the_device(
             "search": {"prune_importance": "l1"},
         }
     )
-    device = description().model_copy(update={"cpu_flags": flags})
-    worker = CompressionWorker(spec, tiny_splits(), str(tmp_path), True, (device,))
+
+
+def worker_for(folder: Path, *devices: dict[str, Any]) -> CompressionWorker:
+    described = [description().model_copy(update=device) for device in devices]
+    worker = CompressionWorker(spec(), tiny_splits(), str(folder), True, described)
     worker.adopt(tiny_source())
+    return worker
+
+
+@pytest.mark.parametrize(("flags", "multiple"), [(("avx2", "avx512f"), 16), (("avx2",), 8)])
+def test_channels_are_rounded_for_the_device(
+    tmp_path: Path, flags: tuple[str, ...], multiple: int
+) -> None:
+    worker = worker_for(tmp_path, {"cpu_flags": flags})
     pruning = worker.prepare_base({"hidden": 0.4})["pruning"]
     assert (pruning["channel_multiple"], pruning["importance"]) == (multiple, "l1")
     assert pruning["channels"]["hidden"][1] == {16: 32, 8: 40}[multiple]
+
+
+def test_one_worker_writes_a_candidate_for_each_kernel_class_as_if_it_had_no_other(
+    tmp_path: Path,
+) -> None:
+    both = worker_for(tmp_path / "both", X86, ARM)
+    group = both.compressor.inventory.groups[0].name
+    candidate = Candidate(precisions={group: INT8})
+    on_x86, on_arm = (both.build(candidate, None, name) for name in ("x86-vnni", "arm-dot"))
+    assert on_x86.sha256 != on_arm.sha256
+    assert on_arm.compression is not None and on_arm.compression["kernels"] == "arm-dot"
+    assert on_arm.sha256 == worker_for(tmp_path / "arm", ARM).build(candidate).sha256
+    assert on_x86.sha256 == worker_for(tmp_path / "x86", X86).build(candidate).sha256
+
+
+def test_a_pruned_base_for_several_devices_suits_the_widest_kernels(tmp_path: Path) -> None:
+    worker = worker_for(tmp_path, ARM, X86)
+    assert worker.prepare_base({"hidden": 0.4})["pruning"]["channel_multiple"] == 16

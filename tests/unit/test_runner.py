@@ -76,6 +76,14 @@ def test_a_job_for_an_unknown_device_waits_and_names_it(loop: Loop) -> None:
     assert "no device or pool is called 'pi5'" in (waiting.reason or "")
 
 
+def test_a_job_on_several_devices_waits_for_those_that_are_missing_and_names_them(
+    loop: Loop,
+) -> None:
+    with FakeAgent(loop.repository, loop.artifacts.read, name="gateway"):
+        waiting = loop.wait_for(loop.job(device=["gateway", "pi5"]), JobState.WAITING_FOR_DEVICE)
+    assert "pi5" in (waiting.reason or "") and "gateway" not in (waiting.reason or "")
+
+
 def test_a_job_goes_on_when_its_device_appears(loop: Loop) -> None:
     job = loop.job(device="late")
     loop.wait_for(job, JobState.WAITING_FOR_DEVICE)

@@ -181,7 +181,7 @@ class Runner:
             with self._window.computing():
                 start_ray(n_workers=self._n_workers, address=self._ray_address)
                 self._starter.start_early(self._n_workers)
-        except (OSError, RuntimeError, ConnectionError):
+        except Exception:  # noqa: BLE001 - Ray raises a bare Exception where it starts too slowly
             # A job that needs it will try again and fail with the reason.
             _log.exception("Ray could not be started yet")
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autotune.api_types import Portability, Trial
+from autotune.api_types import Trial
 from autotune.client import Client
 from autotune.export.bundle import read_bundle
 from autotune.spec import parse_job
@@ -34,8 +34,9 @@ pytestmark = [pytest.mark.arm64, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, SIZE, SAMPLES = "mobilenet_v3_small", 224, 80
-START_S = 120.0
+START_S = 400.0
 JOB_S = 1300.0
+"""Enrolling includes a benchmark of a minute; a busy machine takes several times as long."""
 
 
 @dataclass
@@ -104,8 +105,10 @@ def _job(folder: Path) -> dict[str, Any]:
         "model": {"source": f"onnx:{model.resolve()}"},
         "data": {"evaluation": f"npz:{folder / 'data.npz'}", "calibration_samples": 16},
         "device": ["x86", "arm64"],
-        "max_accuracy_drop": 1.0,
-        "search": {"precisions": ["fp32", "w8a8"], "prune_ratios": [0.0], "trials": 4},
+        # The most accurate within the budget wins. INT8 gains nothing on x86 (FP32 0.93 ms,
+        # INT8 1.15 ms on an idle core), so FP32 stays; on arm64 it takes a third of FP32's time.
+        "latency_budget": {"x86": "1.5x", "arm64": "0.6x"},
+        "search": {"precisions": ["fp32", "w8a8"], "prune_ratios": [0.0], "trials": 3},
         # An inference takes 0.3 s under emulation, and several times that on a busy machine.
         "measurement": {
             "target_half_width": 0.05,
@@ -173,23 +176,25 @@ def test_each_device_measured_every_trial_in_the_file_for_its_kernels(world: Wor
         assert (here.artifact_sha256 == there.artifact_sha256) == is_float
 
 
-def test_int8_everywhere_wins_on_arm64_alone(world: World) -> None:
+def test_int8_everywhere_pays_on_arm64_alone(world: World) -> None:
     result = world.client.job(world.job_id).result
     assert result is not None and result.int8_trial is not None
     here, there = world.client.trial(world.job_id, result.int8_trial).targets
-    assert there.confirmed_fp32_ratio and there.confirmed_fp32_ratio.high < 1.0
-    assert here.confirmed_fp32_ratio
-    assert here.confirmed_fp32_ratio.value > there.confirmed_fp32_ratio.value
+    assert here.fp32_ratio and there.fp32_ratio
+    assert there.fp32_ratio.high < 0.6 < here.fp32_ratio.low
 
 
 def test_the_winners_differ_and_the_matrix_shows_what_each_costs_elsewhere(world: World) -> None:
-    matrix: Portability = world.client.portability(world.job_id)
-    on_x86, on_arm = matrix.rows
-    assert on_x86.winner != on_arm.winner
+    job = world.client.job(world.job_id)
+    on_x86, on_arm = world.client.portability(world.job_id).rows
+    assert job.result is not None and on_x86.winner == job.result.fp32_trial
+    assert on_arm.winner != on_x86.winner
     own = [on_x86.cells[0].over_own_winner, on_arm.cells[1].over_own_winner]
     assert [cell and cell.value for cell in own] == [1.0, 1.0]
-    abroad = [on_arm.cells[0].over_own_winner, on_x86.cells[1].over_own_winner]
-    assert all(cell is not None and cell.value > 1.0 for cell in abroad)
+    abroad = on_x86.cells[1]
+    assert abroad.over_own_winner and abroad.over_own_winner.low > 1.5
+    assert [cell.is_feasible for cell in on_x86.cells] == [True, False]
+    assert on_arm.cells[1].is_feasible
 
 
 def test_each_winner_is_exported_in_the_file_for_its_device(world: World, tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ Wants=network-online.target
 Type=notify
 ExecStart={command}
 Restart=always
-RestartSec=5
-# Token or key refused: asking again does not help, enrolling again does.
-RestartPreventExitStatus=8
+# A model may kill the agent; the next measurement is to begin within 5 s.
+RestartSec=2
+# Refused, or of a release that the service does not speak with: a person has to act.
+RestartPreventExitStatus=8 16
 WatchdogSec={watchdog_s}
 KillMode=control-group
 # The measuring child is the first that the kernel may end; the agent is among the last.

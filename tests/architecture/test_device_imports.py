@@ -1,9 +1,14 @@
 """A device has the base install and nothing else; and the agent's parent stays small."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 BLOCKED = ("torch", "ray", "optuna", "sqlalchemy", "fastapi", "rich", "onnx", "autotune", "storage")
 MODULES = (
@@ -50,3 +55,28 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs():
         "print({'numpy', 'pydantic', 'httpx', 'onnxruntime'} & sys.modules.keys())"
     )
     assert run(program).stdout.strip() == "set()"
+
+
+def base_install():
+    """The distributions that `pip install edge-autotune` brings, by name."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted, found = [Requirement(text) for text in project["dependencies"]], {}
+    while wanted:
+        requirement = wanted.pop()
+        if requirement.name in found or (
+            requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        ):
+            continue
+        found[requirement.name] = distribution(requirement.name)
+        wanted += [Requirement(text) for text in found[requirement.name].requires or ()]
+    return found
+
+
+def test_nothing_of_the_base_install_wants_a_compiler():
+    """A wheel that was built here would name this very platform, not one of the portable ones."""
+    portable = re.compile(r"^Tag: \S+-(any|manylinux\S*|musllinux\S*|macosx\S*)$", re.MULTILINE)
+    installed = base_install()
+    assert {"httpx", "pydantic", "numpy", "onnxruntime"} <= installed.keys()
+    assert "torch" not in installed
+    for name, found in installed.items():
+        assert portable.search(found.read_text("WHEEL") or ""), name

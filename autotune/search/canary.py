@@ -163,7 +163,7 @@ def _judge(
     *,
     notice: Callable[[str], None],
 ) -> list[str]:
-    """Record how each member did; the names of those drained by it."""
+    """Record how each member did; the names of those that were drained by it just now."""
     fleet = evaluation.repository.fleet
     comparisons = compare(readings)
     drained = []
@@ -180,7 +180,7 @@ def _judge(
             )
             fleet.record_canary(member.id, canary, passed=not found.is_off)
             because = _describe(found, member.pool) if found.is_off else None
-        if because is not None:
+        if because is not None and member.drained_by is None:
             fleet.drain(
                 member.id,
                 cause=DrainCause.CANARY,
@@ -189,7 +189,7 @@ def _judge(
             )
             drained.append(member.name)
             notice(f"device {member.name} is drained: {because}; its work goes to the others")
-        elif found is not None and member.drained_by is DrainCause.CANARY:
+        elif because is None and found is not None and member.drained_by is not None:
             notice(f"device {member.name} is in line with its pool again and gets work")
     return drained
 

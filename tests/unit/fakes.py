@@ -168,8 +168,9 @@ class FakeAgent:
         name: str = "local",
         host_id: str = "edge",
         runtimes: Sequence[str] = ("onnxruntime",),
+        pool: str | None = None,
     ) -> None:
-        repository.add_enrolment_token(f"token-{name}", pool=None, expires_in_s=60)
+        repository.add_enrolment_token(f"token-{name}", pool=pool, expires_in_s=60)
         device, agent = repository.enrol(
             f"token-{name}",
             name=name,

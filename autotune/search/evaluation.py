@@ -216,7 +216,7 @@ class Evaluation:
         todo = [
             (trial, devices)
             for devices in self._by_kernels.values()
-            if trial.on(devices[0].id).outcome is TrialOutcome.OK
+            if any(trial.on(device.id).outcome is TrialOutcome.OK for device in devices)
             and trial.on(devices[0].id).held_out_accuracy is None
         ]
         for (_, devices), report in self._judge("held_out", todo):

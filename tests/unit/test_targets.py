@@ -228,11 +228,17 @@ def test_what_crashes_on_one_device_may_still_win_on_the_other(bench: Bench) -> 
 def test_devices_with_the_same_kernels_share_an_artifact(bench: Bench) -> None:
     gateway, pi4 = two_agents(bench)
     describe(bench, pi4, architecture="x86_64", cpu_flags=("avx512_vnni",))
+    gateway.outcome_of = lambda candidate: (
+        (Outcome.OOM, "killed") if candidate.precisions else (Outcome.OK, None)
+    )
     with gateway, pi4:
         job = bench.run(bench.job(device=["gateway", "pi4"], search={"trials": 5}))
     trials = bench.repository.list_trials(job.id)
     assert all(made.further[0].artifact_sha256 == made.artifact_sha256 for made in trials)
     assert sum(call.method == "build" for call in bench.pools[0].calls) == len(trials)
+    assert job.result is not None
+    won = bench.repository.get_trial(job.result["targets"][1]["winner"]).on(pi4.device.id)
+    assert won.candidate.precisions and won.held_out_accuracy is not None
 
 
 def test_a_device_that_goes_away_is_named_and_nothing_is_measured_twice(bench: Bench) -> None:

@@ -216,10 +216,18 @@ def _reported(ended: ChildEnd, runtime: RuntimeRequest) -> MeasurementOutcome:
             report = None  # two blocks or fewer: nothing is known of the spread
         if report is not None:
             report = LatencyReport.model_validate(report | {"runtime": runtime.model_dump()})
+            _require_numbers(report)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         reason = f"the process wrote a result that makes no sense: {type(error).__name__}"
         return MeasurementOutcome(outcome=Outcome.RUNTIME_CRASH, reason=reason)
     return MeasurementOutcome(outcome=outcome, reason=document.get("reason"), report=report)
+
+
+def _require_numbers(report: LatencyReport) -> None:
+    """Refuse NaN and infinities: a clock or a runtime that gives them measured nothing."""
+    for name, value in report:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
 
 
 def default_memory_limit(root: Path = ROOT) -> int | None:

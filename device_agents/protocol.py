@@ -35,12 +35,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Message(BaseModel):
-    """Base of all messages: immutable; unknown keys are ignored, so that a newer peer may add.
+    """Base of all messages: immutable; unknown keys are ignored, so that a newer peer may add."""
 
-    NaN and infinities are refused: JSON has none, and a report that holds one measured nothing.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Outcome(StrEnum):

@@ -6,7 +6,8 @@ milliseconds. The failures are real ones: they happen to the process that measur
 
 An artifact is JSON: `{"format": "edge-autotune-simulated/1", "verb": "ok", "latency_ns": 4e5}`.
 A file that is no such JSON is taken as a real model and costed by its size, so that a whole job
-can be tried without timing anything.
+can be tried without timing anything. `AUTOTUNE_SIMULATED_SLOWNESS=1.1` in the agent's
+environment makes one simulated device a tenth slower than others.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ MODEL_BASE_NS = 50_000.0
 MODEL_NS_PER_BYTE = 0.05
 """Cost of a real model's file: what small convolution networks take per byte of weights on one
 x86 core, to one digit (mobilenet_v2: 9.1 MB, 0.4 ms). A figure for trying things, no claim."""
+
+SLOWNESS = "AUTOTUNE_SIMULATED_SLOWNESS"
+"""Environment variable: how many times as long everything takes on this simulated device."""
 
 OUT_OF_MEMORY_STEP = 64 * 2**20
 
@@ -96,6 +100,7 @@ class SimulatedRuntime:
     def __init__(self) -> None:
         self._now_ns = 0.0
         self._n_sessions = 0
+        self.slowness = float(os.environ.get(SLOWNESS, "1"))
         self._throttling: list[SimulatedModel] = []
         self.clock = Clock(now_ns=self.now_ns, sleep=lambda pause_s: self.spend(pause_s * 1e9))
         self.watch: Watch = self
@@ -184,6 +189,7 @@ class SimulatedSession:
             slower *= model.throttle_factor
         # Amdahl's law with nine tenths of the work in parallel.
         alone = 0.1 + 0.9 / self._threads
+        slower *= self.device.slowness
         return model.latency_ns * alone * slower * self._random.lognormvariate(0, model.noise)
 
 

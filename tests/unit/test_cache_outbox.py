@@ -209,3 +209,22 @@ def test_two_agents_cannot_share_a_state_folder(tmp_path):
         StateFolder(tmp_path)
     first.close()
     StateFolder(tmp_path).close()
+
+
+def test_what_a_killed_agent_promised_is_a_result_at_the_next_start(tmp_path):
+    promised = a_result(1).model_copy(update={"outcome": Outcome.LOST, "reason": "killed"})
+    Outbox(tmp_path).promise(promised)
+    again = Outbox(tmp_path)
+    assert again.pending() == []
+    again.redeem()
+    assert again.pending() == [promised]
+    again.redeem()
+    assert again.pending() == [promised]
+
+
+def test_an_agent_that_lives_withdraws_its_promise(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.promise(a_result())
+    outbox.withdraw()
+    outbox.redeem()
+    assert outbox.pending() == []

@@ -248,6 +248,9 @@ def conclude(
     if is_baseline:
         what = "the FP32 model itself" if is_fp32 else "a baseline"
         sentences.append(f"it is {what}: nothing that was searched beats it")
+    if job.space is not None and len(job.space.runtimes) > 1:
+        chosen = winner.candidate.runtime
+        sentences.append(f"it runs in {chosen.runtime}, threads: {chosen.threads}")
     held_out = winner.held_out_accuracy
     if held_out is not None and not is_fp32:
         sentences.append(

@@ -40,10 +40,17 @@ def show(session: Session, job: str, reference: str) -> None:
     from autotune.cli.output import print_one, print_rows
     from autotune.cli.views.trials import BETWEEN_GROUPS, GROUPS, PRUNING, TRIAL
 
-    shown = session.client().trial(job, reference.removeprefix("#"))
+    client = session.client()
+    shown = client.trial(job, reference.removeprefix("#"))
     print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)
     if session.output_format != "table":
         return
+    if shown.targets:
+        from autotune.cli.views.targets import targets_view
+
+        click.echo()
+        view = targets_view(client.job(job).targets)
+        print_rows(view, shown.targets, output_format="table", to=sys.stdout)
     if shown.groups:
         click.echo()
         print_rows(GROUPS, shown.groups, output_format="table", to=sys.stdout)

@@ -226,3 +226,4 @@ def test_the_command_line_shows_the_matrix_and_the_worst_device(
     assert "worst on" in said("front", two.job.id).splitlines()[0]
     assert "worst on" not in said("front", two.job.id, "--device", "pi4").splitlines()[0]
     assert "pi4: the most accurate there" in said("job", "show", two.job.id)
+    assert "arm-dot" in said("trial", "show", two.job.id, "3")

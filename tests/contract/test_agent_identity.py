@@ -13,7 +13,7 @@ import pytest
 from device_agents.connection import ServiceConnection
 from device_agents.errors import EnrolmentRefused, ServiceUnreachable
 from device_agents.identity import Identity
-from storage.records import DeviceRecord, DrainCause
+from storage.records import DrainCause
 from tests.running_service import RunningService, running_service
 from tests.unit.agent_service import PATIENCE_S, RunningAgent
 
@@ -45,10 +45,6 @@ def until(condition: object) -> None:
 
 def key_of(state: Path) -> str:
     return Identity.model_validate_json((state / "agent.json").read_bytes()).agent_key
-
-
-def device(service: RunningService, name: str) -> DeviceRecord:
-    return service.repository.get_device(name)
 
 
 def test_an_agent_gets_a_new_key_and_comes_back_with_it(
@@ -106,10 +102,9 @@ def test_two_processes_with_one_state_folder_are_both_told(
         with subprocess.Popen(
             [*command, "--state-dir", str(copy)], stderr=subprocess.PIPE, text=True
         ) as other:
-            try:
-                until(lambda: device(service, "card").drained_by is DrainCause.IDENTITY)
-                until(lambda: any("no work for this device" in line for line in running.lines))
-            finally:
-                other.terminate()
-                _, said = other.communicate()
+            assert other.stderr is not None
+            said = next(line for line in other.stderr if "no work for this device" in line)
+            other.terminate()
+            until(lambda: any("no work for this device" in line for line in running.lines))
     assert "two processes use the identity" in said
+    assert service.repository.get_device("card").drained_by is DrainCause.IDENTITY

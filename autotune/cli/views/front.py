@@ -8,13 +8,7 @@ from dataclasses import dataclass, replace
 from autotune.api_types import Interval, JobResult, JobTarget, Trial
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
-from autotune.cli.views.trials import (
-    TRIAL_FIELDS,
-    group_counts,
-    latency_text,
-    prune_summary,
-    runtime_text,
-)
+from autotune.cli.views.trials import TRIAL_FIELDS, group_counts, latency_text, prune_summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +89,6 @@ FRONT: View[FrontRow] = View(
         ),
         Column(title="groups", text=lambda row: group_counts(row.trial)),
         Column(title="pruned", text=lambda row: prune_summary(row.trial), secondary=True),
-        Column(title="runtime", text=lambda row: runtime_text(row.trial), secondary=True),
     ],
     fields=[
         Field(name="roles", value=lambda row: " ".join(row.roles)),

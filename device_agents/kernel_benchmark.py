@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,7 +100,7 @@ def cache_folder() -> Path:
 
 
 def kernel_speeds(runtime: str, *, limit_s: float) -> tuple[list[KernelSpeed], bool]:
-    """The figures of a runtime, measured now, and whether time was left for all of them.
+    """The figures of a runtime, measured now, and whether nobody ended that early.
 
     A runtime that dies on a model costs the figures behind it, no more.
     """
@@ -109,7 +110,8 @@ def kernel_speeds(runtime: str, *, limit_s: float) -> tuple[list[KernelSpeed], b
     )
     try:
         output, _ = child.communicate(timeout=max(0.0, limit_s))
-        is_whole, end = True, f"the benchmark ended with code {child.returncode}"
+        is_whole = child.returncode not in (-signal.SIGINT, -signal.SIGTERM)
+        end = f"the benchmark ended with code {child.returncode}"
     except subprocess.TimeoutExpired:
         child.kill()
         output, _ = child.communicate()

@@ -1,6 +1,9 @@
 """The kernel benchmark: its models, its figures, and where they are kept."""
 
+import signal
+import subprocess
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +58,28 @@ def test_what_the_time_limit_cuts_off_is_told_as_missing_and_not_kept(tmp_path):
     assert {speed.ratio for speed in found} == {None}
     assert "was over" in found[0].missing
     assert list(tmp_path.iterdir()) == []
+
+
+def ended(return_code, output=b""):
+    """A child process that ended so, whatever it was told to run."""
+    child = SimpleNamespace(returncode=return_code, communicate=lambda timeout: (output, b""))
+    return lambda command, **options: child
+
+
+@pytest.mark.parametrize(
+    ("return_code", "is_kept"), [(0, True), (-signal.SIGSEGV, True), (-signal.SIGINT, False)]
+)
+def test_figures_that_somebody_interrupted_are_not_kept(
+    monkeypatch, tmp_path, return_code, is_kept
+):
+    line = SPEED.model_dump_json().encode() + b"\n"
+    monkeypatch.setattr(subprocess, "Popen", ended(return_code, line + b'{"half'))
+    found = remembered(tmp_path, HARDWARE, [build("onnxruntime")])
+    assert found[0] == SPEED
+    assert [speed.missing for speed in found[1:]] == [
+        f"the benchmark ended with code {return_code}"
+    ] * 13
+    assert bool(list(tmp_path.iterdir())) is is_kept
 
 
 def test_a_figure_compares_a_model_with_its_twin(monkeypatch):

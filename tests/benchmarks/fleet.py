@@ -239,6 +239,7 @@ def crowd(benchmark: Benchmark, folder: Path) -> None:
     benchmark.add("duplicated", Figure(value=len(duplicated), n=len(available)))
     benchmark.raw["crowd"] = raw | {
         "lease_s": waits,
+        "heartbeats": len(ledger.heartbeat_s),
         "heartbeat_p99_s": float(np.quantile(ledger.heartbeat_s, 0.99)),
         "fates": ledger.misbehaved,
         "refused_results": ledger.refused,

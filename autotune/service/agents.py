@@ -177,7 +177,12 @@ async def segments(
 )
 async def report(context: Context, agent: Agent, result: MeasurementResult) -> dict[str, bool]:
     """Accept a result while its lease is current; a late one is kept for audit (409)."""
-    await run_in_threadpool(context.repository.accept_result, result, agent_id=agent.id)
+    await run_in_threadpool(
+        context.repository.accept_result,
+        result,
+        agent_id=agent.id,
+        max_attempts=context.settings.measurement_attempts,
+    )
     return {"accepted": True}
 
 
@@ -222,6 +227,7 @@ def _take(
         agent_id=agent.id,
         ttl_s=context.settings.lease_ttl_s,
         request_id=request_id,
+        max_attempts=context.settings.measurement_attempts,
     )
 
 

@@ -176,10 +176,10 @@ def note_acceptance(made: Fleet) -> None:
     repository = made.service.repository
     accept, one_at_a_time = repository.accept_result, threading.Lock()
 
-    def counted(result, *, agent_id):  # type: ignore[no-untyped-def]
+    def counted(result, **options):  # type: ignore[no-untyped-def]
         with one_at_a_time:
             before = repository.get_measurement(result.measurement_id).state
-            record = accept(result, agent_id=agent_id)
+            record = accept(result, **options)
             if before is not MeasurementState.DONE:
                 made.accepted[record.id, record.fencing_token] += 1
             return record

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -191,11 +192,18 @@ def handler_for(service):
     return Handler
 
 
+class ForgivingServer(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Agents are killed here: a connection that breaks is nothing to talk about."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def fake_service():
     """The service behind a real HTTP server, until the block ends."""
     fake = FakeService()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(fake))
+    server = ForgivingServer(("127.0.0.1", 0), handler_for(fake))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     fake.url = f"http://127.0.0.1:{server.server_port}"

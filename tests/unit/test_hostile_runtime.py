@@ -39,10 +39,11 @@ EXPECTED = {
 class Supervised:
     """An agent's process, started again whenever a signal ended it, as systemd would."""
 
-    def __init__(self, url, state_dir, packages):
+    def __init__(self, url, state_dir, packages, *, token=TOKEN, cache_gb=2.0):
         self.starts = 0
         self._command = [sys.executable, "-m", "device_agents", "run", "--service", url]
-        self._command += ["--token", TOKEN, "--name", "pi", "--state-dir", str(state_dir)]
+        self._command += ["--token", token, "--name", "pi", "--state-dir", str(state_dir)]
+        self._command += ["--cache-gb", str(cache_gb)]
         self._env = os.environ | {"PYTHONPATH": os.pathsep.join([str(packages), *sys.path])}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)

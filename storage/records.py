@@ -268,8 +268,9 @@ class TargetFigures:
 class TrialRecord:
     """One candidate with its reports and its outcome.
 
-    `proposed_by` names who had the idea (`baseline`, `sensitivity`, `size`, `optuna`, `mutation`,
-    `adaround`).
+    `proposed_by` names who had the idea: `baseline`, `sensitivity`, `size`, the model fitted to
+    the trials (`program`: an optimum of what it predicts, `flip`: one choice away from that or
+    from the front, `random`), `optuna`, `adaround`.
     `latency` comes without its raw samples; they are with the measurement. `artifact` facts
     and `groups` (planned and effective precision, one entry per layer group) are None until
     the file is built. `held_out_*` are filled when the trial is confirmed. All these figures

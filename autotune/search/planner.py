@@ -1,13 +1,14 @@
 """What the search proposes from structure, before and beside Optuna.
 
-Owns the baselines, the pruned bases, the first candidates that sensitivity suggests and the
-single-group flips of front members. Measures nothing; the runner decides how many are tried.
+Owns the baselines, the pruned bases and the first candidates that sensitivity suggests. What
+to try once trials are there is `landscape.py`'s. Measures nothing; the runner decides how many
+are tried.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -266,35 +267,6 @@ def by_kind(
         _weight_only(space, uniform, damage),
     ]
     return [shape for shape in _distinct(shapes) if shape != uniform]
-
-
-def flips(
-    front: Sequence[TrialRecord],
-    space: SearchSpace,
-    damage: Mapping[tuple[str, str], float],
-    *,
-    rng: random.Random,
-) -> Iterator[Candidate]:
-    """Neighbours of front members: one group's precision changed, promising ones first.
-
-    A group that hurts is raised to more bits, one that does not is lowered; ranked by
-    sensitivity with a random factor, so that ties and wrong rankings get their turn.
-    """
-    moves: list[tuple[float, int, Candidate]] = []
-    for trial in front:
-        origin = replace(trial.candidate, rounding=None)
-        for group, choices in space.precisions.items():
-            current = origin.precision(group)
-            for choice in choices:
-                if choice == current:
-                    continue
-                gain = damage.get((group, current.name), 0.0) - damage.get(
-                    (group, choice.name), 0.0
-                )
-                score = gain * rng.uniform(0.5, 1.5) + rng.uniform(0.0, 1e-6)
-                moves.append((-score, len(moves), origin.with_precision(group, choice)))
-    for _, _, candidate in sorted(moves, key=lambda move: move[:2]):
-        yield candidate
 
 
 def _leave_float(candidate: Candidate, groups: Sequence[str]) -> Candidate:

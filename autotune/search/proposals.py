@@ -1,17 +1,17 @@
-"""Who proposes in the search phase: the warm start first, then Optuna and flips in turns.
+"""Who proposes in the search phase: the warm start first, then the fitted model and Optuna.
 
-Owns the mixture and nothing else: the same trials give the same proposals. `planner.py` and
-`sampler.py` have the ideas, `tuning.py` decides how many are tried.
+Owns the mixture and nothing else: the same trials give the same proposals. `planner.py`,
+`landscape.py` and `sampler.py` have the ideas, `tuning.py` decides how many are tried.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
-from autotune.search import planner
+from autotune.search import landscape, planner
+from autotune.search.landscape import Encoding, Knowledge
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
 from search_spaces import LayerInventory, SearchSpace
@@ -55,35 +55,32 @@ class Proposals:
                 new.setdefault(proposal.candidate.digest, proposal)
         return list(new.values())
 
-    def refine(
-        self,
-        trials: Sequence[TrialRecord],
-        flip_from: Sequence[TrialRecord],
-        *,
-        turn: int,
-        size: int = BATCH,
-    ) -> list[Proposal]:
-        """A batch of `size` shared by Optuna and by single-group flips of the trials `flip_from`.
+    def refine(self, trials: Sequence[TrialRecord], *, size: int = BATCH) -> list[Proposal]:
+        """A batch of `size`: most of it from the model fitted to the trials, the rest Optuna's.
 
-        Empty where nothing new is left.
+        The model knows two figures, so that Optuna has half where size is an objective. Empty
+        where nothing new is left.
         """
-        known = _digests(trials)
+        bases = ({}, *self.bases)
+        promising = landscape.propose(
+            Encoding(space=self.space, bases=bases),
+            Knowledge(inventory=self.inventory, damage=self.damage),
+            trials,
+            n=size - size // (2 if self.by_size else 4),
+            seed=self.seed,
+        )
+        known = _digests(trials) | {candidate.digest for candidate, _ in promising}
         sampler = Sampler(
             space=self.space,
-            bases=[{}, *self.bases],
+            bases=bases,
             seed=self.seed,
             latency_budget_ns=self.latency_budget_ns,
             by_size=self.by_size,
         )
-        asked = sampler.propose(trials, size // 2, is_known=lambda c: c.digest in known)
-        known |= {c.digest for c in asked}
-        rng = random.Random(self.seed * 1000 + turn)  # noqa: S311 - a search, not a secret
-        neighbours = planner.flips(flip_from, self.space, self.damage, rng=rng)
-        fresh = (c for c in neighbours if c.digest not in known)
-        flipped = islice(fresh, size - len(asked))
+        asked = sampler.propose(trials, size - len(promising), is_known=lambda c: c.digest in known)
         return [
+            *(Proposal(candidate=c, proposed_by=promise.origin) for c, promise in promising),
             *(Proposal(candidate=c, proposed_by="optuna") for c in asked),
-            *(Proposal(candidate=c, proposed_by="mutation") for c in flipped),
         ]
 
 

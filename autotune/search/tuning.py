@@ -248,18 +248,17 @@ class Tuning:
             latency_budget_ns=self._job.latency_budget_ns,
             by_size=counts_size(self._job.spec),
         )
-        # Half of what is left goes to the warm start, the rest to what it teaches.
-        queue = proposals.warm_start(self._trials())[: max(BATCH, self._trials_left() // 2)]
-        turn = 0
+        # A quarter of what is left goes to the warm start, the rest to what it teaches; a second
+        # ladder, of sizes, doubles it.
+        share = 2 if proposals.by_size else 4
+        queue = proposals.warm_start(self._trials())[: max(BATCH, self._trials_left() // share)]
         while not self._is_over():
             self._check_pools(evaluation)
             size = max(BATCH, self._host.fleet.capacity(self._job, self._devices))
             batch = queue[:size]
             if not batch:
-                trials = self._trials()
-                batch = proposals.refine(trials, self._flip_from(trials), turn=turn, size=size)
+                batch = proposals.refine(self._trials(), size=size)
             queue = queue[size:]
-            turn += 1
             if not batch:
                 self._stopped_because = "nothing new is left to propose"
                 break
@@ -395,13 +394,6 @@ class Tuning:
 
     def _front(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
         return non_dominated(trials, by_size=counts_size(self._job.spec))
-
-    def _flip_from(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """The trials whose neighbours are worth trying: the current answer, then the front."""
-        found = self._answer()
-        front = self._front(trials)
-        by_size = counts_size(self._job.spec)  # the answer is not the smallest: others lead there
-        return [found.winner] if found and found.winner in front and not by_size else front
 
     # When to stop.
 

@@ -156,11 +156,11 @@ def test_plain_lines_repeat_no_notice() -> None:
             "trial_finished",
             {
                 "number": 8,
-                "proposed_by": "mutation",
+                "proposed_by": "flip",
                 "outcome": "compression_failed",
                 "reason": "fc",
             },
-            "trial #8 (mutation): compression_failed: fc",
+            "trial #8 (flip): compression_failed: fc",
         ),
         (
             "base_prepared",

@@ -134,20 +134,6 @@ def test_one_of_them_takes_the_mildest_weight_only_precision() -> None:
     assert any(s.precision("dw") == FP32 and s.precision("body") == INT8 for s in shapes)
 
 
-def test_flips_change_one_group_and_undo_the_worst_damage_first() -> None:
-    member = trial(0, 1.0, 0.9, candidate=space().uniform_int8())
-    found = list(planner.flips([member], space(), DAMAGE, rng=random.Random(0)))
-    assert found[0] == member.candidate.with_precision("stem", FP32)
-    assert all(
-        sum(c.precision(g) != member.candidate.precision(g) for g in space().precisions) == 1
-        for c in found
-    )
-
-
-def test_flips_of_an_empty_front_are_none() -> None:
-    assert list(planner.flips([], space(), DAMAGE, rng=random.Random(0))) == []
-
-
 def test_a_repeated_candidate_is_proposed_once() -> None:
     only = Candidate()
     assert planner._distinct([only, only]) == [only]

@@ -133,7 +133,7 @@ def test_the_trial_budget_is_kept_and_no_candidate_is_measured_twice(bench: Benc
         if plan.kind == "screening"
     )
     assert set(screened.values()) == {1}
-    assert {t.proposed_by for t in trials} >= {"baseline", "sensitivity", "optuna", "mutation"}
+    assert {t.proposed_by for t in trials} >= {"baseline", "sensitivity", "optuna", "program"}
 
 
 def test_later_measurements_are_scaled_by_the_pinned_reference(bench: Bench) -> None:
@@ -472,5 +472,5 @@ def test_with_size_as_an_objective_small_files_are_tried_and_kept_on_the_front(
     with _agent(bench):
         job = bench.run(bench.job(search=search))
     trials = bench.repository.list_trials(job.id)
-    assert {"size", "optuna", "mutation"} <= {t.proposed_by for t in trials}
+    assert {"size", "optuna", "program"} <= {t.proposed_by for t in trials}
     assert any(p.name == "w4" for t in trials for p in t.candidate.precisions.values())

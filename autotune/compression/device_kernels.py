@@ -14,6 +14,8 @@ from autotune.compression.kernels import KernelClass, kernels_of, why_not_faster
 from device_agents.protocol import DeviceDescription, KernelSpeed
 from search_spaces import Layer, LayerGroup, LayerKind, Precision
 
+_OPERATORS = ("conv3x3", "conv1x1", "depthwise", "matmul")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceKernels:
@@ -37,7 +39,8 @@ class DeviceKernels:
             figures = self._figures(runtime, precision, group)
             if any(high < 1 for _, _, high in figures):
                 return None
-            slower = bool(figures) and all(low > 1 for _, low, _ in figures)
+            is_complete = len(figures) >= (1 if precision.is_weight_only else len(_OPERATORS))
+            slower = is_complete and all(low > 1 for _, low, _ in figures)
             if not slower and table is None:
                 return None
             reasons.append(_measured(runtime, figures) if slower else table)
@@ -50,7 +53,8 @@ class DeviceKernels:
 
         Packed weights concern a layer alone. 8-bit and 16-bit activations run through many
         layers: a kind that is slower by itself saves what changing to FP32 and back would cost
-        (depthwise layers in mobilenet_v2), so that the verdict is about all kinds together.
+        (depthwise layers in mobilenet_v2), so that the verdict is about all kinds together, and
+        needs a figure of each.
         """
         if precision != precision.plain:
             return []
@@ -62,7 +66,11 @@ class DeviceKernels:
             figure
             for speed in self.speeds
             if (speed.runtime, speed.precision) == (runtime, name)
-            and (not precision.is_weight_only or own == {speed.operator})
+            and (
+                own == {speed.operator}
+                if precision.is_weight_only
+                else speed.operator in _OPERATORS
+            )
             and (figure := _figure(speed)) is not None
         ]
 

@@ -145,13 +145,17 @@ def test_a_figure_whose_interval_holds_one_leaves_it_to_the_table() -> None:
 def test_8_bit_is_left_out_only_where_no_kind_of_operator_is_faster() -> None:
     slow_depthwise = measured(("depthwise", "w8a8/u8s8", 1.3), ("conv3x3", "w8a8/u8s8", 0.3))
     assert INT8 in build_space(job(), inventory(), kernels=[slow_depthwise]).precisions["stem"]
-    all_slow = measured(("depthwise", "w8a8/u8s8", 1.3), ("conv3x3", "w8a8/u8s8", 1.2))
+    some_slow = measured(("depthwise", "w8a8/u8s8", 1.3), ("conv3x3", "w8a8/u8s8", 1.2))
+    assert INT8 in build_space(job(), inventory(), kernels=[some_slow]).precisions["stem"]
+    kinds = ("conv3x3", "conv1x1", "depthwise", "matmul")
+    all_slow = measured(*((kind, "w8a8/u8s8", 1.2) for kind in kinds))
     assert INT8 not in build_space(job(), inventory(), kernels=[all_slow]).precisions["stem"]
 
 
 def test_figures_of_other_signs_runtimes_and_devices_do_not_count() -> None:
-    signed = measured(("conv3x3", "w8a8/s8s8", 2.0))
-    elsewhere = measured(("conv3x3", "w8a8/u8s8", 2.0), runtime="openvino")
-    slow = measured(("conv3x3", "w8a8/u8s8", 2.0))
+    kinds = ("conv3x3", "conv1x1", "depthwise", "matmul")
+    signed = measured(*((kind, "w8a8/s8s8", 2.0) for kind in kinds))
+    slow_ones = [(kind, "w8a8/u8s8", 2.0) for kind in kinds]
+    elsewhere, slow = measured(*slow_ones, runtime="openvino"), measured(*slow_ones)
     for devices in ([signed], [elsewhere], [slow, X86]):
         assert INT8 in build_space(job(), inventory(), kernels=devices).precisions["stem"]

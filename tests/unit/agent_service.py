@@ -62,6 +62,7 @@ class FakeService:
         self.calls = Counter()
         self.sent = defaultdict(list)
         self.drop_lease = False
+        self.hold_s = 0.0
         self.cut_after = None
         self.ranges = []
         self.pauses = []
@@ -174,6 +175,7 @@ def handler_for(service):
         def reply(self, body):
             route = self.path.removeprefix("/v1/agent/")
             key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            threading.Event().wait(service.hold_s)
             status, document = service.answer(route, body, key)
             plain = document if isinstance(document, bytes) else json.dumps(document).encode()
             data = b"" if document is None else plain

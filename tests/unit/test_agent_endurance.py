@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from autotune.settings import Settings
 from device_agents import files
+from device_agents.connection import Acknowledgement, ServiceConnection, Timeouts
+from device_agents.errors import ServiceUnreachable
+from device_agents.heartbeat import FIRST_INTERVAL_S, heartbeat_of
 from device_agents.outbox import Outbox
 from device_agents.protocol import MeasurementResult, Outcome
 from device_agents.runtimes.simulated import SimulatedModel
-from tests.unit.agent_service import PATIENCE_S, TOKEN, RunningAgent, fake_service
+from tests.unit.agent_service import KEY, PATIENCE_S, TOKEN, RunningAgent, fake_service
 
 
 @pytest.fixture
@@ -176,3 +180,28 @@ def test_killed_at_any_sync_the_outbox_holds_what_was_stored_and_nothing_half_wr
             assert sync > 4
             return
     pytest.fail("the writer never came to its end")
+
+
+def test_a_large_result_gets_the_time_that_a_slow_line_needs(service):
+    service.hold_s = 0.5
+    small, large = (
+        MeasurementResult(
+            lease_id="l", fencing_token=1, measurement_id="m", outcome="oom", reason="x" * size
+        )
+        for size in (10, 40_000)
+    )
+    with ServiceConnection(service.url, timeouts=Timeouts(read_s=0.1), agent_key=KEY) as connection:
+        assert connection.upload(large) is Acknowledgement.ACCEPTED
+        with pytest.raises(ServiceUnreachable):
+            connection.upload(small)
+
+
+def test_a_heartbeat_gives_a_dead_line_up_before_a_lease_is_over(service):
+    service.hold_s = 0.5
+    timeouts = Timeouts(heartbeat_s=0.1)
+    with (
+        ServiceConnection(service.url, timeouts=timeouts, agent_key=KEY) as connection,
+        pytest.raises(ServiceUnreachable),
+    ):
+        connection.heartbeat(heartbeat_of(None))
+    assert Timeouts().heartbeat_s + FIRST_INTERVAL_S < Settings().lease_ttl_s

@@ -18,7 +18,7 @@ import onnxruntime
 
 from autotune.compression.data import LabelledData
 from autotune.compression.racing import Race, Racing, Verdict, interval_at_any_time
-from autotune.compression.shipped_runtime import open_answers
+from autotune.compression.shipped_runtime import BY_ONNXRUNTIME, open_answers
 from autotune.errors import CompressionError, InvalidModel
 from storage.records import AccuracyReport
 
@@ -251,7 +251,7 @@ def _answers(
     artifact: bytes, runtime: str, threads: int
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """From all samples and the rows that are asked for to the outputs on these."""
-    if runtime == ONNXRUNTIME:
+    if runtime in BY_ONNXRUNTIME:
         session = _session(artifact, threads)
         return lambda x, rows: _outputs(session, x, rows)
     answers = open_answers(artifact, runtime, threads=threads)

@@ -29,7 +29,7 @@ from autotune.compression.inventory import build_inventory, count_cost
 from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
 from autotune.compression.post_training import POST_TRAINING_VERSION, post_training
 from autotune.compression.quantization import QuantizableGraph
-from autotune.compression.shipped_runtime import executed_precisions
+from autotune.compression.shipped_runtime import BY_ONNXRUNTIME, executed_precisions
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError, InvalidModel
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
 
-ONNXRUNTIME = "onnxruntime"
 _WARM_BASES = 4
 GRAPH_PRUNING_VERSION = 1
 # Version 1 (2026-11-21): slices of coupled channels, scale and shift re-estimated. It is part of
@@ -219,7 +218,7 @@ class Compressor:
     ) -> tuple[GroupPrecision, ...]:
         """What the candidate's runtime makes of `data`; `checked` stands in for it here."""
         units, runtime = graph.units.values(), candidate.runtime.runtime
-        if runtime == ONNXRUNTIME:
+        if runtime in BY_ONNXRUNTIME:
             planned = candidate.precisions
             return effective_precisions(checked, units, planned=planned, kernels=kernels)
         return executed_precisions(data, units, candidate.precisions, runtime=runtime)

@@ -29,6 +29,9 @@ from device_agents.runtimes import (
 )
 from search_spaces import FP32, INT8, Precision
 
+BY_ONNXRUNTIME = frozenset({"onnxruntime", "simulated"})
+"""Runtimes whose artifacts onnxruntime judges: a simulated device computes nothing itself."""
+
 _CODES = ("u8", "i8")
 _PACKED = (*_CODES, "u4", "i4", "u2", "i2")
 _UNSEEN = "not seen: the runtime does not tell what it computes the group in"

@@ -32,6 +32,13 @@ def test_the_accuracy_of_an_8_bit_artifact_is_judged_in_the_runtime_that_ships(g
     assert there.mean_kl == pytest.approx(here.mean_kl, abs=0.05)
 
 
+def test_onnxruntime_stands_in_where_a_simulated_device_computes_nothing(graph):
+    model = graph.emit(dict.fromkeys(graph.units, INT8))
+    evaluator = AccuracyEvaluator(graph.emit({}), labelled(40), split="search")
+    judged = evaluator.evaluate(model, runtime="simulated")
+    assert judged.mean_kl == evaluator.evaluate(model).mean_kl
+
+
 def effective(graph, plan):
     groups = executed_precisions(graph.emit(plan), graph.units.values(), plan, runtime="openvino")
     return {group.group: group for group in groups}

@@ -145,6 +145,8 @@ def most_promising(
         if tuple(point) not in known
     ]
     while pool and len(chosen) < n:
+        if chosen:
+            landscape = landscape.believing(chosen[-1].point)
         candidates = np.array([point for point, _ in pool])
         mean, deviation = landscape.predict(candidates)
         gains = expected_improvement(mean, deviation, front, reference)
@@ -152,7 +154,6 @@ def most_promising(
         point, origin = pool.pop(best)
         chosen.append(Promise(point=point, gain=float(gains[best]), origin=origin))
         front = front_of(np.vstack([front, mean[best]]))
-        landscape = landscape.believing(point)
     return chosen
 
 

@@ -82,7 +82,8 @@ class Energy:
 
         Its pair with the factor `but` is left out.
         """
-        total = np.tile(self.singles[column], (len(points), 1))
+        total = np.empty((len(points), len(self.singles[column])))
+        total[:] = self.singles[column]
         for other, table in self._around[column]:
             if other != but:
                 total += table[points[:, other]]
@@ -205,7 +206,7 @@ class Surrogate:
         weighted = rows * self._variances
         mean = self.base + rows[:, -1] + rows @ self._weights
         cross = np.linalg.solve(self._lower, self._rows @ weighted.T)
-        variance = (weighted * rows).sum(axis=1) - (cross**2).sum(axis=0)
+        variance = np.einsum("ij,ij->i", weighted, rows) - np.einsum("ij,ij->j", cross, cross)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def energy(self) -> Energy:

@@ -25,6 +25,7 @@ from autotune.search.portability import portability
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
 from autotune.service.jobs import devices_of
+from autotune.service.pools import as_measured
 from autotune.service.problems import Refusal, problem_responses
 from autotune.spec import LatencyBudget
 from storage.errors import NotFound
@@ -357,7 +358,8 @@ def _device(context: ServiceContext, job: JobRecord) -> DeviceRecord | None:
     if job.device_id is None:
         return None
     try:
-        return context.repository.get_device(job.device_id)
+        device = context.repository.get_device(job.device_id)
+        return as_measured(context.repository, job, device)
     except NotFound:
         return None
 

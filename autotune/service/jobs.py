@@ -25,6 +25,7 @@ from autotune.errors import (
 )
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
+from autotune.service.pools import as_measured
 from autotune.service.problems import problem_responses
 from autotune.spec import FILE_SCHEMES, JobSpec, parse_job, runs_job_code, upload_of
 from storage.errors import NotFound
@@ -221,5 +222,6 @@ def devices_of(context: ServiceContext, job: JobRecord) -> list[DeviceRecord]:
     found = []
     for selector in selectors:
         with contextlib.suppress(NotFound):
-            found.append(context.repository.get_device(selector))
+            device = context.repository.get_device(selector)
+            found.append(as_measured(context.repository, job, device))
     return found

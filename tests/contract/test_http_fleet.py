@@ -150,3 +150,16 @@ def test_a_member_of_a_pool_wakes_for_the_pools_work(tmp_path: Path) -> None:
         assert service.repository.get_device(reply["device_id"]).pool == "pi4"
         agent = service.http(reply["agent_key"])
         assert agent.post("/v1/agent/lease", json=versioned(wait_s=0)).status_code == 204
+
+
+def test_a_job_that_a_pool_shares_is_shown_with_the_pool_and_not_with_one_member(
+    service: RunningService,
+) -> None:
+    reply = enrol(service, service.client.enrolment_token("shared").token).json()
+    device = service.repository.get_device(reply["device_id"])
+    job = service.submit(device="shared")
+    service.repository.update_job(job.id, device_id=device.id)
+    assert service.client.job(job.id).progress.device_name == "pool shared"
+    pinned = service.submit(device=device.name)
+    service.repository.update_job(pinned.id, device_id=device.id)
+    assert service.client.job(pinned.id).progress.device_name == device.name

@@ -9,6 +9,8 @@ from autotune.api_types import Device, EnrolmentToken, Interval, Quarantined
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
 
+_LONGEST = 60
+
 
 def _runtimes(device: Device) -> str:
     builds = device.description.get("runtimes", [])
@@ -31,6 +33,12 @@ def _presence(device: Device) -> str:
     return (
         "online" if device.is_online else f"offline for {figures.seconds(device.last_seen_s_ago)}"
     )
+
+
+def _shortly(device: Device) -> str:
+    """For a list: `show` has the whole reason."""
+    text = _presence(device)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rsplit(' ', 1)[0]} ..."
 
 
 def _canary(device: Device) -> str:
@@ -64,7 +72,7 @@ DEVICES: View[Device] = View(
         Column(title="device", text=lambda d: d.id),
         Column(title="name", text=lambda d: d.name),
         Column(title="pool", text=lambda d: d.pool or figures.MISSING),
-        Column(title="presence", text=_presence),
+        Column(title="presence", text=_shortly),
         Column(title="architecture", text=_told("architecture")),
         Column(title="CPU", text=_told("cpu_model")),
         Column(title="runtimes", text=_runtimes, secondary=True),
@@ -77,7 +85,8 @@ DEVICES: View[Device] = View(
 
 DEVICE: View[Device] = View(
     columns=[
-        *DEVICES.columns[:4],
+        *DEVICES.columns[:3],
+        Column(title="presence", text=_presence),
         Column(title="canary", text=_canary),
         Column(title="architecture", text=_told("architecture")),
         Column(title="CPU", text=_told("cpu_model")),

@@ -47,6 +47,9 @@ MAX_JSON_BYTES = 4 * 1024**2
 EXPIRY_S = 1.0
 """How often leases that ran out are taken back."""
 
+GATHER_S = 0.1
+"""Ten commits a second are enough for the heartbeats of any number of agents."""
+
 USER_ROUTES = (
     jobs.router,
     fronts.router,
@@ -84,7 +87,11 @@ def create_app(context: ServiceContext) -> FastAPI:
         window_s=views.ONLINE_HEARTBEATS * context.settings.heartbeat_s
     )
     app.state.known_agents = KnownAgents(context.repository, context.broadcast)
-    app.state.attendance = Attendance(context.repository, ttl_s=context.settings.lease_ttl_s)
+    app.state.attendance = Attendance(
+        context.repository,
+        ttl_s=context.settings.lease_ttl_s,
+        gather_s=min(GATHER_S, context.settings.heartbeat_s / 20),
+    )
     app.include_router(_health)
     app.include_router(agents.router, responses=problem_responses(422))
     for router in USER_ROUTES:

@@ -1,8 +1,8 @@
 """Heartbeats of many agents, written together.
 
-Owns gathering: the heartbeats that arrive while a commit is under way share the next one, so
-that a thousand agents cost a few commits a second and a single one does not wait. Each is
-answered after its commit. What a heartbeat changes is the repository's `note_heartbeats`.
+Owns gathering: the heartbeats that arrive during a commit and a moment after it share the next
+one, so that a thousand agents cost a few commits a second and a single one does not wait. Each
+is answered after its commit. What a heartbeat changes is the repository's `note_heartbeats`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ class _Heartbeat:
 
 
 class Attendance:
-    """Which agents live and which leases go on; used from one event loop."""
+    """Which agents live and which leases go on; used from one event loop.
 
-    def __init__(self, repository: Repository, *, ttl_s: float) -> None:
+    Args:
+        repository: where it is written.
+        ttl_s: how long a lease lasts from its heartbeat on.
+        gather_s: the time from the beginning of one commit to that of the next, at least.
+    """
+
+    def __init__(self, repository: Repository, *, ttl_s: float, gather_s: float) -> None:
         self._repository = repository
         self._ttl_s = ttl_s
+        self._gather_s = gather_s
         self._arrived: list[_Heartbeat] = []
         self._writer: asyncio.Task[None] | None = None
 
@@ -50,21 +57,28 @@ class Attendance:
         return await heartbeat.is_noted
 
     async def _write(self) -> None:
-        while self._arrived:
-            written, self._arrived = self._arrived, []
-            try:
-                current = await run_in_threadpool(self._commit, written)
-            except Exception as error:  # noqa: BLE001 - raised again where each is awaited
-                for heartbeat in written:
-                    if not heartbeat.is_noted.done():
-                        heartbeat.is_noted.set_exception(error)
-                continue
+        now = asyncio.get_running_loop().time
+        try:
+            while self._arrived:
+                began_s = now()
+                written, self._arrived = self._arrived, []
+                await self._answer(written)
+                await asyncio.sleep(max(0.0, began_s + self._gather_s - now()))
+        finally:
+            self._writer = None
+
+    async def _answer(self, written: list[_Heartbeat]) -> None:
+        try:
+            current = await run_in_threadpool(self._commit, written)
+        except Exception as error:  # noqa: BLE001 - raised again where each is awaited
             for heartbeat in written:
-                if not heartbeat.is_noted.done():  # done where the agent hung up meanwhile
-                    heartbeat.is_noted.set_result(
-                        heartbeat.lease is None or heartbeat.lease in current
-                    )
-        self._writer = None
+                if not heartbeat.is_noted.done():
+                    heartbeat.is_noted.set_exception(error)
+            return
+        for heartbeat in written:
+            if not heartbeat.is_noted.done():  # done where the agent hung up meanwhile
+                is_current = heartbeat.lease is None or heartbeat.lease in current
+                heartbeat.is_noted.set_result(is_current)
 
     def _commit(self, heartbeats: list[_Heartbeat]) -> set[tuple[str, int]]:
         return self._repository.note_heartbeats(

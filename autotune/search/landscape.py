@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -100,19 +100,39 @@ class Encoding:
 class Knowledge:
     """What is known of a job before its trials.
 
-    `damage` is the sensitivity of (group, precision name), mean KL in nats. `shares` is each
-    group's share of FP32's time on the device, where a profile tells; without it the work
-    counted in the inventory stands in.
+    `damage` is the sensitivity of (group, precision name), mean KL in nats. `fp32_ns` and
+    `int8_ns` are each group's kernel times in the two uniform artifacts, where the device has
+    profiled them; without the former the work counted in the inventory stands in, without the
+    latter `INT8_SAVING`.
     """
 
     inventory: LayerInventory
     damage: Mapping[tuple[str, str], float]
-    shares: Mapping[str, float] | None = None
+    fp32_ns: Mapping[str, float] = field(default_factory=dict)
+    int8_ns: Mapping[str, float] = field(default_factory=dict)
+
+    def told_by(self, space: SearchSpace, trials: Sequence[TrialRecord]) -> Knowledge:
+        """The same with the kernel times that the profiles of the baselines tell."""
+
+        def group_ns(candidate: Candidate) -> Mapping[str, float]:
+            for trial in trials:
+                latency = trial.latency
+                if trial.candidate == candidate and latency is not None and latency.profile:
+                    return latency.profile.group_ns()
+            return {}
+
+        return replace(self, fp32_ns=group_ns(space.fp32()), int8_ns=group_ns(space.uniform_int8()))
+
+    def saving(self, group: str) -> float:
+        """The share of its time that a group saves at 8 bits; negative where it is slower."""
+        before, after = self.fp32_ns.get(group, 0.0), self.int8_ns.get(group)
+        return INT8_SAVING if after is None or before <= 0 else 1.0 - after / before
 
     def time_shares(self) -> dict[str, float]:
         """Per group; they sum to 1 over the inventory's groups."""
-        if self.shares:
-            return {g.name: self.shares.get(g.name, 0.0) for g in self.inventory.groups}
+        timed = sum(self.fp32_ns.values())
+        if timed > 0:
+            return {g.name: self.fp32_ns.get(g.name, 0.0) / timed for g in self.inventory.groups}
         work = {g.name: float(g.macs) for g in self.inventory.groups}
         moved = {g.name: float(_moved(g.layers)) for g in self.inventory.groups}
         total, bytes_moved = sum(work.values()) or 1.0, sum(moved.values()) or 1.0
@@ -150,6 +170,7 @@ def propose(
     origin = next((t for p, t in measured if not p.any()), None)
     if origin is None:
         return []
+    knowledge = knowledge.told_by(encoding.space, trials)
     points = np.array([p for p, _ in measured])
     figures, noise = _figures([t for _, t in measured])
     landscape = Landscape(
@@ -212,7 +233,7 @@ def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
             n_options=len(encoding.space.precisions[name]),
             effects=np.array(
                 [
-                    -INT8_SAVING * shares[name] if p.is_int8 else 0.0
+                    -knowledge.saving(name) * shares[name] if p.is_int8 else 0.0
                     for p in encoding.space.precisions[name]
                 ]
             ),

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from autotune.search.landscape import Encoding, Knowledge, drop_per_nat, propose
+from autotune.search.landscape import INT8_SAVING, Encoding, Knowledge, drop_per_nat, propose
+from device_agents.protocol import KernelTime, Profile
 from search_spaces import FP32, INT8, Candidate, RuntimeOptions
 from storage.records import TrialRecord
 from tests.unit.records import trial
@@ -58,8 +59,24 @@ def test_what_is_not_of_this_space_has_no_row(foreign: Candidate) -> None:
 
 def test_shares_of_time_sum_to_one_and_a_profile_beats_the_count() -> None:
     assert sum(knowledge().time_shares().values()) == pytest.approx(1.0)
-    told = replace(knowledge(), shares={"stem": 0.9, "body": 0.1})
+    told = replace(knowledge(), fp32_ns={"stem": 900.0, "body": 100.0}, int8_ns={"stem": 1800.0})
     assert told.time_shares() == {"stem": 0.9, "dw": 0.0, "body": 0.1, "head": 0.0}
+    assert told.saving("stem") == pytest.approx(-1.0)
+    assert told.saving("body") == INT8_SAVING
+
+
+def test_the_baselines_profiles_tell_what_each_group_takes() -> None:
+    def profiled(ns: float) -> Profile:
+        kernel = KernelTime(name="n", operator="Conv", time_ns=ns, group="body")
+        return Profile(kernels=(kernel,), inference_ns=ns, n_runs=5)
+
+    told = [
+        replace(t, latency=t.latency.model_copy(update={"profile": profiled(ns)}))
+        for t, ns in zip(measured(), (100.0, 40.0), strict=True)
+        if t.latency is not None
+    ]
+    found = knowledge().told_by(encoding().space, told)
+    assert (found.fp32_ns, found.int8_ns) == ({"body": 100.0}, {"body": 40.0})
 
 
 def test_proposals_are_new_and_the_same_for_the_same_trials() -> None:

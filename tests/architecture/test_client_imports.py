@@ -46,4 +46,10 @@ def test_the_client_draws_in_nothing_of_the_service(tmp_path: Path) -> None:
         check=True,
     )
     own = {name for name in ran.stdout.split() if name.startswith(("autotune.", "storage."))}
-    assert own == {"autotune.api_types", "autotune.client", "autotune.errors", "autotune.spec"}
+    assert own == {
+        "autotune.api_types",
+        "autotune.bundle_download",
+        "autotune.client",
+        "autotune.errors",
+        "autotune.spec",
+    }

@@ -194,6 +194,7 @@ def apart(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "namespaces")
 
 
+@pytest.mark.slow
 def test_behind_bad_lines_every_measurement_is_accepted_once_and_none_is_lost(
     tmp_path: Path, apart: bool
 ) -> None:

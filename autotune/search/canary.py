@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from statistics import median, median_low
 from typing import Any
 
+from autotune.errors import DeviceUnavailable
 from autotune.search.evaluation import Evaluation
 from autotune.search.fleet import UNTIMED_RUNTIMES, is_shared, runtime_request
-from autotune.search.interruption import Stopped
+from autotune.search.interruption import DeviceAway, Stopped
 from device_agents.protocol import MeasurementPlan, MeasurementRequest, Outcome
 from storage.records import (
     CanaryRecord,
@@ -110,6 +111,8 @@ def check_pools(evaluation: Evaluation, *, notice: Callable[[str], None]) -> Poo
 
     Raises:
         Stopped: the user or the service asked to stop.
+        DeviceAway: every member went offline.
+        DeviceUnavailable: no member can measure the model, so that the job cannot begin.
     """
     latencies: dict[str, float] = {}
     drained: list[str] = []
@@ -120,6 +123,15 @@ def check_pools(evaluation: Evaluation, *, notice: Callable[[str], None]) -> Poo
             if readings:
                 latencies[device.id] = pool_latency_ns(readings)
                 drained += _judge(evaluation, members, readings, failures, notice=notice)
+            elif failures and _reference_ns(evaluation.job, device) is None:
+                raise DeviceUnavailable(
+                    f"no member of pool {device.pool} could measure the FP32 model, so there is "
+                    f"nothing to compare with: {next(iter(failures.values()))}"
+                )
+            elif not failures:
+                raise DeviceAway(
+                    f"no device of pool {device.pool} is online; the job goes on when one is back"
+                )
     return PoolCheck(latencies_ns=latencies, drained=tuple(drained))
 
 
@@ -147,12 +159,16 @@ def _comparable(evaluation: Evaluation, device: DeviceRecord) -> list[DeviceReco
 
 
 def _is_due(job: JobRecord, device: DeviceRecord, members: Sequence[DeviceRecord]) -> bool:
-    (target,) = (t for t in job.targets if t.device_id == device.id)
     now = datetime.now(UTC)
-    return target.reference_latency_ns is None or any(
+    return _reference_ns(job, device) is None or any(
         member.canary_at is None or (now - member.canary_at).total_seconds() > VALID_S
         for member in members
     )
+
+
+def _reference_ns(job: JobRecord, device: DeviceRecord) -> float | None:
+    (target,) = (t for t in job.targets if t.device_id == device.id)
+    return target.reference_latency_ns
 
 
 def _judge(
@@ -216,8 +232,7 @@ class _Canaries:
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
         """The readings in ns of each member that gave all, and why another one gave too few.
 
-        A member that went offline is in neither. Where no member gave all, the model is the
-        likelier cause than every device, and nobody is blamed.
+        A member that went offline is in neither.
         """
         readings: dict[str, list[float]] = {member.id: [] for member in members}
         failures: dict[str, str] = {}
@@ -234,12 +249,12 @@ class _Canaries:
         finally:
             self._repository.cancel_measurements(self._evaluation.job.id)
         complete = {name: own for name, own in readings.items() if len(own) == READINGS}
-        blamed = {
+        short = {
             name: f"it could not measure the canary: {why}"
             for name, why in failures.items()
-            if complete and name not in complete and self._is_online(name)
+            if name not in complete and self._is_online(name)
         }
-        return complete, blamed
+        return complete, short
 
     def _round(self, members: Sequence[DeviceRecord], number: int) -> list[MeasurementRecord]:
         """One measurement on each, all at once where they do not disturb each other."""

@@ -143,6 +143,27 @@ def test_a_candidate_that_crashes_two_devices_is_quarantined_and_the_search_goes
     assert {e.artifact_sha256 for e in entries} == {t.artifact_sha256 for t in crashed}
 
 
+def test_a_model_that_no_member_can_measure_is_the_models_fault_and_nobodys(pool: Pool) -> None:
+    for name in ("one", "two"):
+        pool.add(name).outcome_of = lambda candidate: (Outcome.RUNTIME_CRASH, "SIGSEGV")
+    job = pool.run()
+    assert job.state is JobState.FAILED
+    assert "no member of pool pi4 could measure the FP32 model" in str(job.reason)
+    assert "runtime_crash: SIGSEGV" in str(job.reason)
+    assert [d.drained_by for d in pool.repository.list_devices()] == [None, None]
+    assert pool.repository.fleet.list_quarantine() == []
+
+
+def test_a_member_that_alone_cannot_measure_the_canary_is_drained(pool: Pool) -> None:
+    for name in ("one", "two", "odd"):
+        pool.add(name)
+    pool.agents["odd"].outcome_of = lambda candidate: (Outcome.RUNTIME_CRASH, "SIGILL")
+    assert pool.run(search={"trials": 2}).state is JobState.FINISHED
+    odd = pool.repository.get_device("odd")
+    assert odd.drained_by is DrainCause.CANARY
+    assert "could not measure the canary: runtime_crash: SIGILL" in str(odd.drained_because)
+
+
 def test_a_single_device_is_crashed_three_times_at_most(pool: Pool) -> None:
     agent = pool.add("alone")
     agent.outcome_of = lambda candidate: (

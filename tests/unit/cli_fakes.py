@@ -19,6 +19,7 @@ from autotune.api_types import (
     Job,
     JobResult,
     Progress,
+    Quarantined,
     Sensitivity,
     Trial,
     Verification,
@@ -27,6 +28,14 @@ from autotune.errors import JobNotReady, NotFoundError
 from autotune.spec import JobSpec
 
 NOW = datetime(2026, 11, 21, 8, 30, tzinfo=UTC)
+QUARANTINED = Quarantined(
+    artifact_sha256="abcdef" + "0" * 58,
+    fingerprint="f" * 64,
+    runtime="onnxruntime",
+    reason="the artifact crashed pi4 3 times, at last: SIGSEGV",
+    job_id="job-1",
+    created_at=NOW,
+)
 
 
 def interval(value: float, half_width: float) -> Interval:
@@ -228,6 +237,25 @@ class FakeClient:
     def enrolment_token(self, pool: str | None = None) -> EnrolmentToken:
         self.calls.append(("enrolment_token", pool))
         return EnrolmentToken(token="once-only", expires_in_s=900.0)
+
+    def revoke_device(self, reference: str) -> Device:
+        self.calls.append(("revoke_device", reference))
+        return self.device_list[0]
+
+    def rotate_device_key(self, reference: str) -> Device:
+        self.calls.append(("rotate_device_key", reference))
+        return self.device_list[0]
+
+    def resume_device(self, reference: str) -> Device:
+        self.calls.append(("resume_device", reference))
+        return self.device_list[0]
+
+    def quarantine(self) -> list[Quarantined]:
+        return [QUARANTINED]
+
+    def clear_quarantine(self, digest: str) -> list[Quarantined]:
+        self.calls.append(("clear_quarantine", digest))
+        return [QUARANTINED]
 
     def health(self) -> Health:
         return Health(status="ok", version="0.1.0")

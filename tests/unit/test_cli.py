@@ -361,6 +361,39 @@ def test_device_enroll_prints_exactly_one_command(
     assert ("enrolment_token", "pi4") in client.calls and "15 min" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [("rotate", "rotate_device_key"), ("revoke", "revoke_device"), ("resume", "resume_device")],
+)
+def test_what_an_owner_does_to_a_device_is_said_by_its_name(
+    call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str], command: str, asked: str
+) -> None:
+    assert call("device", command, "pi") == 0
+    assert client.calls[-1] == (asked, "pi")
+    out, err = capsys.readouterr()
+    assert (out, f"device {client.device_list[0].name} " in err) == ("", True)
+
+
+def test_the_quarantine_is_shown_and_cleared(
+    call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("device", "quarantine") == 0
+    assert "crashed pi4 3 times" in capsys.readouterr().out
+    assert call("device", "quarantine", "--clear", "abcdef") == 0
+    assert client.calls[-1] == ("clear_quarantine", "abcdef")
+
+
+def test_a_drained_device_says_so_in_the_list_and_why_where_it_is_shown(
+    call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "12.3 % slower than pool pi4 on the canary (11.2 to 13.1 %, n = 6), which is too much"
+    client.device_list[0] = client.device_list[0].model_copy(update={"drained_because": why})
+    assert call("device", "ls") == 0
+    assert "drained: 12.3 % slower than pool pi4" in capsys.readouterr().out
+    assert call("device", "show", "pi4") == 0
+    assert f"drained: {why}" in capsys.readouterr().out
+
+
 def test_devices_say_whether_they_are_there(
     call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from device_agents import measurement_child
+from device_agents.feeds import make_feeds
 from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
-from device_agents.feeds import make_feeds
 from device_agents.measurement_child import ChildJob
 from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
 from device_agents.runtimes import TensorSpec, UnsupportedModel

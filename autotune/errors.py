@@ -53,6 +53,8 @@ class ServiceError(AutotuneError):
 class UpgradeRequired(ServiceError):
     """The agent speaks a version of the protocol that the service does not."""
 
+    exit_code = 17
+
 
 class AuthenticationError(AutotuneError):
     """The token is missing, wrong or revoked."""

@@ -50,7 +50,7 @@ class ServiceError(AutotuneError):
     exit_code = 7
 
 
-class UpgradeRequired(ServiceError):
+class UpgradeRequired(AutotuneError):
     """The agent speaks a version of the protocol that the service does not."""
 
     exit_code = 17

@@ -20,7 +20,7 @@ import onnxruntime
 from onnx import helper
 
 from autotune.compression.graph import GraphView
-from autotune.compression.histograms import LEVELS, Histogram, choose_range
+from autotune.compression.histograms import LEVELS, Histogram, choose_range, upper_end
 from autotune.compression.operators import (
     INT8_OPERATORS,
     clip_bounds,
@@ -31,6 +31,8 @@ from autotune.errors import CompressionError
 
 _LEAST_WIDTH = 2.0**-50
 _MEMORY_BYTES = 256 * 1024 * 1024
+HARD_SWISH_START = -3.0
+"""HardSwish is 0 below: codes spent there are wasted."""
 _COUNTED = 1 << 20
 """Values per tensor and batch that go into its histogram, evenly spaced; extremes see all."""
 
@@ -145,7 +147,8 @@ def calibrate(model: onnx.ModelProto, samples: np.ndarray, *, threads: int = 1) 
             if name in partners:
                 value = felt_values(value, values[partners[name]])
             seen[name].add(name, value)
-    chosen = {name: seen[name].chosen_range() for name in names}
+    peaked = peaked_tensors(view)
+    chosen = {name: seen[name].chosen_range(felt_from=peaked.get(name)) for name in names}
     return Calibration(
         n_samples=len(samples),
         ranges={name: held for name, (_, held) in chosen.items()},
@@ -190,12 +193,15 @@ class _Seen:
         self._high = high if self._high is None else np.maximum(self._high, high)
         self.histogram.add(value.ravel()[:: -(-value.size // _COUNTED)])
 
-    def chosen_range(self) -> tuple[str, Range]:
+    def chosen_range(self, *, felt_from: float | None) -> tuple[str, Range]:
+        """The method and its range; that of a peaked tensor is drawn in at its upper end."""
         held = self.channels()
         low, high = min(0.0, *held.low, 0.0), max(0.0, *held.high, 0.0)
         if high - low < _LEAST_WIDTH:
             return "min-max", Range(low=low, high=high)
         method, (low, high) = choose_range(self.histogram, low, high)
+        if felt_from is not None:
+            high = upper_end(self.histogram, max(low, felt_from), high)
         return method, Range(low=low, high=high)
 
     def channels(self) -> ChannelRange:
@@ -215,6 +221,25 @@ def quantizable_tensors(view: GraphView) -> list[str]:
             names.update(dict.fromkeys((*view.data_inputs(node), node.output[0])))
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED)
     return [n for n in names if view.rank(n) > 0 and view.element_type(n) in floats]
+
+
+def peaked_tensors(view: GraphView) -> dict[str, float]:
+    """What a HardSwish takes and makes and the products of that, with the least value felt.
+
+    Their channels share one step as they are, which the peaks of a few images set.
+    """
+    found: dict[str, float] = {}
+    for node in view.nodes:
+        if node.op_type == "HardSwish":
+            found[node.input[0]] = HARD_SWISH_START
+            for name in (node.output[0], *_products(view, node.output[0])):
+                found[name] = -math.inf
+    return found
+
+
+def _products(view: GraphView, tensor: str) -> list[str]:
+    takers = view.consumers.get(tensor, [])
+    return [str(taker.output[0]) for taker in takers if taker.op_type == "Mul"]
 
 
 def cut_terms(view: GraphView) -> dict[str, str]:

@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from autotune.compression.calibration import calibrate, cut_terms, felt_values
+from autotune.compression.calibration import calibrate, cut_terms, felt_values, peaked_tensors
 from autotune.compression.graph import GraphView
-from tests.unit.compression_models import samples
+from tests.unit.compression_models import samples, tiny_source
 
 X = samples(8)
 
@@ -66,3 +66,21 @@ def test_a_shortcut_that_others_take_too_keeps_its_range() -> None:
     assert cut_terms(GraphView(residual("Relu", shortcut_convolved=False))) == {"a": "s"}
     assert cut_terms(GraphView(residual("Relu"))) == {"a": "b", "b": "a"}
     assert not cut_terms(GraphView(residual("HardSwish")))
+
+
+def test_what_a_hard_swish_takes_and_makes_ends_below_its_peak_and_keeps_its_least_value() -> None:
+    model = residual("HardSwish")
+    peak = np.concatenate([X, 1.5 * X[:1]])
+    found = calibrate(model, peak)
+    assert peaked_tensors(GraphView(model)) == {"sum": -3.0, "act": -np.inf}
+    for name in ("sum", "act"):
+        assert 0 < found.ranges[name].high < max(found.channels[name].high), name
+    assert found.ranges["act"].low == min(found.channels["act"].low)
+    assert found.ranges["act"].low == pytest.approx(-0.375, abs=1e-3)
+
+
+def test_a_gated_hard_swish_counts_as_one_and_a_silu_does_not() -> None:
+    view = GraphView(tiny_source().graph)
+    gated = {node.output[0] for node in view.nodes if node.op_type == "Mul"}
+    assert gated & peaked_tensors(view).keys() == {"mul", "mul_1"}
+    assert gated - peaked_tensors(view).keys() == {"silu"}

@@ -12,6 +12,7 @@ from autotune.compression.histograms import (
     entropy_range,
     percentile_range,
     square_error_range,
+    upper_end,
 )
 
 
@@ -73,6 +74,19 @@ def test_one_absurd_value_in_a_million_does_not_take_all_codes() -> None:
     method, (_, high) = choose_range(histogram, -5.0, 1e5)
     assert method != "min-max"
     assert high < 1000
+
+
+def test_the_upper_end_is_where_a_search_by_hand_finds_the_least_error() -> None:
+    values = np.random.default_rng(6).exponential(0.5, 1_000_000) - 0.375
+    high = float(values.max())
+
+    def error(end: float) -> float:
+        rounding = ((end + 0.375) / 255) ** 2 / 12
+        return rounding + 3 * float((np.maximum(values - end, 0.0) ** 2).mean())
+
+    found = upper_end(filled(values), -0.375, high)
+    assert 0.4 * high < found < 0.95 * high
+    assert error(found) <= 1.02 * min(error(end) for end in np.linspace(0.3 * high, high, 100))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 5.0])

@@ -183,8 +183,12 @@ def test_uniform_int8_is_as_close_to_fp32_as_quantize_static(tmp_path: Path) -> 
     assert ours <= 1.05 * theirs
 
 
-def test_outputs_equal_quantize_static_within_a_step_of_the_output(tmp_path: Path) -> None:
+def test_outputs_equal_quantize_static_within_a_step_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On operators that both place alike: convolutions, ReLU, residual Add, pools, Gemm."""
+    # The oracle's ranges hold what the ReLU behind the Add swallows as well.
+    monkeypatch.setattr("autotune.compression.calibration.cut_terms", lambda view: {})
     model = plain_model()
     x = samples(16, (3, 16, 16))
     graph = QuantizableGraph(model, calibrate(model, x), equalize=False)

@@ -61,7 +61,7 @@ def test_a_revoked_agent_is_turned_away(service: RunningService) -> None:
     service.enrol("twin")  # the same device again: its first agent is revoked
     response = agent.post("/v1/agent/heartbeat", json=versioned())
     assert response.status_code == 401
-    assert "enrol the device again" in response.json()["detail"]
+    assert "enrol the agent again" in response.json()["detail"]
 
 
 def test_health_needs_no_token(service: RunningService) -> None:

@@ -18,6 +18,7 @@ from autotune.api_types import (
     Interval,
     Job,
     JobResult,
+    JobTarget,
     Progress,
     Quarantined,
     Sensitivity,
@@ -85,6 +86,14 @@ def make_job(**changes: Any) -> Job:
         "spec": {"model": {"source": "torchvision:resnet18"}},
         "latency_budget_ns": 2e6,
         "fp32_latency_ns": 4e6,
+        "targets": [
+            JobTarget(
+                device_id="device-1",
+                device_name="local",
+                latency_budget_ns=2e6,
+                fp32_latency_ns=4e6,
+            )
+        ],
         "progress": Progress(
             phase="search",
             trials_finished=7,

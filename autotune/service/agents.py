@@ -99,7 +99,7 @@ async def heartbeat(
         lease = (sent.lease_id, sent.fencing_token)
     is_current = await attendance.note(agent.device_id, lease)
     return HeartbeatReply(
-        heartbeat_s=context.settings.heartbeat_s,
+        heartbeat_s=attendance.period_s(is_measuring=lease is not None),
         drop_lease=not is_current,
         reason=None if is_current else "the lease ran out, was taken back, or its job is over",
         rotate_key=_is_rotation_due(context, agent),

@@ -90,6 +90,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     app.state.attendance = Attendance(
         context.repository,
         ttl_s=context.settings.lease_ttl_s,
+        heartbeat_s=context.settings.heartbeat_s,
         gather_s=min(GATHER_S, context.settings.heartbeat_s / 20),
     )
     app.include_router(_health)

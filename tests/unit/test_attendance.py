@@ -39,7 +39,7 @@ async def note_during_a_write(attendance, repository, notes):
 
 def test_heartbeats_that_arrive_during_a_commit_share_the_next_one():
     repository = SlowRepository()
-    attendance = Attendance(repository, ttl_s=15, gather_s=0)
+    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0)
     notes = [(f"d-{n}", None) for n in range(1, 1000)]
     answers = asyncio.run(note_during_a_write(attendance, repository, notes))
     assert answers == [True] * 1000
@@ -48,7 +48,7 @@ def test_heartbeats_that_arrive_during_a_commit_share_the_next_one():
 
 def test_each_heartbeat_hears_of_its_own_lease():
     repository = SlowRepository()
-    attendance = Attendance(repository, ttl_s=15, gather_s=0)
+    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0)
     notes = [("d-1", ("l-1", 1)), ("d-2", ("l-2", 2)), ("d-3", None)]
     answers = asyncio.run(note_during_a_write(attendance, repository, notes))
     assert answers == [True, True, False, True]
@@ -57,7 +57,7 @@ def test_each_heartbeat_hears_of_its_own_lease():
 def test_a_write_that_fails_is_told_to_all_whose_heartbeats_it_held():
     repository = SlowRepository()
     repository.failure = DatabaseUnavailable("gone")
-    attendance = Attendance(repository, ttl_s=15, gather_s=0)
+    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0)
     answers = asyncio.run(note_during_a_write(attendance, repository, [("d-1", None)] * 2))
     assert [type(answer) for answer in answers] == [DatabaseUnavailable] * 3
     repository.failure = None
@@ -66,7 +66,7 @@ def test_a_write_that_fails_is_told_to_all_whose_heartbeats_it_held():
 
 def test_an_agent_that_hangs_up_does_not_cost_the_others_their_answer():
     repository = SlowRepository()
-    attendance = Attendance(repository, ttl_s=15, gather_s=0)
+    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0)
 
     async def hang_up():
         first = asyncio.create_task(attendance.note("d-0", None))
@@ -85,7 +85,7 @@ def test_an_agent_that_hangs_up_does_not_cost_the_others_their_answer():
 def test_heartbeats_that_come_shortly_after_a_commit_wait_for_company():
     repository = SlowRepository()
     repository.may_go.set()
-    attendance = Attendance(repository, ttl_s=15, gather_s=0.2)
+    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0.2)
 
     async def one_after_the_other():
         await attendance.note("d-0", None)
@@ -93,3 +93,17 @@ def test_heartbeats_that_come_shortly_after_a_commit_wait_for_company():
 
     asyncio.run(one_after_the_other())
     assert repository.writes == [["d-0"], ["d-1", "d-2", "d-3"]]
+
+
+@pytest.mark.parametrize(("n_agents", "expected_s"), [(1, 3), (300, 3), (400, 4), (900, 5)])
+def test_idle_agents_of_a_large_fleet_beat_more_slowly(n_agents, expected_s):
+    repository = SlowRepository()
+    repository.may_go.set()
+    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0)
+
+    async def beat():
+        await asyncio.gather(*(attendance.note(f"d-{i}", None) for i in range(n_agents)))
+
+    asyncio.run(beat())
+    assert attendance.period_s(is_measuring=False) == pytest.approx(expected_s)
+    assert attendance.period_s(is_measuring=True) == 3

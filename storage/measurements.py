@@ -7,12 +7,24 @@ lease's result counts. Every other one goes to `late_results`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
+from enum import Enum
 
-from sqlalchemy import ColumnElement, Select, and_, exists, false, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    false,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import LatencyReport, MeasurementRequest, MeasurementResult, Outcome
@@ -76,13 +88,8 @@ def enqueue(
 
 def may_lease(session: Session, *, device_id: str, agent_id: str) -> bool:
     """Whether `lease` would do anything: lease, end the agent's lease, or refuse the agent."""
-    for_device = _may_take(_device(session, device_id))
-    queued = exists().where(for_device, MeasurementRow.state == MeasurementState.QUEUED)
-    held = exists().where(
-        MeasurementRow.leased_by == agent_id, MeasurementRow.state == MeasurementState.LEASED
-    )
-    known = exists().where(AgentRow.id == agent_id, AgentRow.revoked_at.is_(None))
-    return bool(session.scalar(select(queued | held | ~known)))
+    scope, known = _scope(session, device_id)
+    return bool(session.scalar(_would_lease(scope), {**known, "agent_id": agent_id}))
 
 
 def lease(
@@ -108,16 +115,8 @@ def lease(
             return to_record(MeasurementRecord, earlier)
         _give_back(earlier, "its agent asked for other work", max_attempts, now)
     session.flush()
-    row = session.scalars(
-        select(MeasurementRow)
-        .where(
-            _may_take(_device(session, device_id)),
-            MeasurementRow.state == MeasurementState.QUEUED,
-        )
-        .order_by(MeasurementRow.serial)
-        .limit(1)
-        .with_for_update(key_share=True, skip_locked=True)
-    ).one_or_none()
+    scope, known = _scope(session, device_id)
+    row = session.scalars(_oldest(scope), known).one_or_none()
     if row is None:
         return None
     row.state = MeasurementState.LEASED
@@ -259,25 +258,77 @@ def late_results(session: Session, measurement_id: str) -> list[LateResultRecord
     ]
 
 
-def _may_take(device: DeviceRow) -> ColumnElement[bool]:
-    """What an agent of the device may lease: its own, and what it shares with its pool.
+class _Scope(Enum):
+    """Which queued measurements an agent may take."""
+
+    NONE = "none"
+    OWN = "own"
+    OWN_CANARIES = "own canaries"
+    OWN_AND_POOL = "own and pool"
+
+
+_DEVICE = select(
+    DeviceRow.pool, DeviceRow.fingerprint, DeviceRow.drained_by, DeviceRow.canary_passed_at
+).where(DeviceRow.id == bindparam("device_id"))
+# Statements are made once: a thousand waiting agents ask many times a second, and making one
+# takes longer than the database needs for it.
+
+
+def _scope(session: Session, device_id: str) -> tuple[_Scope, dict[str, str | None]]:
+    """What an agent of the device may lease, and the values that its statements want.
 
     A member works for its pool once a canary found it in line. A drained device gets nothing;
     one that is off its pool gets canaries, to show that it is in line again.
     """
-    own = and_(MeasurementRow.device_id == device.id, MeasurementRow.pool.is_(None))
+    device = session.execute(_DEVICE, {"device_id": device_id}).one_or_none()
+    if device is None:
+        raise NotFound(f"there is no device {device_id!r}")
+    known = {"device_id": device_id, "pool": device.pool, "fingerprint": device.fingerprint}
     if device.drained_by is DrainCause.IDENTITY:
-        return false()
+        return _Scope.NONE, known
     if device.drained_by is DrainCause.CANARY:
-        return and_(own, MeasurementRow.is_canary)
+        return _Scope.OWN_CANARIES, known
     if device.pool is None or device.canary_passed_at is None:
-        return own
+        return _Scope.OWN, known
+    return _Scope.OWN_AND_POOL, known
+
+
+def _may_take(scope: _Scope) -> ColumnElement[bool]:
+    own = and_(MeasurementRow.device_id == bindparam("device_id"), MeasurementRow.pool.is_(None))
     shared = and_(
-        MeasurementRow.pool == device.pool,
-        MeasurementRow.fingerprint == device.fingerprint,
-        MeasurementRow.avoid_device_id.is_distinct_from(device.id),
+        MeasurementRow.pool == bindparam("pool"),
+        MeasurementRow.fingerprint == bindparam("fingerprint"),
+        MeasurementRow.avoid_device_id.is_distinct_from(bindparam("device_id")),
     )
-    return or_(own, shared)
+    allowed = {
+        _Scope.NONE: false(),
+        _Scope.OWN: own,
+        _Scope.OWN_CANARIES: and_(own, MeasurementRow.is_canary),
+        _Scope.OWN_AND_POOL: or_(own, shared),
+    }
+    return and_(allowed[scope], MeasurementRow.state == MeasurementState.QUEUED)
+
+
+@functools.cache
+def _would_lease(scope: _Scope) -> Select[bool]:
+    held = exists().where(
+        MeasurementRow.leased_by == bindparam("agent_id"),
+        MeasurementRow.state == MeasurementState.LEASED,
+    )
+    known = exists().where(AgentRow.id == bindparam("agent_id"), AgentRow.revoked_at.is_(None))
+    queued = select(MeasurementRow.serial).where(_may_take(scope)).exists()
+    return select(queued | held | ~known)
+
+
+@functools.cache
+def _oldest(scope: _Scope) -> Select[MeasurementRow]:
+    return (
+        select(MeasurementRow)
+        .where(_may_take(scope))
+        .order_by(MeasurementRow.serial)
+        .limit(1)
+        .with_for_update(key_share=True, skip_locked=True)
+    )
 
 
 def _device(session: Session, device_id: str) -> DeviceRow:

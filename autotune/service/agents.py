@@ -137,8 +137,11 @@ async def lease(context: Context, agent: Agent, asked: LeaseRequest, request: Re
         left_s = deadline - now()
         if left_s <= 0:
             break
-        wait_s = min(left_s, RECHECK_S) if context.repository.may_be_shared else left_s
-        await context.broadcast.changed(ticket, timeout_s=wait_s)
+        is_shared = context.repository.may_be_shared
+        wait_s = min(left_s, RECHECK_S) if is_shared else left_s
+        is_news = await context.broadcast.changed(ticket, timeout_s=wait_s)
+        if not is_news and not is_shared:
+            break  # nobody else writes: without news there is nothing to look for
     return Response(status_code=204)
 
 

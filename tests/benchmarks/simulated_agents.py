@@ -114,11 +114,12 @@ class SimulatedAgent:
             self.beat.close()
 
     async def _beat(self) -> None:
+        period_s = HEARTBEAT_S
         while True:
             if not self._is_silent:
                 started = time.monotonic()
                 held = self._lease or {}
-                status, _ = await self.beat.post(
+                status, answer = await self.beat.post(
                     "heartbeat",
                     {
                         "protocol_version": PROTOCOL_VERSION,
@@ -129,7 +130,9 @@ class SimulatedAgent:
                 )
                 self.ledger.heartbeat_s.append(time.monotonic() - started)
                 self._require(status == 200, f"heartbeat: {status}")
-            await asyncio.sleep(HEARTBEAT_S)
+                period_s = answer.get("heartbeat_s", period_s)
+            # Up to a fifth early, as real agents: a fleet does not stay in step.
+            await asyncio.sleep(period_s * self.chance.uniform(0.8, 1.0))
 
     async def _work(self) -> None:
         asked = {"protocol_version": PROTOCOL_VERSION, "wait_s": LONG_POLL_S}

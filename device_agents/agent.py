@@ -10,6 +10,7 @@ caller's only waits, so that a signal ends the agent at once, wherever the other
 
 from __future__ import annotations
 
+import random
 import secrets
 import threading
 import time
@@ -270,9 +271,9 @@ class Agent:
     def _ask(self) -> Lease | None:
         self._is_asking = True
         try:
-            lease = self._connection.lease(
-                wait_s=self._settings.long_poll_s, request_id=self._request_id
-            )
+            # Anything down to half: a fleet that was answered together does not ask together.
+            wait_s = self._settings.long_poll_s * random.uniform(0.5, 1)  # noqa: S311
+            lease = self._connection.lease(wait_s=wait_s, request_id=self._request_id)
         finally:
             self._is_asking = False
         self._request_id = new_request_id()  # until here a lost answer is asked for again

@@ -135,8 +135,9 @@ class SimulatedAgent:
             await asyncio.sleep(period_s * self.chance.uniform(0.8, 1.0))
 
     async def _work(self) -> None:
-        asked = {"protocol_version": PROTOCOL_VERSION, "wait_s": LONG_POLL_S}
         while True:
+            wait_s = LONG_POLL_S * self.chance.uniform(0.5, 1)
+            asked = {"protocol_version": PROTOCOL_VERSION, "wait_s": wait_s}
             self.is_polling = True
             status, lease = await self.work.post("lease", asked)
             if status == 200:

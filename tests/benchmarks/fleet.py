@@ -10,10 +10,11 @@
   leases were acknowledged; 0. Both are counted in the database that the service leaves behind.
 
 Service, real agents and the process with the 1,000 simulated ones share the machine. The latter
-beat when the service tells them to, like real ones, take 5 s for a measurement and hand in a report of usual size;
-work arrives at random, 30 a second, for devices that are idle. 4 % of the measurements meet a
-misbehaving agent (`simulated_agents.py`). Work begins 20 s after the agents have come: while a
-thousand come at once, within 3 s, a lease took up to 2.9 s (p99 2.4 s over such a minute).
+beat when the service tells them to, like real ones, take 5 s for a measurement and hand in a
+report of usual size; work arrives at random, 30 a second, for devices that are idle. 4 % of the
+measurements meet a misbehaving agent (`simulated_agents.py`). Work begins 20 s after the agents
+have come: while a thousand come at once, within 3 s, a lease took up to 2.9 s (p99 2.4 s over
+such a minute).
 """
 
 from __future__ import annotations

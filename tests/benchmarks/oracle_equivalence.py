@@ -95,7 +95,7 @@ def uniform_graph(model: onnx.ModelProto, x: np.ndarray) -> QuantizableGraph:
     from autotune.compression.calibration import Calibration, calibrate
     from autotune.compression.quantization import QuantizableGraph
 
-    ranges = calibrate(model, x).ranges
+    ranges = calibrate(model, x).min_max().ranges
     return QuantizableGraph(model, Calibration(ranges=ranges, n_samples=len(x)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -174,13 +175,14 @@ def _pool(
     _, deviation = landscape.predict(starts)
     about = np.broadcast_to(np.median(deviation, axis=0), predicted.shape)
     gains = expected_improvement(predicted, about, front, reference)
+    # Twice as many as are kept: one point is a neighbour of several starts.
     flips = flips[np.argsort(-gains, kind="stable")[: 2 * _FLIPS]]
     found: dict[tuple[int, ...], tuple[np.ndarray, str]] = {}
     drawn = rng.integers(landscape.sizes, size=(_RANDOM_POINTS, len(landscape.sizes)))
     for rows, origin in ((optima, "program"), (flips, "flip"), (drawn, "random")):
-        for point in rows:
-            found.setdefault(tuple(point), (point, origin))
-    return list(found.values())[: _FLIPS + _WEIGHTS + _RANDOM_POINTS]
+        new = {tuple(point): (point, origin) for point in rows if tuple(point) not in found}
+        found |= dict(islice(new.items(), _FLIPS))
+    return list(found.values())
 
 
 def _is_on_front(means: np.ndarray, index: int) -> bool:

@@ -111,6 +111,18 @@ def test_the_most_promising_points_take_what_is_cheap_first() -> None:
     assert not first.point[-1]
 
 
+def test_random_points_are_weighed_however_many_neighbours_there_are() -> None:
+    """60 factors of 8 options: 420 neighbours, which are less uncertain than distant points."""
+    factors = [Factor(n_options=8, effects=np.zeros(8), scale=0.01)] * 60
+    points = np.zeros((1, 60), dtype=int)
+    at_half = np.full(1, 0.5), np.full(1, 1e-3)
+    model = Surrogate(Features(factors, []), points, *at_half, base=0.5)
+    (first,) = most_promising(
+        Landscape(model, model), points, reference=REFERENCE, n=1, rng=np.random.default_rng(0)
+    )
+    assert first.origin == "random"
+
+
 def test_no_point_is_proposed_twice_or_again() -> None:
     known, points = landscape()
     excluded = [np.array([1, 1, 0, 0, 0, 0, 0, 0, 0, 0])]

@@ -350,7 +350,7 @@ def _note_crash(
 
     A canary's does not: it is the device that is in question there.
     """
-    if row.is_canary:
+    if row.is_canary or result.outcome not in quarantine.CRASHES:
         return
     reporter = (
         select(DeviceRow)

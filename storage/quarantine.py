@@ -41,7 +41,7 @@ def note(
     same = select(CrashRow.serial).where(
         CrashRow.measurement_id == row.id, CrashRow.fencing_token == result.fencing_token
     )
-    if result.outcome not in CRASHES or session.scalars(same).first() is not None:
+    if session.scalars(same).first() is not None:
         return
     session.add(
         CrashRow(
@@ -57,19 +57,19 @@ def note(
     )
     session.flush()
     why = _reason(session, row.request, device.fingerprint)
-    if why is not None and find(session, row.request, device.fingerprint) is None:
-        session.add(
-            QuarantineRow(
-                artifact_sha256=row.request.artifact.sha256,
-                fingerprint=device.fingerprint,
-                runtime=row.request.runtime.runtime,
-                reason=why,
-                job_id=row.job_id,
-                created_at=now,
-            )
-        )
-        session.flush()
-        _withdraw(session, row.request, device.fingerprint, now=now)
+    if why is None or find(session, row.request, device.fingerprint) is not None:
+        return
+    entry = QuarantineRow(
+        artifact_sha256=row.request.artifact.sha256,
+        fingerprint=device.fingerprint,
+        runtime=row.request.runtime.runtime,
+        reason=why,
+        job_id=row.job_id,
+        created_at=now,
+    )
+    session.add(entry)
+    session.flush()
+    _withdraw(session, entry, now=now)
 
 
 def find(session: Session, request: MeasurementRequest, fingerprint: str) -> QuarantineRow | None:
@@ -138,26 +138,22 @@ def _of(request: MeasurementRequest, fingerprint: str) -> ColumnElement[bool]:
     )
 
 
-def _withdraw(
-    session: Session, request: MeasurementRequest, fingerprint: str, *, now: datetime
-) -> None:
+def _withdraw(session: Session, entry: QuarantineRow, *, now: datetime) -> None:
     """End what other jobs have queued of the artifact for these devices."""
-    why = find(session, request, fingerprint)
     queued = (
         select(MeasurementRow)
         .join(DeviceRow, DeviceRow.id == MeasurementRow.device_id)
         .where(
-            MeasurementRow.state == MeasurementState.QUEUED, DeviceRow.fingerprint == fingerprint
+            MeasurementRow.state == MeasurementState.QUEUED,
+            DeviceRow.fingerprint == entry.fingerprint,
         )
+        .order_by(MeasurementRow.serial)  # one order for all who lock several
         .with_for_update(key_share=True, of=MeasurementRow)
     )
     for row in session.scalars(queued).all():
-        if why is not None and _is_same(row.request, request):
-            end_quarantined(row, why, now=now)
-
-
-def _is_same(one: MeasurementRequest, other: MeasurementRequest) -> bool:
-    return (
-        one.artifact.sha256 == other.artifact.sha256
-        and one.runtime.runtime == other.runtime.runtime
-    )
+        request = row.request
+        if (request.artifact.sha256, request.runtime.runtime) == (
+            entry.artifact_sha256,
+            entry.runtime,
+        ):
+            end_quarantined(row, entry, now=now)

@@ -71,10 +71,6 @@ class Artifact:
     kernels: str
     rounding: LearnedRounding | None = None
 
-    def facts(self) -> dict[str, Any]:
-        """Everything but the bytes, as a plain dictionary."""
-        return {"sha256": self.sha256, "size_bytes": self.size_bytes, **self.compression}
-
     @property
     def compression(self) -> dict[str, Any]:
         """How the file came to be, as a plain dictionary: a trial's `compression`."""

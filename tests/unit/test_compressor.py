@@ -53,7 +53,7 @@ def test_an_artifact_knows_its_bytes_its_candidate_and_its_groups(warm: Compress
     effective = {g.group: g.effective for g in artifact.groups}
     assert effective.keys() == {g.name for g in warm.inventory.groups}
     assert (effective["head"], effective["hidden"], effective["stem.0"]) == ("w8a8", "w4", "fp32")
-    assert artifact.facts()["base"]["macs"] == sum(g.macs for g in warm.inventory.groups)
+    assert artifact.compression["base"]["macs"] == sum(g.macs for g in warm.inventory.groups)
 
 
 def test_the_runtime_options_do_not_change_the_file(warm: Compressor) -> None:

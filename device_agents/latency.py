@@ -109,13 +109,12 @@ class LatencySummary:
 class StoppingRule:
     """When to stop sampling: narrow enough, or out of time.
 
-    The interval is looked at after `MIN_SITTINGS` sittings that brought `min_blocks` pairs, and
-    then each time the number of sittings has grown by half. Stopping at the first narrow
-    interval favours the ones that are narrow by luck; the fewer the looks, the fewer of these.
+    The interval is looked at after `MIN_SITTINGS` sittings and then each time their number has
+    grown by half. Stopping at the first narrow interval favours the ones that are narrow by luck;
+    the fewer the looks, the fewer of these.
     """
 
     target_half_width: float
-    min_blocks: int
     growth: float = 1.5
 
     def next_look(self, n_sittings: int) -> int:

@@ -286,7 +286,7 @@ class _Attempt:
     def run(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> float | None:
         """Sample to the end, or to the first look that shows a trend, which is returned."""
         plan = self.plan
-        rule = StoppingRule(target_half_width=plan.target_half_width, min_blocks=plan.min_blocks)
+        rule = StoppingRule(target_half_width=plan.target_half_width)
         look = MIN_SITTINGS
         while True:
             self._sit(order, cap_ns)

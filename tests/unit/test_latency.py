@@ -71,7 +71,7 @@ def stopped_interval(
     of_session = np.random.default_rng(seed + 10_000).normal(0, session_spread, max_sittings)
     medians = medians * np.exp(np.where(is_candidate, of_session.repeat(6), 0))
     blocks = blocks_of(is_candidate, medians)
-    rule = StoppingRule(target_half_width=target, min_blocks=8)
+    rule = StoppingRule(target_half_width=target)
     n_sittings = latency.MIN_SITTINGS
     while True:
         interval = latency.ratio_interval(blocks[: 6 * n_sittings], seed=seed)
@@ -150,7 +150,7 @@ def test_two_blocks_of_each_tell_nothing_about_the_spread():
 
 
 def test_looks_are_few():
-    rule = StoppingRule(target_half_width=0.02, min_blocks=4)
+    rule = StoppingRule(target_half_width=0.02)
     looks = [latency.MIN_SITTINGS]
     while looks[-1] < 40:
         looks.append(rule.next_look(looks[-1]))

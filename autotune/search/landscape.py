@@ -67,6 +67,12 @@ class Encoding:
         """The groups that have a choice, in graph order."""
         return tuple(name for name, choices in self.space.precisions.items() if len(choices) > 1)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Options per column."""
+        options = (len(self.space.precisions[name]) for name in self.groups)
+        return (*options, len(self.bases), len(self.space.runtimes))
+
     def point(self, candidate: Candidate) -> np.ndarray | None:
         """Its row; None where it is not of this space and these bases."""
         digests = [Candidate(prune_ratios=base).base_digest for base in self.bases]
@@ -84,7 +90,7 @@ class Encoding:
             ]
         )
 
-    def candidate(self, point: np.ndarray) -> Candidate:
+    def candidate(self, point: Sequence[int] | np.ndarray) -> Candidate:
         """The candidate of a row."""
         return Candidate(
             precisions={

@@ -61,9 +61,9 @@ class Proposals:
         The model knows two figures, so that Optuna has half where size is an objective. Empty
         where nothing new is left.
         """
-        bases = ({}, *self.bases)
+        encoding = Encoding(space=self.space, bases=({}, *self.bases))
         promising = landscape.propose(
-            Encoding(space=self.space, bases=bases),
+            encoding,
             Knowledge(inventory=self.inventory, damage=self.damage),
             trials,
             n=size - size // (2 if self.by_size else 4),
@@ -71,8 +71,7 @@ class Proposals:
         )
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
         sampler = Sampler(
-            space=self.space,
-            bases=bases,
+            encoding=encoding,
             seed=self.seed,
             latency_budget_ns=self.latency_budget_ns,
             by_size=self.by_size,

@@ -3,9 +3,10 @@
 A study is a disposable view: it is rebuilt in memory from trial records for every batch of
 proposals, so a restart loses nothing. Only measured results are ever told to it.
 
-Encoding: a layer group's ordered precisions, the pruned bases and the runtimes are integers,
-because ordered integers carry "fewer bits" to the sampler where categories would not. Pruned
-bases are offered as a list, since each new set of prune ratios costs a recovery training.
+A layer group's ordered precisions, the pruned bases and the runtimes are integers
+(`landscape.Encoding`), because ordered integers carry "fewer bits" to the sampler where
+categories would not. Pruned bases are offered as a list, since each new set of prune ratios
+costs a recovery training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from autotune.search.front import latency_of, ranks
-from search_spaces import FP32, Candidate, SearchSpace
+from autotune.search.landscape import Encoding
+from search_spaces import Candidate
 from storage.records import TrialRecord
 
 _GROUP, _BASE, _RUNTIME = "precision:", "base", "runtime"
@@ -33,12 +35,11 @@ class Sampler:
     """Asks Optuna's multivariate TPE (Bergstra et al. 2011; multi-objective: Ozaki et al. 2022).
 
     Objectives: latency p50 in ns (smaller), accuracy drop (smaller) and, with `by_size`, the
-    file's bytes (smaller). Constraint: the upper
-    bound of the latency interval minus the budget, feasible at or below 0.
+    file's bytes (smaller). Constraint: the upper bound of the latency interval minus the budget,
+    feasible at or below 0.
     """
 
-    space: SearchSpace
-    bases: Sequence[Mapping[str, float]]
+    encoding: Encoding
     seed: int
     latency_budget_ns: float | None = None
     by_size: bool = False
@@ -103,33 +104,20 @@ class Sampler:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """One integer per choice that has more than one option."""
-        sizes = {
-            **{f"{_GROUP}{n}": len(c) for n, c in self.space.precisions.items()},
-            _BASE: len(self.bases),
-            _RUNTIME: len(self.space.runtimes),
-        }
-        return {name: IntDistribution(0, size - 1) for name, size in sizes.items() if size > 1}
+        columns = zip(self._names, self.encoding.sizes, strict=True)
+        return {name: IntDistribution(0, size - 1) for name, size in columns if size > 1}
+
+    @property
+    def _names(self) -> list[str]:
+        """Of the encoding's columns."""
+        return [*(f"{_GROUP}{group}" for group in self.encoding.groups), _BASE, _RUNTIME]
 
     def _encode(self, candidate: Candidate) -> dict[str, int] | None:
-        bases = [Candidate(prune_ratios=b).base_digest for b in self.bases]
-        if candidate.rounding is not None:
-            return None  # the sampler cannot choose it
-        if candidate.base_digest not in bases or candidate.runtime not in self.space.runtimes:
+        point = self.encoding.point(candidate)
+        if point is None:
             return None
-        values = {
-            f"{_GROUP}{name}": choices.index(candidate.precision(name))
-            for name, choices in self.space.precisions.items()
-        }
-        values[_BASE] = bases.index(candidate.base_digest)
-        values[_RUNTIME] = self.space.runtimes.index(candidate.runtime)
+        values = dict(zip(self._names, point.tolist(), strict=True))
         return {name: values[name] for name in self.distributions()}
 
     def _decode(self, params: Mapping[str, int]) -> Candidate:
-        return Candidate(
-            precisions={
-                name: choices[params.get(f"{_GROUP}{name}", 0)] if choices else FP32
-                for name, choices in self.space.precisions.items()
-            },
-            prune_ratios=self.bases[params.get(_BASE, 0)],
-            runtime=self.space.runtimes[params.get(_RUNTIME, 0)],
-        )
+        return self.encoding.candidate([params.get(name, 0) for name in self._names])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
+from autotune.search.landscape import Encoding
 from autotune.search.sampler import Sampler
 from search_spaces import Candidate
 from storage.records import TrialOutcome, TrialRecord
 from tests.unit.records import trial
 from tests.unit.spaces import space
 
-BASES: list[dict[str, float]] = [{}, {"stem": 0.25, "body": 0.25}]
+BASES: tuple[dict[str, float], ...] = ({}, {"stem": 0.25, "body": 0.25})
 
 
 def _trials(n: int) -> list[TrialRecord]:
@@ -26,7 +27,8 @@ def _trials(n: int) -> list[TrialRecord]:
 
 
 def _sampler(budget_ns: float | None = 3e6) -> Sampler:
-    return Sampler(space=space(), bases=BASES, seed=7, latency_budget_ns=budget_ns)
+    encoding = Encoding(space=space(), bases=BASES)
+    return Sampler(encoding=encoding, seed=7, latency_budget_ns=budget_ns)
 
 
 def test_proposals_lie_in_the_space_on_known_bases_and_are_new() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from autotune.compression.inventory import build_inventory
 from autotune.search import planner
+from autotune.search.landscape import Encoding
 from autotune.search.proposals import Proposals
 from autotune.search.sampler import Sampler
 from autotune.search.sizes import group_bytes
@@ -83,7 +84,7 @@ def test_size_proposals_come_only_where_size_counts_and_say_who_had_them() -> No
 
 
 def test_the_sampler_has_a_third_objective_where_size_counts() -> None:
-    sampler = Sampler(space=space(), bases=[{}], seed=0, by_size=True)
+    sampler = Sampler(encoding=Encoding(space=space(), bases=({},)), seed=0, by_size=True)
     trials = [
         trial(n, 2.0, 0.9, candidate=c, artifact_size_bytes=predicted(c) if n else None)
         for n, c in enumerate(itertools.islice(_all(), 6))

@@ -12,7 +12,7 @@ from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
 from storage import drains
-from storage.errors import InvalidToken
+from storage.errors import InvalidToken, ReplacedKey
 from storage.records import AgentRecord, DeviceStanding, DrainCause
 from storage.rows import locked_by_id
 from storage.tables import AgentRow, DeviceRow
@@ -40,6 +40,7 @@ def find(session: Session, key_hash: str, *, now: datetime) -> tuple[AgentRecord
     """The agent of that key with its device's standing, and whether the key is its next one.
 
     Raises:
+        ReplacedKey: another one took its place, and its time is over.
         InvalidToken: the key is unknown, or worth nothing any more.
     """
     found = session.execute(_BY_KEY, {"key_hash": key_hash}).one_or_none()
@@ -53,7 +54,7 @@ def find(session: Session, key_hash: str, *, now: datetime) -> tuple[AgentRecord
             "its own if it is another device"
         )
     if row.previous_key_hash == key_hash and _is_past_grace(row, now):
-        raise InvalidToken(
+        raise ReplacedKey(
             f"this key of agent {row.id} ({device.name}) was replaced at "
             f"{row.key_changed_at:%F %T %Z} and the new one is in use: this is a copy of its "
             "state folder, or an old backup; enrol it again, with a name of its own if it is "

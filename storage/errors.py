@@ -25,6 +25,10 @@ class InvalidToken(StorageError):
     """The token is unknown, used up, expired or revoked; ask for a new one."""
 
 
+class ReplacedKey(InvalidToken):
+    """An agent's key from before its last rotation: somebody has a copy of its state folder."""
+
+
 class DatabaseLocked(StorageError):
     """Another service owns this SQLite file; stop it, or give this one its own database."""
 

@@ -26,7 +26,7 @@ from device_agents.protocol import DeviceDescription, MeasurementRequest, Measur
 from search_spaces import Candidate
 from storage import agents, devices, jobs, ledger, measurements, trials
 from storage.database import Database, changed_topics
-from storage.errors import InvalidToken, StaleLease
+from storage.errors import ReplacedKey, StaleLease
 from storage.fleet import FleetRepository
 from storage.records import (
     AgentRecord,
@@ -395,7 +395,7 @@ class Repository:
         try:
             with self._database.reading() as session:
                 found, is_next = agents.find(session, key_hash, now=self._clock())
-        except InvalidToken:
+        except ReplacedKey:
             with self._writing() as session:
                 agents.flag_copy(session, key_hash, now=self._clock())
             raise

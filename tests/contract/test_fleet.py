@@ -7,6 +7,7 @@ import pytest
 from device_agents.protocol import Outcome
 from search_spaces import Candidate
 from storage.agents import PREVIOUS_KEY_GRACE_S
+from storage.database import Database
 from storage.errors import InvalidToken, NotFound, StaleLease
 from storage.records import (
     AgentRecord,
@@ -328,6 +329,14 @@ def test_a_replaced_key_still_serves_requests_under_way_and_later_shows_a_copy(
     with pytest.raises(InvalidToken, match="copy"):
         world.repository.find_agent(agent.key_hash)
     assert world.repository.get_device(device.id).drained_by is DrainCause.IDENTITY
+
+
+def test_a_key_that_nobody_has_costs_no_write(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Database, "writing", lambda _: pytest.fail("the database was written to"))
+    with pytest.raises(InvalidToken, match="no agent has this key"):
+        world.repository.find_agent("never seen")
 
 
 def test_a_rotation_that_was_asked_for_is_due_until_the_new_key_is_used(world: World) -> None:

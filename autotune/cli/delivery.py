@@ -6,7 +6,6 @@ computed here beyond whether two intervals meet.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import click
 
 from autotune.api_types import Front, Interval, Job, JobResult, Portability, Trial, Verification
 from autotune.cli import figures
-from autotune.cli.output import Column, Field, View, print_rows
+from autotune.cli.output import Column, Field, View, print_rows, write_json
 from autotune.cli.views.front import FRONT, front_rows
 from autotune.cli.views.portability import portability_view
 from autotune.errors import BundleError, DiskFull, JobNotReady
@@ -238,4 +237,4 @@ def _print_document(
             {"bundle": str(path), "verification": found.model_dump(mode="json")}
             for path, found in delivered
         ]
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    write_json(document, sys.stdout)

@@ -62,12 +62,11 @@ def front(
         _show_portability(session, client.portability(job))
         return
     found = client.front(job, budget=budget, max_drop=max_drop, device=device)
-    if session.output_format == "json":
-        import json
+    from autotune.cli.output import print_rows, write_json
 
-        click.echo(json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False))
+    if session.output_format == "json":
+        write_json(found.model_dump(mode="json"), sys.stdout)
         return
-    from autotune.cli.output import print_rows
     from autotune.cli.views.front import FRONT, front_rows, on_devices
 
     shown = client.job(job)
@@ -84,15 +83,14 @@ def front(
 
 
 def _show_portability(session: Session, found: Portability) -> None:
-    from autotune.cli.output import print_rows
+    from autotune.cli.output import print_rows, write_json
+
+    if session.output_format == "json":
+        write_json(found.model_dump(mode="json"), sys.stdout)
+        return
     from autotune.cli.views.portability import portability_view
 
     view = portability_view(found.targets)
-    if session.output_format == "json":
-        import json
-
-        click.echo(json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False))
-        return
     print_rows(view, found.rows, output_format=session.output_format, to=sys.stdout)
     if session.output_format == "table":
         click.echo("x own winner: how many times as long as the winner on that device takes there")

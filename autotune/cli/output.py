@@ -53,7 +53,7 @@ class View(Generic[Row]):
 def print_rows(view: View[Row], rows: Sequence[Row], *, output_format: str, to: TextIO) -> None:
     """Write the rows; an empty sequence is an empty list, or a header alone."""
     if output_format == "json":
-        _write_json([view.document(row) for row in rows], to)
+        write_json([view.document(row) for row in rows], to)
     elif output_format == "jsonl":
         for row in rows:
             to.write(json.dumps(view.document(row), ensure_ascii=False) + "\n")
@@ -66,7 +66,7 @@ def print_rows(view: View[Row], rows: Sequence[Row], *, output_format: str, to: 
 def print_one(view: View[Row], row: Row, *, output_format: str, to: TextIO) -> None:
     """Write a single row: as an object in JSON, as lines `title  text` in a table."""
     if output_format == "json":
-        _write_json(view.document(row), to)
+        write_json(view.document(row), to)
     elif output_format == "table":
         lines = [(column.title, column.text(row)) for column in view.columns]
         width = max((cell_width(title) for title, _ in lines), default=0)
@@ -76,7 +76,8 @@ def print_one(view: View[Row], row: Row, *, output_format: str, to: TextIO) -> N
         print_rows(view, [row], output_format=output_format, to=to)
 
 
-def _write_json(document: object, to: TextIO) -> None:
+def write_json(document: object, to: TextIO) -> None:
+    """Write one document, as the machine format has it."""
     to.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 

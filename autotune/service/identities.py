@@ -77,7 +77,7 @@ class Identities:
         )
 
 
-def identities_of(request: Request) -> Identities:
+async def identities_of(request: Request) -> Identities:
     """The watch of the service that answers this request."""
     identities: Identities = request.app.state.identities
     return identities

@@ -15,6 +15,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
+from autotune.service.views import ONLINE_HEARTBEATS
 from storage.repository import Repository
 
 MOST_PER_S = 100.0
@@ -57,12 +58,14 @@ class Attendance:
         """The time to an agent's next heartbeat.
 
         An idle one beats the more slowly the more agents there are (`MOST_PER_S`), but three
-        times before a lease that it takes meanwhile runs out.
+        times before a lease that it takes meanwhile runs out, and a heartbeat before it would
+        count as offline.
         """
         if is_measuring:
             return self._heartbeat_s
         wanted = max(self._heartbeat_s, len(self._heard) / MOST_PER_S)
-        return min(wanted, max(self._heartbeat_s, self._ttl_s / 3))
+        longest = min(self._ttl_s / 3, (ONLINE_HEARTBEATS - 1) * self._heartbeat_s)
+        return min(wanted, max(self._heartbeat_s, longest))
 
     async def note(self, device_id: str, lease: tuple[str, int] | None) -> bool:
         """Note a heartbeat; False where its lease (id, fencing token) is no longer current.

@@ -95,11 +95,14 @@ def test_heartbeats_that_come_shortly_after_a_commit_wait_for_company():
     assert repository.writes == [["d-0"], ["d-1", "d-2", "d-3"]]
 
 
-@pytest.mark.parametrize(("n_agents", "expected_s"), [(1, 3), (300, 3), (400, 4), (900, 5)])
-def test_idle_agents_of_a_large_fleet_beat_more_slowly(n_agents, expected_s):
+@pytest.mark.parametrize(
+    ("n_agents", "ttl_s", "expected_s"),
+    [(1, 15, 3), (300, 15, 3), (400, 15, 4), (900, 15, 5), (900, 600, 6)],
+)
+def test_idle_agents_of_a_large_fleet_beat_more_slowly(n_agents, ttl_s, expected_s):
     repository = SlowRepository()
     repository.may_go.set()
-    attendance = Attendance(repository, ttl_s=15, heartbeat_s=3, gather_s=0)
+    attendance = Attendance(repository, ttl_s=ttl_s, heartbeat_s=3, gather_s=0)
 
     async def beat():
         await asyncio.gather(*(attendance.note(f"d-{i}", None) for i in range(n_agents)))

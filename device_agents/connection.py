@@ -155,13 +155,8 @@ class ServiceConnection:
 
     def new_key(self) -> NewKey:
         """The agent's next key, good as soon as it is used; the current one is until then."""
-        headers = {"Content-Type": "application/json"}
-        try:
-            response = self._client.post("/v1/agent/key", headers=headers)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        _require_success(response)
-        return _parse(NewKey, response)
+        timeout = self._after(self._timeouts.heartbeat_s)  # no heartbeat is sent meanwhile
+        return _parse(NewKey, self._post("/v1/agent/key", None, timeout=timeout))
 
     def lease(self, *, wait_s: float, request_id: str) -> Lease | None:
         """Work, or None if there was none for `wait_s` seconds.
@@ -224,14 +219,14 @@ class ServiceConnection:
         _require_success(response)
         return Acknowledgement.ACCEPTED
 
-    def _post(self, path: str, message: BaseModel, **options: Any) -> httpx.Response:
+    def _post(self, path: str, message: BaseModel | None, **options: Any) -> httpx.Response:
         response = self._send(path, message, **options)
         _require_success(response)
         return response
 
-    def _send(self, path: str, message: BaseModel, **options: Any) -> httpx.Response:
+    def _send(self, path: str, message: BaseModel | None, **options: Any) -> httpx.Response:
         headers = {"Content-Type": "application/json"}
-        content = message.model_dump_json()
+        content = message.model_dump_json() if message is not None else ""
         # The whole body fits into the kernel's buffers: the wait for the answer is the upload.
         options.setdefault(
             "timeout", self._after(self._timeouts.read_s + len(content) / SLOWEST_BYTES_PER_S)

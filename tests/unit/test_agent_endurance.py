@@ -196,12 +196,13 @@ def test_a_large_result_gets_the_time_that_a_slow_line_needs(service):
             connection.upload(small)
 
 
-def test_a_heartbeat_gives_a_dead_line_up_before_a_lease_is_over(service):
+@pytest.mark.parametrize("ask", [lambda x: x.heartbeat(heartbeat_of(None)), lambda x: x.new_key()])
+def test_what_holds_up_the_heartbeat_gives_a_dead_line_up_before_a_lease_is_over(service, ask):
     service.hold_s = 0.5
     timeouts = Timeouts(heartbeat_s=0.1)
     with (
         ServiceConnection(service.url, timeouts=timeouts, agent_key=KEY) as connection,
-        pytest.raises(ServiceUnreachable),
+        pytest.raises(ServiceUnreachable, match="timed out"),
     ):
-        connection.heartbeat(heartbeat_of(None))
+        ask(connection)
     assert Timeouts().heartbeat_s + FIRST_INTERVAL_S < Settings().lease_ttl_s

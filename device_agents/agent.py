@@ -1,8 +1,8 @@
 """The agent: a small parent that enrols, beats, leases, measures and hands in results.
 
-Owns the loop, the back-off and what each answer of the service means. Crash-only: killed at
-any point it loses the running measurement and nothing else, and starts again from its state
-folder. Sends over `connection.py`, measures with `measurement.py`, never loads a runtime.
+Owns the loop of the work, and when it is tried again. Crash-only: killed at any point it loses
+the running measurement and nothing else, and starts again from its state folder. Beats with
+`heartbeat.py`, sends over `connection.py`, measures with `measurement.py`, never loads a runtime.
 
 Two threads beside the caller's: one works (lease, download, measure, upload), one beats. The
 caller's only waits, so that a signal ends the agent at once, wherever the others are.

@@ -1,7 +1,7 @@
 """The agent as a systemd service: its unit file, and the messages that keep it alive.
 
 Owns sd_notify(3) on the standard library and the text of the unit. When to say that the agent
-lives is `agent.py`'s: from the heartbeat loop, so that a hanging agent is started anew while a
+lives is `heartbeat.py`'s: from the heartbeat loop, so that a hanging agent is started anew while a
 long measurement, which is another process, is left alone.
 """
 
@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 
 WATCHDOG_S = 90
-"""Several heartbeats, and more than a request that times out on a dead network (30 s)."""
+"""Several heartbeats, also where each of them waits on a dead network (`connection.Timeouts`)."""
 
 _UNIT = """\
 [Unit]

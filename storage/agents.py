@@ -80,7 +80,6 @@ def flag_copy(session: Session, key_hash: str, *, now: datetime) -> None:
         f"{row.key_changed_at:%F %T %Z}: there is a copy of its state folder. Enrol the copy with "
         "a token of its own",
         distrust_since=now,
-        now=now,
     )
 
 

@@ -37,7 +37,6 @@ def drain(
     cause: DrainCause,
     because: str,
     distrust_since: datetime,
-    now: datetime,
 ) -> DeviceRecord:
     """No more work for the device, and what it did since then is to be done again.
 
@@ -46,7 +45,6 @@ def drain(
     row = locked_by_id(session, DeviceRow, "device", device_id)
     if row.drained_by is not DrainCause.IDENTITY:
         row.drained_by, row.drained_because = cause, because
-        row.drained_at = row.drained_at or now
     end_leases(session, device_id, f"device {row.name} was drained")
     distrust(session, device_id, since=distrust_since, because=because)
     return to_record(DeviceRecord, row)
@@ -55,7 +53,7 @@ def drain(
 def resume(session: Session, device_id: str) -> DeviceRecord:
     """The device gets work again."""
     row = locked_by_id(session, DeviceRow, "device", device_id)
-    row.drained_by = row.drained_because = row.drained_at = None
+    row.drained_by = row.drained_because = None
     return to_record(DeviceRecord, row)
 
 
@@ -68,7 +66,7 @@ def record_canary(
     if passed:
         row.canary_passed_at = now
         if row.drained_by is DrainCause.CANARY:
-            row.drained_by = row.drained_because = row.drained_at = None
+            row.drained_by = row.drained_because = None
     return to_record(DeviceRecord, row)
 
 

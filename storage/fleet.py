@@ -82,7 +82,6 @@ class FleetRepository:
                 cause=cause,
                 because=because,
                 distrust_since=distrust_since,
-                now=self._clock(),
             )
 
     def resume(self, device: str) -> DeviceRecord:

@@ -364,7 +364,6 @@ class DeviceRecord:
     last_seen_at: datetime
     drained_by: DrainCause | None = None
     drained_because: str | None = None
-    drained_at: datetime | None = None
     canary: CanaryRecord | None = None
     canary_at: datetime | None = None
     canary_passed_at: datetime | None = None

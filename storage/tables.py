@@ -232,7 +232,6 @@ class DeviceRow(Base):
     last_seen_at: Mapped[datetime]
     drained_by: Mapped[DrainCause | None] = mapped_column(enum_column(DrainCause))
     drained_because: Mapped[str | None] = mapped_column(CleanText)
-    drained_at: Mapped[datetime | None]
     canary: Mapped[CanaryRecord | None] = mapped_column(Document(CanaryRecord))
     canary_at: Mapped[datetime | None]
     canary_passed_at: Mapped[datetime | None]

@@ -22,6 +22,7 @@ from autotune.errors import DeviceUnavailable
 from autotune.search.evaluation import Evaluation
 from autotune.search.fleet import UNTIMED_RUNTIMES, is_shared, runtime_request
 from autotune.search.interruption import DeviceAway, Stopped
+from autotune.search.targets import target_on
 from device_agents.protocol import MeasurementPlan, MeasurementRequest, Outcome
 from storage.records import (
     CanaryRecord,
@@ -123,7 +124,7 @@ def check_pools(evaluation: Evaluation, *, notice: Callable[[str], None]) -> Poo
             if readings:
                 latencies[device.id] = pool_latency_ns(readings)
                 drained += _judge(evaluation, members, readings, failures, notice=notice)
-            elif failures and _reference_ns(evaluation.job, device) is None:
+            elif failures and target_on(evaluation.job, device.id).reference_latency_ns is None:
                 raise DeviceUnavailable(
                     f"no member of pool {device.pool} could measure the FP32 model, so there is "
                     f"nothing to compare with: {next(iter(failures.values()))}"
@@ -160,15 +161,10 @@ def _comparable(evaluation: Evaluation, device: DeviceRecord) -> list[DeviceReco
 
 def _is_due(job: JobRecord, device: DeviceRecord, members: Sequence[DeviceRecord]) -> bool:
     now = datetime.now(UTC)
-    return _reference_ns(job, device) is None or any(
+    return target_on(job, device.id).reference_latency_ns is None or any(
         member.canary_at is None or (now - member.canary_at).total_seconds() > VALID_S
         for member in members
     )
-
-
-def _reference_ns(job: JobRecord, device: DeviceRecord) -> float | None:
-    (target,) = (t for t in job.targets if t.device_id == device.id)
-    return target.reference_latency_ns
 
 
 def _judge(

@@ -25,7 +25,7 @@ from autotune.errors import CompressionError, DiskFull
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.front import REFERENCE_DROP, counts_size, non_dominated
 from autotune.search.planner import Proposal
-from autotune.search.targets import views
+from autotune.search.targets import target_on, views
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
 from device_agents.protocol import (
@@ -270,7 +270,7 @@ class Evaluation:
         )
 
     def _order(self, trial: TrialRecord, device: DeviceRecord, *, kind: str) -> MeasurementOrder:
-        (target,) = (t for t in self.job.targets if t.device_id == device.id)
+        target = target_on(self.job, device.id)
         return MeasurementOrder(
             trial_id=trial.id,
             artifact=_artifact_of(trial.on(device.id)),

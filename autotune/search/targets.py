@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autotune.errors import DeviceUnavailable, InvalidJob, NotFoundError
-from autotune.search.front import Answer, answer
+from autotune.search.front import Answer, answer, latency_of
 from autotune.spec import JobSpec
 from device_agents.protocol import LatencyReport
 from search_spaces import SearchSpace
@@ -58,11 +58,7 @@ def on_worst_target(job: JobRecord, trial: TrialRecord) -> TrialRecord:
 
 def worst_target(job: JobRecord, trial: TrialRecord) -> JobTarget | None:
     """The target where the trial's latency is the largest share; None where one lacks it."""
-    found = [
-        (target, view.confirmed_latency or view.latency)
-        for target in job.targets
-        for view in [trial.on(target.device_id)]
-    ]
+    found = [(target, latency_of(trial.on(target.device_id))) for target in job.targets]
     shares = [(share_of(report, target), target) for target, report in found if report is not None]
     if not shares or len(shares) < len(found):
         return None
@@ -125,17 +121,25 @@ def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
     return [own, *on_each]
 
 
-def job_on(job: JobRecord, device_id: str) -> JobRecord:
-    """The job as if that target were its only one, with its own answer.
+def target_on(job: JobRecord, device_id: str) -> JobTarget:
+    """The job's target that is this device.
 
     Raises:
         NotFoundError: the job does not measure there.
     """
     for target in job.targets:
         if target.device_id == device_id:
-            break
-    else:
-        raise NotFoundError(f"job {job.id} does not measure on device {device_id}")
+            return target
+    raise NotFoundError(f"job {job.id} does not measure on device {device_id}")
+
+
+def job_on(job: JobRecord, device_id: str) -> JobRecord:
+    """The job as if that target were its only one, with its own answer.
+
+    Raises:
+        NotFoundError: the job does not measure there.
+    """
+    target = target_on(job, device_id)
     if not job.further_targets:
         return job
     result = job.result or {}

@@ -27,5 +27,4 @@ def as_measured(repository: Repository, job: JobRecord, device: DeviceRecord) ->
         last_seen_at=max(member.last_seen_at for member in members),
         drained_by=None,
         drained_because=None,
-        drained_at=None,
     )

@@ -32,7 +32,6 @@ _ADDED: dict[str, dict[str, sa.types.TypeEngine[Any]]] = {
     "devices": {
         "drained_by": sa.String(),
         "drained_because": sa.Text(),
-        "drained_at": _TIME,
         "canary": sa.Text(),
         "canary_at": _TIME,
         "canary_passed_at": _TIME,

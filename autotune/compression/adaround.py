@@ -20,9 +20,9 @@ import onnxruntime
 import torch
 
 from autotune.compression.accuracy import log_probabilities, mean_kl_divergence
-from autotune.compression.equalization import Stretched, scaled_weight
+from autotune.compression.equalization import Stretched
 from autotune.compression.graph_writer import Plan
-from autotune.compression.layer_codes import needs_bias
+from autotune.compression.layer_codes import needs_bias, offset_terms
 from autotune.compression.operators import WeightedNode, clip_bounds
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.recovery import torch_settings
@@ -183,8 +183,8 @@ def adaround(
     started = time.monotonic()
     plan = graph.plan(precisions)
     fp32 = FileGraph.read(graph.fp32)
-    earlier = graph.emit(precisions)
-    rounding, artifact = graph.rounding, FileGraph.read(earlier)
+    earlier = FileGraph.read(graph.emit(precisions))
+    rounding, artifact = graph.rounding, earlier
     layers = [layer for layer in _in_graph_order(plan) if _is_learned(plan, layer)]
     improved = []
     with torch_settings(seed=0, threads=threads):
@@ -206,7 +206,7 @@ def adaround(
             artifact = FileGraph.read(graph.emit(precisions, rounding=rounding))
     truth, was, now = (
         log_probabilities(np.concatenate(list(_values(file, file.output, threads)(judged_by))))
-        for file in (fp32, FileGraph.read(earlier), artifact)
+        for file in (fp32, earlier, artifact)
     )
     return LearnedRounding(
         rounding=rounding,
@@ -295,14 +295,10 @@ def _task(plan: Plan, layer: WeightedNode) -> LayerTask:
     view, before = plan.view, plan.stretched.get(layer.input)
     weights = weight_rows(view, layer, before)
     scale = int8_scales(weights).astype(np.float64)
-    axis = output_axis(layer)
     own = np.zeros(weights.shape[0] * weights.shape[1])
     if layer.bias is not None:
         own = own + view.array(layer.bias)
-    if before is not None:
-        weight = view.array(layer.weight)
-        others = tuple(a for a in range(weight.ndim) if a != axis)
-        own = own + scaled_weight(weight, layer, inputs=before.offsets).sum(axis=others)
+    own = own + offset_terms(layer, view.array(layer.weight), output_axis(layer), before, None)
     taker = view.only_consumer(layer.biased_output) if layer.bias_add is None else None
     low, high = (taker is not None and clip_bounds(view, taker)) or (-math.inf, math.inf)
     return LayerTask(
@@ -342,7 +338,7 @@ def _rows(
 ) -> list[np.ndarray]:
     """What the layer multiplies in that file, of each part; the same positions in every file."""
     values = _values(file, tensor, threads)
-    groups, _, inputs = weight_rows(plan.view, layer, None).shape
+    groups, _, inputs = as_rows(plan.view.array(layer.weight), layer).shape
     positions = min(_POSITIONS, _ROWS_BYTES // (4 * groups * inputs))
     found = []
     for x in parts:

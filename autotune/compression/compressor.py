@@ -39,6 +39,7 @@ from search_spaces import Candidate, PrunableGroup
 if TYPE_CHECKING:
     from autotune.compression.adaround import LearnedRounding
     from autotune.compression.importance import ChannelScores
+    from autotune.compression.rounding import Rounding
 
 __all__ = ["Artifact", "BaseFacts", "Compressor", "GroupPrecision"]
 
@@ -151,15 +152,12 @@ class Compressor:
         learned = self._learn(base.graph, candidate)
         rounding = None if learned is None else learned.rounding
         data = base.graph.emit(candidate.precisions, kernels=kernels, rounding=rounding)
-        checked, fused_here = data, as_checked_here(kernels)
-        if fused_here != kernels:
-            checked = base.graph.emit(candidate.precisions, kernels=fused_here, rounding=rounding)
         return Artifact(
             data=data,
             sha256=hashlib.sha256(data).hexdigest(),
             size_bytes=len(data),
             candidate_digest=candidate.digest,
-            groups=self._executed(candidate, base.graph, data, checked, kernels),
+            groups=self._executed(candidate, base.graph, data, kernels, rounding),
             base=base.facts,
             kernels=kernels.name,
             rounding=learned,
@@ -167,10 +165,10 @@ class Compressor:
 
     def _learn(self, graph: QuantizableGraph, candidate: Candidate) -> LearnedRounding | None:
         """The candidate's own rounding, if any; learned once, the same for every kernel class."""
-        from autotune.compression.adaround import SAMPLES, adaround
-
         if candidate.rounding is None:
             return None
+        from autotune.compression.adaround import SAMPLES, adaround
+
         digest = candidate.artifact_digest
         if digest not in self._learned:
             training = self._splits.training
@@ -209,15 +207,18 @@ class Compressor:
         candidate: Candidate,
         graph: QuantizableGraph,
         data: bytes,
-        checked: bytes,
         kernels: KernelClass,
+        rounding: Rounding | None,
     ) -> tuple[GroupPrecision, ...]:
-        """What the candidate's runtime makes of `data`; `checked` stands in for it here."""
+        """What the candidate's runtime makes of `data`, or here of what stands in for it."""
         units, runtime = graph.units.values(), candidate.runtime.runtime
-        if runtime in BY_ONNXRUNTIME:
-            planned = candidate.precisions
-            return effective_precisions(checked, units, planned=planned, kernels=kernels)
-        return executed_precisions(data, units, candidate.precisions, runtime=runtime)
+        planned = candidate.precisions
+        if runtime not in BY_ONNXRUNTIME:
+            return executed_precisions(data, units, planned, runtime=runtime)
+        checked, fused_here = data, as_checked_here(kernels)
+        if fused_here != kernels:
+            checked = graph.emit(planned, kernels=fused_here, rounding=rounding)
+        return effective_precisions(checked, units, planned=planned, kernels=kernels)
 
     def channel_scores(self) -> ChannelScores:
         """How much each prunable channel matters; judged once, good for every base.

@@ -65,7 +65,7 @@ def layer_codes(
     plain = None
     if needs_bias(layer, before, after) or shift:
         own = 0.0 if bias is None else bias.astype(np.float64)
-        plain = gain * (own + _offset_terms(layer, weight, axis, before, after)) + shift
+        plain = gain * (own + offset_terms(layer, weight, axis, before, after)) + shift
     largest = largest_weights(weight, axis=axis, factors=factors)
     scale = weight_scale(
         largest,
@@ -96,7 +96,7 @@ def needs_bias(layer: WeightedNode, before: Stretched | None, after: Stretched |
     return layer.bias is not None or moved
 
 
-def _offset_terms(
+def offset_terms(
     layer: WeightedNode,
     weight: np.ndarray,
     axis: int,

@@ -10,8 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import onnx
-
 from autotune.errors import CompressionError
 from device_agents.protocol import KernelTime, Profile
 from search_spaces import LayerGroup
@@ -57,6 +55,8 @@ def makers_of(artifact: bytes) -> dict[str, str]:
     Raises:
         CompressionError: the artifact is not an ONNX graph.
     """
+    import onnx  # with the first profile: the service starts without it
+
     try:
         graph = onnx.load_model_from_string(artifact).graph
     except Exception as error:  # protobuf's own error class depends on its build

@@ -55,9 +55,10 @@ def post_training(model: onnx.ModelProto, samples: np.ndarray, *, threads: int =
     stretched = Equalization(view, calibration).whole
     rounding = round_weights(view, samples, stretched, threads=threads)
     plain = replace(calibration.min_max(), channels={})
-    fp32 = log_probabilities(_outputs(model_bytes(model), samples, threads))
+    file = model_bytes(model)
+    fp32 = log_probabilities(_outputs(file, samples, threads))
     full_kl, plain_kl = (
-        _divergence(QuantizableGraph(model, held, rounding=rounded), fp32, samples, threads)
+        _divergence(QuantizableGraph(file, held, rounding=rounded), fp32, samples, threads)
         for held, rounded in ((calibration, rounding), (plain, Rounding()))
     )
     if plain_kl < full_kl:

@@ -34,7 +34,7 @@ from autotune.compression.calibration import Calibration
 from autotune.compression.equalization import Equalization
 from autotune.compression.fp32_file import Fp32File
 from autotune.compression.graph import GraphView, model_bytes
-from autotune.compression.graph_writer import GraphWriter, Plan, weight_codes
+from autotune.compression.graph_writer import GraphWriter, Plan
 from autotune.compression.kernels import X86_VNNI, KernelClass
 from autotune.compression.parts import CONTRIB_DOMAIN, KeptParts, Parts
 from autotune.compression.placement import place
@@ -44,8 +44,6 @@ from autotune.compression.wide import place_wide
 from autotune.compression.wire import assemble, settle_allocator, shell
 from autotune.errors import CompressionError
 from search_spaces import FP32, LayerKind, PerBlock, Precision
-
-__all__ = ["QuantizableGraph", "weight_codes"]
 
 KERNELS_KEY = "edge_autotune.kernel_class"
 """The metadata entry of a file that names its kernel class: accuracy holds there alone."""

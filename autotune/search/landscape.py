@@ -8,7 +8,7 @@ fraction of FP32's) and on accuracy, and which choices bear on each other. The r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -159,26 +159,27 @@ def _moved(layers: Sequence[object]) -> int:
     )
 
 
-def propose(
-    encoding: Encoding,
-    knowledge: Knowledge,
-    trials: Sequence[TrialRecord],
-    *,
-    n: int,
-    seed: int,
-) -> list[tuple[Candidate, Promise]]:
-    """The `n` most promising candidates that no trial has, most promising first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """Both models, fitted to the trials that rank; `points` `(n, n_factors)` are theirs."""
 
-    Empty where nothing ranks yet or nothing new is left.
-    """
-    seen = [(encoding.point(t.candidate), t) for t in trials]
-    measured = [(p, t) for p, t in seen if p is not None and ranks(t)]
-    origin = next((t for p, t in measured if not p.any()), None)
-    if origin is None:
-        return []
+    encoding: Encoding
+    knowledge: Knowledge
+    landscape: Landscape
+    trials: Sequence[TrialRecord]
+    points: np.ndarray
+
+
+def fit(encoding: Encoding, knowledge: Knowledge, trials: Sequence[TrialRecord]) -> Fitted | None:
+    """The models of latency (ratio to FP32) and accuracy drop; None before FP32 itself ranks."""
+    seen = [(encoding.point(t.candidate), t) for t in trials if ranks(t)]
+    measured = [(p, t) for p, t in seen if p is not None]
+    if all(p.any() for p, _ in measured):
+        return None
     knowledge = knowledge.told_by(encoding.space, trials)
     points = np.array([p for p, _ in measured])
-    figures, noise = _figures([t for _, t in measured])
+    ranked = [t for _, t in measured]
+    figures, noise = _figures(ranked)
     landscape = Landscape(
         Surrogate(
             latency_features(encoding, knowledge),
@@ -188,21 +189,43 @@ def propose(
             base=float(figures[[not p.any() for p in points]][0, 0]),
         ),
         Surrogate(
-            drop_features(encoding, knowledge, drop_per_nat([t for _, t in measured])),
+            drop_features(encoding, knowledge, drop_per_nat(ranked)),
             points,
             figures[:, 1],
             noise[:, 1],
             base=0.0,
         ),
     )
-    rejected = [p for p, t in seen if p is not None and not ranks(t)]
+    return Fitted(
+        encoding=encoding, knowledge=knowledge, landscape=landscape, trials=ranked, points=points
+    )
+
+
+def propose(
+    encoding: Encoding,
+    knowledge: Knowledge,
+    trials: Sequence[TrialRecord],
+    *,
+    n: int,
+    seed: int,
+    on_fitted: Callable[[Fitted], None] = lambda _: None,
+) -> list[tuple[Candidate, Promise]]:
+    """The `n` most promising candidates that no trial has, most promising first.
+
+    Empty where nothing ranks yet or nothing new is left. `on_fitted` gets the models.
+    """
+    fitted = fit(encoding, knowledge, trials)
+    if fitted is None:
+        return []
+    on_fitted(fitted)
+    unranked = [encoding.point(t.candidate) for t in trials if not ranks(t)]
     promises = most_promising(
-        landscape,
-        points,
+        fitted.landscape,
+        fitted.points,
         reference=(REFERENCE_RATIO, REFERENCE_DROP),
         n=n,
         rng=np.random.default_rng(seed + len(trials)),
-        excluded=rejected,
+        excluded=[p for p in unranked if p is not None],
     )
     return [(encoding.candidate(promise.point), promise) for promise in promises]
 

@@ -6,12 +6,12 @@ Owns the mixture and nothing else: the same trials give the same proposals. `pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from autotune.search import landscape, planner
-from autotune.search.landscape import Encoding, Knowledge
+from autotune.search.landscape import Encoding, Fitted, Knowledge
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
 from search_spaces import LayerInventory, SearchSpace
@@ -26,7 +26,8 @@ class Proposals:
     """The proposals of one job.
 
     `bases` are the prune ratios that could be made; `damage` is the sensitivity of (group,
-    precision), mean KL in nats; `by_size` says that smaller files count too.
+    precision), mean KL in nats; `by_size` says that smaller files count too. `on_fitted` gets
+    the models that proposals are made by.
     """
 
     space: SearchSpace
@@ -36,6 +37,7 @@ class Proposals:
     seed: int
     latency_budget_ns: float | None = None
     by_size: bool = False
+    on_fitted: Callable[[Fitted], None] = lambda _: None
 
     def warm_start(self, trials: Sequence[TrialRecord]) -> list[Proposal]:
         """What structure suggests, most promising first; nothing that was tried.
@@ -68,6 +70,7 @@ class Proposals:
             trials,
             n=size - size // (2 if self.by_size else 4),
             seed=self.seed,
+            on_fitted=self.on_fitted,
         )
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
         sampler = Sampler(

@@ -202,12 +202,35 @@ class Surrogate:
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the figure itself (without its noise), each `(n,)`."""
-        rows = self.features.rows(points)
+        mean, deviation = self.weigh(self.features.rows(points))
+        return self.base + mean, deviation
+
+    def weigh(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of parts of the figure, without its base.
+
+        `rows` `(n, width)` are columns of `Features.rows`: differences of two points, or some
+        columns alone and 0 in the others.
+        """
         weighted = rows * self._variances
-        mean = self.base + rows[:, -1] + rows @ self._weights
+        mean = rows[:, -1] + rows @ self._weights
         cross = np.linalg.solve(self._lower, self._rows @ weighted.T)
         variance = np.einsum("ij,ij->i", weighted, rows) - np.einsum("ij,ij->j", cross, cross)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
+
+    def unmeasured(self, rows: np.ndarray) -> np.ndarray:
+        """The standard deviation that such parts would have without any measurement, `(n,)`."""
+        found: np.ndarray = np.sqrt((rows * rows) @ self._variances)
+        return found
+
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each measured figure less what the others predict for it, and that one's deviation.
+
+        Both `(n,)`; the deviation includes the figure's noise. In closed form, with the scales
+        of the whole fit (Rasmussen and Williams 2006, eq. 5.12).
+        """
+        inverse = np.linalg.inv(self._lower @ self._lower.T)
+        own = np.diag(inverse)
+        return inverse @ self._residuals / own, np.sqrt(1.0 / own)
 
     def energy(self) -> Energy:
         """The mean of `predict` as tables, so that single choices can be weighed at once."""

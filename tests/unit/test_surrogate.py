@@ -96,3 +96,24 @@ def test_neighbouring_options_of_an_ordered_factor_are_alike() -> None:
     )
     mean, _ = model.predict(np.arange(5)[:, None])
     assert (np.diff(mean) < 0).all()
+
+
+def test_leaving_each_figure_out_is_what_fitting_without_it_predicts() -> None:
+    model, points = fitted(12)
+    errors, deviations = model.left_out()
+    rest = np.arange(12) != 5
+    without = Surrogate(features(), points[rest], truth(points[rest]), np.full(11, 0.002), base=1.0)
+    without.scales = model.scales
+    without._solve()
+    mean, deviation = without.predict(points[5:6])
+    assert truth(points[5:6]) - mean == pytest.approx(errors[5:6], abs=1e-9)
+    noisy = np.hypot(deviation, np.hypot(0.002, model.scales[3]))
+    assert deviations[5:6] == pytest.approx(noisy, rel=1e-6)
+
+
+def test_a_difference_of_points_is_surer_than_its_ends_and_measured_where_they_are() -> None:
+    model, points = fitted(40)
+    rows = model.features.rows(points[1:3])
+    mean, deviation = model.weigh(rows[:1] - rows[1:])
+    assert mean == pytest.approx(-np.diff(model.predict(points[1:3])[0]))
+    assert deviation < 0.2 * model.unmeasured(rows[:1] - rows[1:])

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 API_VERSION = 1
 # Version 1 (2026-11-21): jobs, trials, front, events, export, verification, devices, uploads,
 # sensitivities; jobs on several devices: their targets, fronts by device, portability.
+# 2026-11-21: when a trial was created and finished.
 # 2026-11-21: a device says why it is drained and how its last canary went; the quarantine.
 
 
@@ -134,6 +135,8 @@ class Trial(Shape):
     recovery_s: float | None = None
     device_id: str | None = None
     targets: list[TrialOnTarget] = []
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
     pruned_base: dict[str, Any] | None = Field(
         default=None,
         description="the pruned model under the artifact: how channels were ranked and rounded, "

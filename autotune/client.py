@@ -24,13 +24,13 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from autotune import errors
+from autotune.analysis import Job
 from autotune.api_types import (
     Device,
     EnrolmentToken,
     Event,
     Front,
     Health,
-    Job,
     Portability,
     Problem,
     Quarantined,
@@ -359,7 +359,7 @@ class Client:
 
     def _parsed(self, response: httpx.Response, shape: type[_Shape]) -> _Shape:
         try:
-            return TypeAdapter(shape).validate_json(response.content)
+            return TypeAdapter(shape).validate_json(response.content, context=self)
         except ValidationError as error:
             raise errors.ServiceError(
                 f"{response.request.url} answered something that is not {shape}; is it an "

@@ -108,3 +108,15 @@ class InvalidSettings(AutotuneError):
     """A setting of the service is not valid or not safe; the message says what is allowed."""
 
     exit_code = 16
+
+
+class MissingPackage(AutotuneError):
+    """An optional package is not installed; the message says how to get it."""
+
+    exit_code = 18
+
+
+class StudyError(AutotuneError):
+    """An Optuna study cannot be written: its name is taken, or the storage cannot be used."""
+
+    exit_code = 19

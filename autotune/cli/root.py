@@ -52,6 +52,9 @@ COMMANDS: dict[str, Entry] = {
     "trial": Entry("trial", "trial", "List and show the trials of a job."),
     "front": Entry("front", "front", "Show a job's front; answer any latency budget."),
     "export": Entry("export", "export", "Write a trial as a bundle that runs on its own."),
+    "export-optuna": Entry(
+        "export_optuna", "export_optuna", "Write a job's trials as an Optuna study."
+    ),
     "device": Entry("device", "device", "List, enroll and show devices."),
     "model": Entry("model", "model", "Look into a model: its layer groups."),
     "doctor": Entry("doctor", "doctor", "Check this machine and say what to repair."),

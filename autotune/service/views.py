@@ -99,6 +99,8 @@ def trial_view(
         recovery_s=(compression.get("base") or {}).get("recovery_s"),
         pruned_base=_pruned_base(compression.get("base") or {}),
         device_id=worst.device_id if worst else job.device_id,
+        created_at=trial.created_at,
+        finished_at=trial.finished_at,
         targets=[_on_target(stored, target) for target in job.targets] if stored.further else [],
     )
 

@@ -4,7 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = ("torch", "ray", "optuna", "sqlalchemy", "fastapi", "starlette", "uvicorn", "onnx", "scipy")
+HEAVY = (
+    "torch",
+    "ray",
+    "optuna",
+    "pandas",
+    "sqlalchemy",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "onnx",
+    "scipy",
+)
 
 PROGRAM = """
 import sys
@@ -47,9 +58,12 @@ def test_the_client_draws_in_nothing_of_the_service(tmp_path: Path) -> None:
     )
     own = {name for name in ran.stdout.split() if name.startswith(("autotune.", "storage."))}
     assert own == {
+        "autotune.analysis",
         "autotune.api_types",
         "autotune.bundle_download",
         "autotune.client",
         "autotune.errors",
+        "autotune.frames",
         "autotune.spec",
+        "autotune.studies",
     }

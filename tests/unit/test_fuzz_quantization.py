@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.printer
 import onnxruntime
+import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,8 @@ from tests.unit.random_graphs import graphs
 
 # A long run: AUTOTUNE_FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz_quantization.py
 EXAMPLES = int(os.environ.get("AUTOTUNE_FUZZ_EXAMPLES", "0"))
+if EXAMPLES:  # as long as it takes; each example has its deadline
+    pytestmark = pytest.mark.timeout(0)
 MAX_MEAN_ERROR = 0.05
 MEAN_ERROR_PRECISIONS = (FP32, FP16, W8A16, INT8, W8)
 

@@ -1,8 +1,8 @@
 """Latency statistics: from alternating blocks of samples to a ratio that can be trusted.
 
-Owns the estimator (ratio to the reference), its interval (block bootstrap and batch means) and
-the rules that stop a measurement or call it unsteady. Pure numpy: no clock, no runtime, no
-protocol. The timed loop is `sampling.py`'s.
+Owns the estimator (ratio to the reference), its interval (the wider of a block bootstrap over
+pairs and Student's over sittings) and the rules that stop a measurement or call it unsteady. Pure
+numpy: no clock, no runtime, no protocol. The timed loop is `sampling.py`'s.
 
 Why pairs of blocks: on a shared machine the plain median of 20 runs spreads by 6 % and more,
 but disturbances move two neighbouring blocks together, so their ratio spreads far less. What is

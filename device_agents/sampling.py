@@ -8,7 +8,7 @@ A measurement has several sittings: in each, both models are loaded anew, becaus
 session happens to lie in memory makes it faster or slower for as long as it lasts.
 
 One thing is kept out of the samples because it belongs to the measuring and not to the model:
-the call after a switch of models, whose caches the other model has just emptied.
+the calls after a switch of models, whose caches and branch history the other has just replaced.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ Load = Callable[[], Mapping[Subject, Call]]
 
 SAMPLE_NS = 100_000.0
 """A sample lasts at least this long: reading the clock twice takes 0.1 µs, a thousandth."""
-BLOCK_NS = 1e7
+BLOCK_NS = 2e7
 """A block lasts about this long, and at least one sample."""
+SETTLING_NS = 2e7
+"""A model runs for this long after a switch before it is timed, `MAX_SETTLING_CALLS` at most. On
+one x86 core the k-th call after a switch takes 0.4 ms * 0.7 ** k longer than later ones, whatever
+the model: of 0.24 ms more than twice as long at first and 4 % after ten calls, of 2 ms 20 % at
+first and 0.6 % after ten. With one call left out, INT8 came out 8 % too slow against FP32."""
+MAX_SETTLING_CALLS = 10
 LONG_CALL_NS = 1e8
-"""A call of this length is a sample and a block: refilling the caches takes some ms, which it
-does not notice, and every further call costs more than it tells."""
+"""A call of this length is a sample and a block: what a switch costs it does not notice, and every
+further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
 MIN_SITTING_PAIRS = 2
@@ -145,11 +151,20 @@ def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Ti
             call=call,
             group=groups[subject],
             n_samples=n_samples,
-            n_settling=0 if is_long else 1,
+            n_settling=0 if is_long else settling_calls(fastest_ns[subject]),
             now_ns=clock.now_ns,
         )
         for subject, call in calls.items()
     }
+
+
+def settling_calls(latency_ns: float) -> int:
+    """Calls of that length after a switch that are not timed.
+
+    >>> [settling_calls(ms * 1e6) for ms in (0.1, 2, 7, 29)]
+    [10, 10, 3, 1]
+    """
+    return min(MAX_SETTLING_CALLS, math.ceil(SETTLING_NS / latency_ns))
 
 
 def settled(timers: Mapping[Subject, Timer], calls: Mapping[Subject, Call]) -> dict[Subject, Timer]:

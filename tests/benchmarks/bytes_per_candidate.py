@@ -31,11 +31,9 @@ from device_agents.protocol import ArtifactReference, ArtifactSegments
 from device_agents.segments import Segment
 from device_agents.transfer import Transfer
 from storage.artifacts import ArtifactStore
-from storage.database import open_database
-from storage.repository import Repository
 from storage.segments import find_segments
 from tests.benchmarks.harness import CACHE, Figure, start
-from tests.benchmarks.main_job import QUICK_MODEL, full_job, quick_job, tune
+from tests.benchmarks.main_job import QUICK_MODEL, full_job, quick_job, records, tune
 
 TRIALS, QUICK_TRIALS = 60, 12
 # How well latencies are known does not change what is shipped; an idle machine never needs the
@@ -106,11 +104,8 @@ def long_job(source: Path, trials: int) -> Path:
 
 def replay(data_dir: Path, job_id: str) -> list[dict[str, Any]]:
     """The job's artifacts in the order of its trials: size and bytes sent, each file once."""
-    database = open_database(f"sqlite:///{data_dir / 'autotune.db'}")
-    try:
-        trials = Repository(database).list_trials(job_id)
-    finally:
-        database.close()
+    with records(data_dir) as repository:
+        trials = repository.list_trials(job_id)
     line = CountingLine(artifacts=ArtifactStore(data_dir / "artifacts"))
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="bytes-per-candidate-") as name:

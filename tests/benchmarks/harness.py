@@ -53,6 +53,7 @@ class Benchmark:
     name: str
     quick: bool = False
     json_path: Path | None = None
+    models: tuple[str, ...] = ()
     figures: dict[str, Figure] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -111,15 +112,33 @@ class Benchmark:
         print(last_line(self.name, self.figures), flush=True)
 
 
-def start(name: str, description: str, argv: Sequence[str] | None = None) -> Benchmark:
-    """The benchmark that the command line asks for."""
+def start(
+    name: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    models: Sequence[str] = (),
+    quick_models: Sequence[str] = (),
+) -> Benchmark:
+    """The benchmark that the command line asks for.
+
+    With `models` it has the option --model, any number of times; without it all of them run, or
+    the `quick_models`.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m tests.benchmarks.{name}", description=description
     )
     parser.add_argument("--quick", action="store_true", help="under 50 s on 2 cores; rough figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and raw values")
+    if models:
+        parser.add_argument(
+            "--model", choices=models, action="append", metavar="NAME", help="this one alone"
+        )
     options = parser.parse_args(argv)
-    return Benchmark(name=name, quick=options.quick, json_path=options.json)
+    asked = (models and options.model) or (quick_models if options.quick else models)
+    return Benchmark(
+        name=name, quick=options.quick, json_path=options.json, models=tuple(dict.fromkeys(asked))
+    )
 
 
 def last_line(name: str, figures: Mapping[str, Figure]) -> str:

@@ -20,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from typing import Any
 import yaml
 
 from autotune.export.bundle import read_bundle
+from storage.database import open_database
+from storage.repository import Repository
 from tests.benchmarks.harness import CACHE, ROOT, Figure, start
 
 MODELS = ("mobilenet_v2", "resnet18")
@@ -58,8 +61,13 @@ QUICK_CHANGES: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    benchmark = start("main_job", "The demo's job for both models, end to end.")
-    for model in (QUICK_MODEL,) if benchmark.quick else MODELS:
+    benchmark = start(
+        "main_job",
+        "The demo's job for both models, end to end.",
+        models=MODELS,
+        quick_models=(QUICK_MODEL,),
+    )
+    for model in benchmark.models:
         benchmark.say(f"{model}: preparing data and FP32 model")
         job = quick_job(CACHE / "quick") if benchmark.quick else full_job(model, CACHE / "digits")
         benchmark.say(f"{model}: tuning")
@@ -129,6 +137,13 @@ def tune(job: Path, folder: Path) -> tuple[dict[str, Any], float]:
     if done.returncode != 0:
         raise SystemExit(f"`{' '.join(command)}` ended with exit code {done.returncode}")
     return json.loads(done.stdout), wall_s
+
+
+@contextmanager
+def records(data_dir: Path) -> Iterator[Repository]:
+    """What the service that kept its data there has stored."""
+    with closing(open_database(f"sqlite:///{data_dir / 'autotune.db'}")) as database:
+        yield Repository(database)
 
 
 def job_figures(figures: Mapping[str, Any], *, wall_s: float) -> dict[str, Figure]:

@@ -57,9 +57,17 @@ class Measured:
 
 
 def by_agent(
-    candidate: Path, reference: Path, *, target: float, time_cap_s: float, seed: int
+    candidate: Path,
+    reference: Path,
+    *,
+    target: float,
+    time_cap_s: float,
+    seed: int,
+    runtime: RuntimeRequest | None = None,
 ) -> Measured:
     """The agent's measurement, in the child process that an agent starts.
+
+    `runtime` is the candidate's, by default one thread of onnxruntime as the reference's is.
 
     Raises:
         SystemExit: there is no report.
@@ -68,7 +76,11 @@ def by_agent(
         target_half_width=target, time_cap_s=time_cap_s, timeout_s=10 * time_cap_s + 60, seed=seed
     )
     ended = Measurement(
-        candidate=candidate, reference=reference, runtime=RuntimeRequest(), plan=plan
+        candidate=candidate,
+        reference=reference,
+        runtime=runtime or RuntimeRequest(),
+        reference_runtime=RuntimeRequest(),
+        plan=plan,
     ).run()
     if ended.report is None:
         raise SystemExit(f"a measurement ended as {ended.outcome}: {ended.reason}")

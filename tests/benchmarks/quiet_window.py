@@ -32,11 +32,9 @@ from autotune.client import FINAL_STATES, Client
 from autotune.export.bundle import read_bundle
 from autotune.spec import JobSpec, read_job
 from device_agents.protocol import LatencyReport
-from storage.database import open_database
 from storage.records import MeasurementRecord
-from storage.repository import Repository
 from tests.benchmarks.harness import CACHE, Benchmark, Figure, median_figure, start
-from tests.benchmarks.main_job import QUICK_MODEL, full_job, quick_job
+from tests.benchmarks.main_job import QUICK_MODEL, full_job, quick_job, records
 
 ROUNDS, QUICK_ROUNDS = 20, 1
 RESAMPLES = 2000
@@ -129,12 +127,9 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def verifications(data_dir: Path, job: Job) -> list[LatencyReport]:
     """The reports of all measurements made for the job after it had finished, in their order."""
-    database = open_database(f"sqlite:///{data_dir / 'autotune.db'}")
-    try:
-        records = Repository(database).list_measurements(job.id)
-    finally:
-        database.close()
-    later = [r for r in records if job.finished_at is not None and r.created_at > job.finished_at]
+    with records(data_dir) as repository:
+        found = repository.list_measurements(job.id)
+    later = [r for r in found if job.finished_at is not None and r.created_at > job.finished_at]
     return [required_report(record) for record in sorted(later, key=lambda r: r.created_at)]
 
 

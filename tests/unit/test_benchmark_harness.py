@@ -113,3 +113,19 @@ def test_a_turn_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(quiet_window, "TURN_TIMEOUT_S", 0.0)
     with pytest.raises(SystemExit, match="not within 0 s: the job pauses"):
         quiet_window.until(lambda: False, "the job pauses")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("a", "b")),
+        (["--quick"], ("b",)),
+        (["--model", "a"], ("a",)),
+        (["--quick", "--model", "a", "--model", "a"], ("a",)),
+    ],
+)
+def test_a_benchmark_of_models_runs_those_asked_for(
+    arguments: list[str], expected: tuple[str, ...]
+) -> None:
+    made = harness.start("sample", "A sample.", arguments, models=("a", "b"), quick_models=("b",))
+    assert made.models == expected

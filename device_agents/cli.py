@@ -11,7 +11,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -151,6 +151,25 @@ def run(
     help="The runtime's execution provider, by the runtime's name for it.",
 )
 @click.option(
+    "--graph-level",
+    type=click.Choice(["all", "layout", "extended", "basic", "disabled"]),
+    default="all",
+    show_default=True,
+    help="How far onnxruntime rewrites the graph before it runs it.",
+)
+@click.option(
+    "--memory-arena/--no-memory-arena",
+    default=True,
+    show_default=True,
+    help="Whether freed memory is kept for the next inference.",
+)
+@click.option(
+    "--spinning/--no-spinning",
+    default=True,
+    show_default=True,
+    help="Whether threads that wait for work keep their core busy.",
+)
+@click.option(
     "--target",
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
     default=0.01,
@@ -171,13 +190,11 @@ def run(
 def measure(
     model: Path,
     against: Path | None,
-    threads: int,
-    runtime: str,
-    provider: str,
     target: float,
     time_cap: float,
     profile: bool,
     output: str,
+    **runtime: Any,
 ) -> None:
     """Measure the latency of MODEL at batch 1 on this device; needs no service."""
     from device_agents.measurement import Measurement
@@ -186,7 +203,7 @@ def measure(
     ended = Measurement(
         candidate=model,
         reference=against or model,
-        runtime=RuntimeRequest(runtime=runtime, provider=provider, threads=threads),
+        runtime=RuntimeRequest(**runtime),
         plan=MeasurementPlan(
             kind="confirmation",
             target_half_width=target,
@@ -324,10 +341,7 @@ def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str
             f"{against.name if against else 'itself'} at {_ms(report.reference_p50_ns)} ms"
         ),
         "samples": f"{report.n_samples} in {report.n_blocks} blocks, {report.wall_s:.1f} s",
-        "runtime": (
-            f"{report.runtime.runtime} {report.runtime_version}, {report.runtime.provider}, "
-            f"threads: {report.runtime.threads}"
-        ),
+        "runtime": report.runtime.text(version=report.runtime_version),
         "repeated": _repeated_text(report),
         "steady": "yes" if report.is_steady else f"no: {report.unsteady_reason}",
     }

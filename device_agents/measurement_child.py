@@ -4,7 +4,7 @@ Runs as `python -m device_agents.measurement_child JOB.json REPORT.json` in a pr
 crash, hang or run out of memory; `measurement.py` supervises it, `sampling.py` holds the timed
 loop. Nothing of the protocol is imported here: start-up is a third of a short measurement, and
 pydantic would double it. Sets nothing that a user's own deployment would not have: no pinning,
-no priority, no session option beside the thread count. Each model has its own options: the
+no priority, no session option that was not asked for. Each model has its own options: the
 reference's are pinned for a job, whatever a candidate runs with.
 """
 
@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from device_agents.conditions import cpu_ticks, read_conditions
-from device_agents.energy import EnergyMeter, NoEnergySensor, open_meter
+from device_agents.energy import ACCELERATED, EnergyMeter, NoEnergySensor, open_meter
 from device_agents.errors import RuntimeUnavailable
 from device_agents.feeds import make_feeds
 from device_agents.isolation import leave_network
 from device_agents.latency import energy_per_inference, summarize
 from device_agents.profile import profile
+from device_agents.quantiles import upper_bounds
 from device_agents.runtimes import (
     InvalidArtifact,
     Runtime,
@@ -57,11 +58,9 @@ class ChildJob:
     candidate_path: str
     reference_path: str
     runtime: str
-    provider: str
-    threads: int
+    options: RuntimeOptions
     reference_runtime: str
-    reference_provider: str
-    reference_threads: int
+    reference_options: RuntimeOptions
     target_half_width: float
     time_cap_s: float
     min_blocks: int
@@ -71,12 +70,21 @@ class ChildJob:
     cpu_limit_s: int
     parent_pid: int
     profile: bool
+    quantile: str = "p50"
+
+    @classmethod
+    def read(cls, path: Path) -> ChildJob:
+        """The job that the parent wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("options", "reference_options"):
+            fields[name] = RuntimeOptions(**fields[name])
+        return cls(**fields)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure as the job file says and write the report; 0 also for a refused model."""
     job_path, report_path = (Path(argument) for argument in arguments)
-    job = ChildJob(**json.loads(job_path.read_text(encoding="utf-8")))
+    job = ChildJob.read(job_path)
     confine(job)
     document = attempt(job)
     part = report_path.with_suffix(".part")
@@ -141,12 +149,13 @@ def measure(job: ChildJob) -> dict[str, Any]:
         target_half_width=job.target_half_width,
         time_cap_s=job.time_cap_s,
         min_blocks=job.min_blocks,
+        quantile=job.quantile,
         seed=job.seed,
     )
     before, ticks = read_conditions(since=start_ticks), cpu_ticks()
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
-    meter, source = find_meter(job.provider)
+    meter, source = find_meter(job.options.provider)
     watch = runtime.watch or DeviceWatch()
     sampled = sample(models.load, plan, runtime.clock, watch=watch, meter=meter)
     blocks = sampled.blocks
@@ -159,6 +168,12 @@ def measure(job: ChildJob) -> dict[str, Any]:
         "outcome": "ok" if summary.is_steady else "unstable",
         "reason": summary.unsteady_reason,
         "report": asdict(summary)
+        | {
+            f"{name}_high_ns": bound
+            for name, bound in upper_bounds(
+                blocks, reference_latency_ns=job.reference_latency_ns
+            ).items()
+        }
         | {
             "blocks": [asdict(block) for block in blocks],
             "before": before,
@@ -178,14 +193,13 @@ def measure(job: ChildJob) -> dict[str, Any]:
 
 def profile_of(runtime: Runtime, job: ChildJob) -> dict[str, Any]:
     """The candidate's profile."""
-    options = RuntimeOptions(provider=job.provider, threads=job.threads)
-    return profile(runtime, Path(job.candidate_path), options, seed=job.seed)
+    return profile(runtime, Path(job.candidate_path), job.options, seed=job.seed)
 
 
 def find_meter(provider: str) -> tuple[EnergyMeter | None, str]:
     """The energy meter and what it covers; without one, why there is none."""
     try:
-        meter = open_meter(on_gpu=provider.startswith(("CUDA", "Tensorrt")))
+        meter = open_meter(on_gpu=provider.startswith(ACCELERATED))
     except NoEnergySensor as error:
         return None, str(error)
     return meter, meter.covers
@@ -216,10 +230,8 @@ class Models:
     def _load(self, subject: Subject) -> Call:
         job, runtime = self._job, self._runtimes[subject]
         if subject == "reference":
-            options = RuntimeOptions(provider=job.reference_provider, threads=job.reference_threads)
-            return _load(runtime, job.reference_path, options, seed=job.seed)
-        options = RuntimeOptions(provider=job.provider, threads=job.threads)
-        call = _load(runtime, job.candidate_path, options, seed=job.seed)
+            return _load(runtime, job.reference_path, job.reference_options, seed=job.seed)
+        call = _load(runtime, job.candidate_path, job.options, seed=job.seed)
         if not self.peak_memory_bytes:
             call()
             self.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

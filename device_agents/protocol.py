@@ -30,8 +30,16 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # `n_restarts` of `LatencyReport`; `DeviceDescription.kernel_speeds`. A peer that does not know
 # them leaves them out.
 # 2026-11-21: `Block.sitting`; an agent without it had one sitting.
+# 2026-11-21: `graph_level`, `memory_arena` and `spinning` of `RuntimeRequest`, and
+# `RuntimeBuild.options`, which names what an agent understands of them: one that names none is
+# asked for the usual ones alone, which mean what they did.
+# 2026-11-21: `MeasurementPlan.quantile`; `p90_high_ns` and `p99_high_ns` of `LatencyReport`, which
+# the service computes from the samples of an agent that does not; `energy_source` and
+# `energy_missing` of `DeviceDescription`, both None where an agent says neither.
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Quantile = Literal["p50", "p90", "p99"]
+"""Of the latencies of single inferences: half, 90 % and 99 % of them are faster."""
 
 
 class Message(BaseModel):
@@ -61,11 +69,15 @@ class Outcome(StrEnum):
 
 
 class RuntimeBuild(Message):
-    """A runtime that the device can load, as its probe found it."""
+    """A runtime that the device can load, as its probe found it.
+
+    `options` names the fields of `RuntimeRequest` beside provider and threads that it heeds.
+    """
 
     name: str
     version: str
     providers: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
 
 class KernelSpeed(Message):
@@ -93,6 +105,7 @@ class DeviceDescription(Message):
     on the very machine its own workers compute on. `cpu_flags` holds only the flags that decide
     about kernels (avx2, avx512_vnni, avx_vnni, asimddp, ...).
     `kernel_speeds` is what the device measured when it enrolled; empty where it did not.
+    `energy_source` is what its energy meter covers; without a meter `energy_missing` says why.
     """
 
     hostname: str
@@ -108,6 +121,8 @@ class DeviceDescription(Message):
     agent_version: str
     runtimes: tuple[RuntimeBuild, ...]
     kernel_speeds: tuple[KernelSpeed, ...] = ()
+    energy_source: str | None = None
+    energy_missing: str | None = None
     fingerprint: str = Field(description="sha256 over the fields that decide about latency")
 
 
@@ -209,11 +224,33 @@ class ArtifactSegments(Message):
 
 
 class RuntimeRequest(Message):
-    """The runtime to load and its options."""
+    """The runtime to load and its options.
+
+    `graph_level` is how far onnxruntime rewrites the graph before it runs it: `all`, `layout`,
+    `extended`, `basic` or `disabled`. `memory_arena`: freed memory is kept for the next
+    inference. `spinning`: threads that wait for work keep their core busy. The defaults are
+    what a plain session has, and what a runtime without such an option is asked for.
+    """
 
     runtime: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
     threads: int = Field(default=1, ge=1)
+    graph_level: str = "all"
+    memory_arena: bool = True
+    spinning: bool = True
+
+    def text(self, *, version: str = "") -> str:
+        """For people, the runtime's version behind its name; of the rest what is not usual."""
+        return ", ".join(
+            (
+                f"{self.runtime} {version}".strip(),
+                self.provider,
+                f"{self.threads} thread{'s' if self.threads > 1 else ''}",
+                *([f"graph level {self.graph_level}"] if self.graph_level != "all" else []),
+                *([] if self.memory_arena else ["no memory arena"]),
+                *([] if self.spinning else ["no spinning"]),
+            )
+        )
 
 
 class MeasurementPlan(Message):
@@ -223,6 +260,7 @@ class MeasurementPlan(Message):
     the reference at which sampling stops; `time_cap_s` bounds the timed part.
     `reference_latency_ns` is the reference's own calibrated median on this device; where it
     is given, latencies are the ratio times it, which cancels the drift of the machine.
+    Sampling also goes on until the tail of `quantile` is seen well enough for an upper bound.
     """
 
     kind: Literal["screening", "confirmation"] = "screening"
@@ -231,6 +269,7 @@ class MeasurementPlan(Message):
     min_blocks: int = Field(default=8, ge=4)
     timeout_s: float = Field(default=120.0, gt=0)
     reference_latency_ns: float | None = None
+    quantile: Quantile = "p50"
     seed: int = 0
 
 
@@ -333,7 +372,9 @@ class LatencyReport(Message):
     All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
     calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
     of a block bootstrap's and one over the sittings, of the ratio, scaled likewise. `p90_ns` and
-    `p99_ns` are the candidate's sample quantiles scaled by the same calibration. `ratio`
+    `p99_ns` are the candidate's sample quantiles scaled by the same calibration; their upper
+    bounds (`quantiles.py`) pass for as sure as `p50_high_ns` and are None where the samples are
+    too few for one. A sample of a model faster than 0.1 ms is a mean of some calls. `ratio`
     compares with the reference model, which is the job's FP32 model: below 1 is faster.
     `is_steady` is false where the interval is too wide to order anything; what slows both
     models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
@@ -349,6 +390,8 @@ class LatencyReport(Message):
     p50_high_ns: float
     p90_ns: float
     p99_ns: float
+    p90_high_ns: float | None = None
+    p99_high_ns: float | None = None
     ratio: float
     ratio_low: float
     ratio_high: float

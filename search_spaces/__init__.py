@@ -8,7 +8,9 @@ from search_spaces.candidate import Candidate
 from search_spaces.choices import (
     FP16,
     FP32,
+    GRAPH_LEVELS,
     INT8,
+    USUAL_PROVIDER,
     W1,
     W2,
     W4,
@@ -34,7 +36,9 @@ from search_spaces.space import SearchSpace, can_take
 __all__ = [
     "FP16",
     "FP32",
+    "GRAPH_LEVELS",
     "INT8",
+    "USUAL_PROVIDER",
     "W1",
     "W2",
     "W4",

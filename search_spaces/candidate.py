@@ -16,10 +16,12 @@ from typing import Any, Literal, get_args
 from search_spaces.choices import FP32, Precision, RuntimeOptions
 from search_spaces.errors import InvalidCandidate, SearchSpaceError
 
-CANDIDATE_VERSION = 2
+CANDIDATE_VERSION = 3
 # Version 1 (2026-11-21): precisions, prune_ratios, runtime; an absent group is FP32, unpruned.
 # Version 2 (2026-11-21): rounding. A candidate without it is still written as version 1, so that
 # its digest stays what it was.
+# Version 3 (2026-11-21): graph_level, memory_arena and spinning of the runtime. A candidate whose
+# runtime has the usual ones is still written as the version before.
 
 Rounding = Literal["adaround"]
 """How weights may be rounded otherwise than every candidate of the base has them: `adaround`
@@ -70,8 +72,12 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, with the format's version."""
-        version = 1 if self.rounding is None else 2
-        return {"version": version, **self._artifact_json(), "runtime": self._runtime()}
+        version = 3 if self.runtime.unusual else 1 if self.rounding is None else 2
+        return {
+            "version": version,
+            **self._artifact_json(),
+            "runtime": self.runtime.to_json(),
+        }
 
     def canonical_json(self) -> str:
         """The one textual form: sorted keys, no white space, defaults left out."""
@@ -127,13 +133,6 @@ class Candidate:
             "prune_ratios": dict(self.prune_ratios),
         }
         return shapes if self.rounding is None else {**shapes, "rounding": self.rounding}
-
-    def _runtime(self) -> dict[str, Any]:
-        return {
-            "runtime": self.runtime.runtime,
-            "provider": self.runtime.provider,
-            "threads": self.runtime.threads,
-        }
 
 
 def _canonical(document: Mapping[str, Any]) -> str:

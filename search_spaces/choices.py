@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from search_spaces.errors import InvalidChoice
 
@@ -220,14 +221,72 @@ W2 = Precision(2, 32)
 W1 = Precision(1, 32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+GRAPH_LEVELS = ("all", "layout", "extended", "basic", "disabled")
+"""How far onnxruntime rewrites a graph before it runs it, farthest first (its documentation,
+"Graph Optimizations in ONNX Runtime"). Another runtime has `all`, whatever it does by itself."""
+
+USUAL_PROVIDER = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeOptions:
-    """How the runtime is started on the device; it changes latency, never the artifact."""
+    """How the runtime is started on the device; it changes latency, never the artifact.
+
+    `provider` is the execution provider, by onnxruntime's names for all runtimes; `threads`
+    compute one inference. `memory_arena`: the runtime keeps freed memory for the next
+    inference; `spinning`: threads that wait for work keep their core busy, which says something
+    with two threads or more.
+
+    Ordered by runtime, provider (the processor first) and threads; what is off by default
+    comes last, so that the first of several options is the plainest.
+
+    >>> RuntimeOptions(threads=2, spinning=False).to_json()
+    {'runtime': 'onnxruntime', 'provider': 'CPUExecutionProvider', 'threads': 2, 'spinning': False}
+    """
 
     runtime: str = "onnxruntime"
-    provider: str = "CPUExecutionProvider"
+    provider: str = USUAL_PROVIDER
     threads: int = 1
+    graph_level: str = GRAPH_LEVELS[0]
+    memory_arena: bool = True
+    spinning: bool = True
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise InvalidChoice(f"threads is {self.threads}; it must be 1 or more")
+        if self.graph_level not in GRAPH_LEVELS:
+            raise InvalidChoice(
+                f"graph level {self.graph_level!r} is not known; write {', '.join(GRAPH_LEVELS)}"
+            )
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """The options beside provider and threads that are not what a plain session has."""
+        plain = RuntimeOptions()
+        return {
+            name: value
+            for name in ("graph_level", "memory_arena", "spinning")
+            if (value := getattr(self, name)) != getattr(plain, name)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; unusual options alone are written out, so that digests last."""
+        return {
+            "runtime": self.runtime,
+            "provider": self.provider,
+            "threads": self.threads,
+            **self.unusual,
+        }
+
+    def __lt__(self, other: RuntimeOptions) -> bool:
+        return self._order() < other._order()
+
+    def _order(self) -> tuple[Any, ...]:
+        return (
+            self.runtime,
+            (self.provider != USUAL_PROVIDER, self.provider),
+            self.threads,
+            GRAPH_LEVELS.index(self.graph_level),
+            not self.memory_arena,
+            not self.spinning,
+        )

@@ -17,8 +17,10 @@ from search_spaces.choices import FP32, INT8, PerBlock, Precision, RuntimeOption
 from search_spaces.errors import InvalidCandidate, InvalidChoice
 from search_spaces.layers import LayerGroup, LayerInventory
 
-SPACE_VERSION = 1
+SPACE_VERSION = 2
 # Version 1 (2026-11-21): precisions and prune ratios per group, runtimes.
+# Version 2 (2026-11-21): graph_level, memory_arena and spinning of a runtime; those of version 1
+# are the usual ones.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +149,7 @@ class SearchSpace:
             "version": SPACE_VERSION,
             "precisions": {n: [p.name for p in c] for n, c in self.precisions.items()},
             "prune_ratios": {n: list(c) for n, c in self.prune_ratios.items()},
-            "runtimes": [
-                {"runtime": r.runtime, "provider": r.provider, "threads": r.threads}
-                for r in self.runtimes
-            ],
+            "runtimes": [options.to_json() for options in self.runtimes],
         }
 
     @classmethod

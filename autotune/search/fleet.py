@@ -7,6 +7,7 @@ queued here through the service's routes; nothing in this module talks to a devi
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -382,9 +383,7 @@ def is_to_repeat(record: MeasurementRecord) -> bool:
 
 def runtime_request(options: RuntimeOptions) -> RuntimeRequest:
     """The options as an agent is asked for them."""
-    return RuntimeRequest(
-        runtime=options.runtime, provider=options.provider, threads=options.threads
-    )
+    return RuntimeRequest.model_validate(options.to_json())
 
 
 def _measurement_id(pursuit: _Pursuit) -> str:
@@ -395,7 +394,7 @@ def _measurement_id(pursuit: _Pursuit) -> str:
             order.trial_id,
             pursuit.device.id,
             order.artifact.sha256,
-            repr(order.runtime),
+            json.dumps(order.runtime.to_json()),
             order.plan.kind,
             str(order.plan.seed),
             str(pursuit.attempt),

@@ -45,12 +45,38 @@ class TensorSpec:
     dtype: str
 
 
+GRAPH_LEVELS = ("all", "layout", "extended", "basic", "disabled")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeOptions:
-    """How a session is made; `threads` is the number that compute one inference."""
+    """How a session is made; the fields mean what those of `protocol.RuntimeRequest` do."""
 
-    provider: str
-    threads: int
+    provider: str = "CPUExecutionProvider"
+    threads: int = 1
+    graph_level: str = "all"
+    memory_arena: bool = True
+    spinning: bool = True
+
+    def require(self, runtime: Runtime) -> None:
+        """Return where the runtime can be started so.
+
+        Raises:
+            UnsupportedModel: it has no such provider here, or does not heed an option.
+        """
+        offered = runtime.providers()
+        if self.provider not in offered:
+            raise UnsupportedModel(
+                f"{runtime.name} has no {self.provider} here; it has {', '.join(offered)}"
+            )
+        heeded = getattr(runtime, "options", ())
+        for option in ("graph_level", "memory_arena", "spinning"):
+            value = getattr(self, option)
+            if value != getattr(RuntimeOptions(), option) and option not in heeded:
+                raise UnsupportedModel(f"{runtime.name} has no option {option} to set to {value}")
+        if self.graph_level not in GRAPH_LEVELS:
+            listed = ", ".join(GRAPH_LEVELS)
+            raise UnsupportedModel(f"graph level {self.graph_level!r} is not known; {listed} are")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +136,11 @@ class ProfiledSession(Session, Protocol):
 
 
 class Runtime(Protocol):
-    """One runtime build on this device. Made anew in every measurement's process."""
+    """One runtime build on this device. Made anew in every measurement's process.
+
+    `options` names the `RuntimeOptions` beside provider and threads that it heeds; a runtime
+    without the attribute heeds none, and is never asked for one.
+    """
 
     name: str
     version: str
@@ -123,11 +153,11 @@ class Runtime(Protocol):
         ...
 
     def load(self, path: Path, options: RuntimeOptions) -> Session:
-        """A session with the options a user's own deployment would have.
+        """A session with these options, and else those a user's own deployment would have.
 
         Raises:
             InvalidArtifact: the file is not a model.
-            UnsupportedModel: the model or the provider cannot run here.
+            UnsupportedModel: the model cannot run here, or not with these options.
         """
         ...
 

@@ -20,7 +20,12 @@ def probe(name: str) -> int:
     except RuntimeUnavailable as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    build = {"name": name, "version": runtime.version, "providers": list(runtime.providers())}
+    build = {
+        "name": name,
+        "version": runtime.version,
+        "providers": list(runtime.providers()),
+        "options": list(getattr(runtime, "options", ())),
+    }
     sys.stdout.write(json.dumps(build) + "\n")
     return 0
 

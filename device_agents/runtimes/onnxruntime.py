@@ -1,7 +1,8 @@
 """onnxruntime: sessions with the options that a user's deployment would have.
 
-Owns the door to the onnxruntime package and the translation of its errors. Sets the thread
-count that was asked for and nothing else, so that the figure is the one a plain session gives.
+Owns the door to the onnxruntime package, what its execution providers want to be told, and the
+translation of its errors. Sets what was asked for and nothing else, so that with the usual
+options the figure is the one a plain session gives.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from device_agents.runtimes import (
     TensorSpec,
     UnsupportedModel,
 )
+from device_agents.watch import Watch
 
 LOAD_ERRORS = (
     ort_errors.EPFail,
@@ -41,6 +43,31 @@ PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? f
 KERNEL_SUFFIX = "_kernel_time"
 CALL_EVENT = "model_run"
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory")
+
+REMOTE = frozenset({"AzureExecutionProvider"})
+"""Providers that compute nothing here: with this one a session runs on the processor."""
+
+BEHIND = {
+    "TensorrtExecutionProvider": ("CUDAExecutionProvider",),
+    "NvTensorRTRTXExecutionProvider": ("CUDAExecutionProvider",),
+}
+"""Who gets what a provider leaves, before the processor does (onnxruntime's documentation of the
+TensorRT provider: register CUDA behind it)."""
+
+OWN_THREADS = {
+    "XnnpackExecutionProvider": "intra_op_num_threads",
+    "OpenVINOExecutionProvider": "num_of_threads",
+}
+"""Options of providers that bring threads of their own (their pages in that documentation). The
+session's are one then, as the page of XNNPACK advises: the two pools would fight for cores."""
+
+LEVELS = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "layout": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_LAYOUT,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
 
 # onnxruntime names an input's type like ONNX does; numpy's names differ.
 NUMPY_TYPES = {
@@ -59,8 +86,9 @@ class OnnxRuntime:
     """The installed onnxruntime build."""
 
     name = "onnxruntime"
+    options = ("graph_level", "memory_arena", "spinning")
     clock = Clock()
-    watch = None
+    watch: Watch | None = None
 
     def __init__(self) -> None:
         self.version: str = onnxruntime.__version__
@@ -68,29 +96,37 @@ class OnnxRuntime:
         onnxruntime.set_default_logger_severity(3)
 
     def providers(self) -> tuple[str, ...]:
-        """The execution providers of this build."""
-        return tuple(onnxruntime.get_available_providers())
+        """The execution providers of this build that compute here, its own order kept."""
+        found = onnxruntime.get_available_providers()
+        return tuple(provider for provider in found if provider not in REMOTE)
 
     def load(self, path: Path, options: RuntimeOptions) -> OnnxSession:
-        """A sequential session with the asked thread count and defaults otherwise."""
-        return OnnxSession(self._open(path, options, session_options(options.threads)))
+        """A sequential session with these options and defaults otherwise."""
+        return OnnxSession(self._open(path, options, session_options(options)))
 
     def load_profiled(self, path: Path, options: RuntimeOptions) -> ProfiledOnnxSession:
         """The same session with onnxruntime's profiler on; it writes into a temporary folder."""
         folder = tempfile.TemporaryDirectory(prefix="autotune-profile-")
-        settings = session_options(options.threads)
+        settings = session_options(options)
         settings.enable_profiling = True
         settings.profile_file_prefix = f"{folder.name}/trace"
         return ProfiledOnnxSession(self._open(path, options, settings), folder)
 
     def _open(self, path: Path, options: RuntimeOptions, settings: Any) -> Any:
-        if options.provider not in self.providers():
-            has = ", ".join(self.providers())
-            raise UnsupportedModel(f"this build has no {options.provider}; it has {has}")
+        options.require(self)
+        chain = provider_chain(options, offered=self.providers())
         try:
-            return onnxruntime.InferenceSession(str(path), settings, providers=[options.provider])
+            session = onnxruntime.InferenceSession(str(path), settings, providers=chain)
         except LOAD_ERRORS as error:
             raise _translated(error) from error
+        # A provider whose libraries or device are missing is replaced without an error.
+        started = session.get_providers()
+        if options.provider not in started:
+            raise UnsupportedModel(
+                f"{options.provider} is in this build of onnxruntime and does not start here "
+                f"(its libraries, driver or device are missing); it would run on {started[0]}"
+            )
+        return session
 
 
 class OnnxSession:
@@ -143,13 +179,30 @@ def kernel_runs(events: Sequence[Mapping[str, Any]]) -> list[list[KernelRun]]:
     return runs
 
 
-def session_options(threads: int) -> Any:
-    """Session options with this many threads for one operator, operators one by one."""
+def session_options(asked: RuntimeOptions) -> Any:
+    """Session options with these threads for one operator, operators one by one."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1 if asked.provider in OWN_THREADS else asked.threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = LEVELS[asked.graph_level]
+    options.enable_cpu_mem_arena = asked.memory_arena
+    if not asked.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def provider_chain(
+    asked: RuntimeOptions, *, offered: Sequence[str]
+) -> list[tuple[str, dict[str, str]]]:
+    """The provider with its own options, and behind it who takes what it cannot run.
+
+    onnxruntime itself adds the processor at the end.
+    """
+    behind = [name for name in BEHIND.get(asked.provider, ()) if name in offered]
+    own = OWN_THREADS.get(asked.provider)
+    settings = {} if own is None else {own: str(asked.threads)}
+    return [(asked.provider, settings), *((name, {}) for name in behind)]
 
 
 def _tensor_spec(tensor: Any) -> TensorSpec:

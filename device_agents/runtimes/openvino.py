@@ -23,6 +23,7 @@ from device_agents.runtimes import (
     TensorSpec,
     UnsupportedModel,
 )
+from device_agents.watch import Watch
 
 PROVIDER_SUFFIX = "ExecutionProvider"
 _NO_MODEL = ("Unable to read the model", "Could not open the file", "is not a valid", "parse")
@@ -36,7 +37,7 @@ class OpenVino:
 
     name = "openvino"
     clock = Clock()
-    watch = None
+    watch: Watch | None = None
 
     def __init__(self) -> None:
         self._core = openvino.Core()
@@ -61,9 +62,7 @@ class OpenVino:
         return tuple(_executed(node) for node in nodes if _told(node, "layerType") in _WEIGHTED)
 
     def _compile(self, path: Path, options: RuntimeOptions, further: dict[str, Any]) -> Any:
-        if options.provider not in self.providers():
-            has = ", ".join(self.providers())
-            raise UnsupportedModel(f"OpenVINO has no {options.provider} here; it has {has}")
+        options.require(self)
         device = options.provider.removesuffix(PROVIDER_SUFFIX)
         try:
             model = self._core.read_model(path)

@@ -47,6 +47,11 @@ MODEL_NS_PER_BYTE = 0.05
 """Cost of a real model's file: what small convolution networks take per byte of weights on one
 x86 core, to one digit (mobilenet_v2: 9.1 MB, 0.4 ms). A figure for trying things, no claim."""
 
+UNUSUAL = {"layout": 1.0, "extended": 1.4, "basic": 4.0, "disabled": 4.5}
+NO_ARENA, NO_SPINNING = 1.02, 1.1
+"""How many times as long a simulated device takes with other options than the usual ones: what
+small convolution networks do in onnxruntime on one x86 core, roughly. As above, no claim."""
+
 SLOWNESS = "AUTOTUNE_SIMULATED_SLOWNESS"
 """Environment variable: how many times as long everything takes on this simulated device."""
 
@@ -96,6 +101,7 @@ class SimulatedRuntime:
 
     name = "simulated"
     version = "1"
+    options = ("graph_level", "memory_arena", "spinning")
 
     def __init__(self) -> None:
         self._now_ns = 0.0
@@ -103,7 +109,7 @@ class SimulatedRuntime:
         self.slowness = float(os.environ.get(SLOWNESS, "1"))
         self._throttling: list[SimulatedModel] = []
         self.clock = Clock(now_ns=self.now_ns, sleep=lambda pause_s: self.spend(pause_s * 1e9))
-        self.watch: Watch = self
+        self.watch: Watch | None = self
 
     def providers(self) -> tuple[str, ...]:
         """The one provider, named like the real one so that plans fit both."""
@@ -136,10 +142,9 @@ class SimulatedRuntime:
 
     def load(self, path: Path, options: RuntimeOptions) -> SimulatedSession:
         """The artifact as a session."""
-        if options.provider not in self.providers():
-            raise UnsupportedModel(f"the simulated device has no {options.provider}")
+        options.require(self)
         model = read_model(path.read_bytes())
-        session = SimulatedSession(self, model, threads=options.threads)
+        session = SimulatedSession(self, model, options)
         if model.after_calls == 0:
             VERBS[model.verb](session)
         return session
@@ -152,11 +157,19 @@ class SimulatedRuntime:
 class SimulatedSession:
     """A loaded artifact."""
 
-    def __init__(self, device: SimulatedRuntime, model: SimulatedModel, *, threads: int) -> None:
+    def __init__(
+        self, device: SimulatedRuntime, model: SimulatedModel, options: RuntimeOptions
+    ) -> None:
         self.device = device
         self.model = model
-        self.inputs = (TensorSpec(name="input", shape=model.input_shape, dtype="float32"),)
-        self._threads = threads
+        self.inputs: tuple[TensorSpec, ...] = (
+            TensorSpec(name="input", shape=model.input_shape, dtype="float32"),
+        )
+        # Amdahl's law with nine tenths of the work in parallel.
+        self._slower = 0.1 + 0.9 / options.threads
+        self._slower *= UNUSUAL.get(options.graph_level, 1.0)
+        self._slower *= 1.0 if options.memory_arena else NO_ARENA
+        self._slower *= 1.0 if options.spinning or options.threads == 1 else NO_SPINNING
         self._calls = 0
         self._durations: list[float] = []
         # Two sessions of one artifact must not have the same noise: their ratio would be exact.
@@ -187,10 +200,8 @@ class SimulatedSession:
         slower = 1 + model.drift_per_s * min(elapsed_s, model.drift_until_s)
         if model.throttle_after_s <= elapsed_s < model.throttle_until_s:
             slower *= model.throttle_factor
-        # Amdahl's law with nine tenths of the work in parallel.
-        alone = 0.1 + 0.9 / self._threads
-        slower *= self.device.slowness
-        return model.latency_ns * alone * slower * self._random.lognormvariate(0, model.noise)
+        slower *= self.device.slowness * self._slower
+        return model.latency_ns * slower * self._random.lognormvariate(0, model.noise)
 
 
 def read_model(data: bytes) -> SimulatedModel:

@@ -19,7 +19,7 @@ from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
 from device_agents.measurement_child import ChildJob
 from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
-from device_agents.runtimes import TensorSpec, UnsupportedModel
+from device_agents.runtimes import RuntimeOptions, TensorSpec, UnsupportedModel
 from device_agents.runtimes.simulated import SimulatedModel
 
 SIMULATED = RuntimeRequest(runtime="simulated")
@@ -304,11 +304,9 @@ def child_job(folder, **changes):
         "candidate_path": str(artifact(folder, noise=0.01)),
         "reference_path": str(artifact(folder, "reference", noise=0.01)),
         "runtime": "simulated",
-        "provider": "CPUExecutionProvider",
-        "threads": 1,
+        "options": RuntimeOptions(),
         "reference_runtime": "simulated",
-        "reference_provider": "CPUExecutionProvider",
-        "reference_threads": 1,
+        "reference_options": RuntimeOptions(),
         "target_half_width": 0.02,
         "time_cap_s": 10.0,
         "min_blocks": 8,

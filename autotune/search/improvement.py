@@ -7,18 +7,18 @@ minimized; points are rows of integers as in `surrogate.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
+from autotune.search.minima import elimination_order, minima
 from autotune.search.surrogate import Energy, Surrogate
 
-_WEIGHTS = 12
+_WEIGHTS = 24
 """Weightings of the two figures for which the best point is looked for."""
 
-_SWEEPS = 4
 _RANDOM_POINTS = 32
 _FLIPS = 256
 """Neighbours whose uncertainty is computed; chosen from all by their means, which cost little."""
@@ -137,13 +137,14 @@ def most_promising(
     hides nothing.
     """
     chosen: list[Promise] = []
-    known = {tuple(row) for row in (*points, *excluded)}
-    means, _ = landscape.predict(points)
+    known = {_key(row) for row in (*points, *excluded)}
+    energies = landscape.first.energy(), landscape.second.energy()
+    means = np.column_stack([energy.at(points) for energy in energies])
     front = front_of(means)
     pool = [
         (point, origin)
-        for point, origin in _pool(landscape, points, means, front, reference, rng)
-        if tuple(point) not in known
+        for key, (point, origin) in _pool(landscape, energies, points, means, reference, rng)
+        if key not in known
     ]
     while pool and len(chosen) < n:
         if chosen:
@@ -160,29 +161,34 @@ def most_promising(
 
 def _pool(
     landscape: Landscape,
+    energies: tuple[Energy, Energy],
     points: np.ndarray,
     means: np.ndarray,
-    front: np.ndarray,
     reference: Sequence[float],
     rng: np.random.Generator,
-) -> list[tuple[np.ndarray, str]]:
-    """Optima of weighted sums, neighbours of the front and of those optima, and random points."""
+) -> Iterator[tuple[bytes, tuple[np.ndarray, str]]]:
+    """Optima of weighted sums, neighbours of the front and of those optima, and random points.
+
+    Each once, with its key.
+    """
     members = points[[_is_on_front(means, i) for i in range(len(points))]]
-    first, second = landscape.first.energy(), landscape.second.energy()
-    optima = weighted_optima(first, second, members, _weights(means))
-    starts = np.unique(np.vstack([optima, members]), axis=0)
-    flips, predicted = neighbours(first, second, starts)
-    _, deviation = landscape.predict(starts)
-    about = np.broadcast_to(np.median(deviation, axis=0), predicted.shape)
-    gains = expected_improvement(predicted, about, front, reference)
+    optima = weighted_optima(*energies, members, _weights(means))
+    flips = Flips(*energies, np.unique(np.vstack([optima, members]), axis=0))
+    _, deviation = landscape.predict(optima)
+    about = np.broadcast_to(np.median(deviation, axis=0), flips.means.shape)
+    gains = expected_improvement(flips.means, about, front_of(means), reference)
     # Twice as many as are kept: one point is a neighbour of several starts.
-    flips = flips[np.argsort(-gains, kind="stable")[: 2 * _FLIPS]]
-    found: dict[tuple[int, ...], tuple[np.ndarray, str]] = {}
+    nearby = flips.points(np.argsort(-gains, kind="stable")[: 2 * _FLIPS])
     drawn = rng.integers(landscape.sizes, size=(_RANDOM_POINTS, len(landscape.sizes)))
-    for rows, origin in ((optima, "program"), (flips, "flip"), (drawn, "random")):
-        new = {tuple(point): (point, origin) for point in rows if tuple(point) not in found}
+    found: dict[bytes, tuple[np.ndarray, str]] = {}
+    for rows, origin in ((optima, "program"), (nearby, "flip"), (drawn, "random")):
+        new = {key: (row, origin) for row in rows if (key := _key(row)) not in found}
         found |= dict(islice(new.items(), _FLIPS))
-    return list(found.values())
+    yield from found.items()
+
+
+def _key(point: np.ndarray) -> bytes:
+    return point.astype(np.int64).tobytes()
 
 
 def _is_on_front(means: np.ndarray, index: int) -> bool:
@@ -191,22 +197,34 @@ def _is_on_front(means: np.ndarray, index: int) -> bool:
     return not bool(beats.any())
 
 
-def neighbours(first: Energy, second: Energy, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All points that differ from a start in one factor, and their two means, `(m, 2)`."""
-    own = np.column_stack([first.at(starts), second.at(starts)])
-    points, means = [], []
-    for column, table in enumerate(first.singles):
-        changes = [energy.conditional(starts, column) for energy in (first, second)]
-        current = starts[:, column]
+class Flips:
+    """All points that differ from one of `starts` in one factor, and their two `means`, `(m, 2)`.
+
+    They are many, so that their rows are made for those alone that are asked for.
+    """
+
+    def __init__(self, first: Energy, second: Energy, starts: np.ndarray) -> None:
+        self._starts = starts
+        own = np.column_stack([first.at(starts), second.at(starts)])
         rows = np.arange(len(starts))
-        for option in range(len(table)):
-            moved = current != option
-            other = starts[moved].copy()
-            other[:, column] = option
-            points.append(other)
-            gained = [c[rows, option] - c[rows, current] for c in changes]
-            means.append((own + np.column_stack(gained))[moved])
-    return np.vstack(points), np.vstack(means)
+        which, means = [], []
+        for column, table in enumerate(first.singles):
+            current, options = starts[:, column], np.arange(len(table))
+            changes = [energy.conditional(starts, column) for energy in (first, second)]
+            gained = [c - c[rows, current][:, None] for c in changes]
+            moved = np.flatnonzero(current[:, None] != options)
+            start, option = np.divmod(moved, len(table))
+            which.append(np.stack([start, np.full(len(moved), column), option]))
+            means.append(own[start] + np.stack([g.ravel()[moved] for g in gained], axis=1))
+        self._which = np.concatenate(which, axis=1)
+        self.means: np.ndarray = np.vstack(means)
+
+    def points(self, chosen: np.ndarray) -> np.ndarray:
+        """The rows of those numbers, `(n, n_factors)`."""
+        start, column, option = self._which[:, chosen]
+        found: np.ndarray = self._starts[start].copy()
+        found[np.arange(len(found)), column] = option
+        return found
 
 
 def _weights(means: np.ndarray) -> np.ndarray:
@@ -219,32 +237,50 @@ def _weights(means: np.ndarray) -> np.ndarray:
 def weighted_optima(
     first: Energy, second: Energy, starts: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Per weight a point that minimizes first + weight x second, `(n_weights, n_factors)`.
+    """Per weight the point that minimizes first + weight x second, `(n_weights, n_factors)`.
 
-    Coordinate descent on the tables, all weights at once, each from the best of `starts`: no
-    change of one factor lowers the sum further, nor one of two that form a pair.
+    Exact, by elimination, all weights at once. Where the links tie too many factors together
+    for that, those with the most links stay as they are in the best of `starts`.
     """
+    sums = _Sums(first, second, weights)
+    pairs = sorted(sums.pairs)
+    sizes = [table.shape[1] for table in sums.singles]
+    order = elimination_order(sizes, pairs)
+    held: list[int] = []
     values = first.at(starts)[None] + weights[:, None] * second.at(starts)[None]
-    points: np.ndarray = starts[np.argmin(values, axis=1)].copy()
-    rows = np.arange(len(weights))
-
-    def conditional(column: int, but: int = -1) -> np.ndarray:
-        found: np.ndarray = first.conditional(points, column, but=but)
-        found += weights[:, None] * second.conditional(points, column, but=but)
-        return found
-
-    pairs = sorted({*first.pairs, *second.pairs})
-    for _ in range(_SWEEPS):
-        before = points.copy()
-        for column in range(points.shape[1]):
-            points[:, column] = np.argmin(conditional(column), axis=1)
-        for a, b in pairs:
-            joint = conditional(a, b)[:, :, None] + conditional(b, a)[:, None, :]
-            for energy, weight in ((first, np.ones_like(weights)), (second, weights)):
-                if (a, b) in energy.pairs:
-                    joint += weight[:, None, None] * energy.pairs[a, b]
-            best = np.argmin(joint.reshape(len(rows), -1), axis=1)
-            points[:, a], points[:, b] = np.unravel_index(best, joint.shape[1:])
-        if (points == before).all():
-            break
+    best = starts[np.argmin(values, axis=1)]
+    while order is None:
+        ends = np.bincount(np.array(list(sums.pairs), dtype=int).ravel())
+        held.append(int(np.argmax(ends)))
+        sums.hold(held[-1], best[:, held[-1]])
+        sizes[held[-1]] = 1
+        order = elimination_order(sizes, sorted(sums.pairs))
+    points = minima(sums.singles, sums.pairs, order)
+    points[:, held] = best[:, held]
     return points
+
+
+class _Sums:
+    """first + weight x second as tables, with an axis of the weights before all others."""
+
+    def __init__(self, first: Energy, second: Energy, weights: np.ndarray) -> None:
+        self.singles = [
+            a + weights[:, None] * b for a, b in zip(first.singles, second.singles, strict=True)
+        ]
+        self.pairs: dict[tuple[int, int], np.ndarray] = {}
+        one = np.ones_like(weights)
+        for energy, weight in ((first, one), (second, weights)):
+            for pair, table in energy.pairs.items():
+                own = weight[:, None, None] * table
+                self.pairs[pair] = self.pairs[pair] + own if pair in self.pairs else own
+
+    def hold(self, column: int, options: np.ndarray) -> None:
+        """Leave one factor at these options, one per weight."""
+        rows = np.arange(len(options))
+        for first, second in [pair for pair in self.pairs if column in pair]:
+            table = self.pairs.pop((first, second))
+            if column == first:
+                self.singles[second] = self.singles[second] + table[rows, options]
+            else:
+                self.singles[first] = self.singles[first] + table[rows, :, options]
+        self.singles[column] = np.zeros((len(options), 1))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -77,16 +76,12 @@ class Energy:
             self._around[first].append((second, table.T))
             self._around[second].append((first, table))
 
-    def conditional(self, points: np.ndarray, column: int, *, but: int = -1) -> np.ndarray:
-        """What each option of one factor adds where the others stay, `(n, n_options)`.
-
-        Its pair with the factor `but` is left out.
-        """
+    def conditional(self, points: np.ndarray, column: int) -> np.ndarray:
+        """What each option of one factor adds where the others stay, `(n, n_options)`."""
         total = np.empty((len(points), len(self.singles[column])))
         total[:] = self.singles[column]
         for other, table in self._around[column]:
-            if other != but:
-                total += table[points[:, other]]
+            total += table[points[:, other]]
         return total
 
     def at(self, points: np.ndarray) -> np.ndarray:
@@ -99,11 +94,34 @@ class Energy:
         return total
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Alike:
+    """Tables of one shape, read at once: one per factor, or one per pair of them.
+
+    `tables` is `(n_tables, n_cells, n_columns)`, a pair's cells row by row; `where` are the
+    tables' columns of a row, one table's behind the other's.
+    """
+
+    tables: np.ndarray
+    where: slice
+    factors: tuple[np.ndarray, ...]
+    n_second: int = 1
+
+    def parts(self, points: np.ndarray) -> np.ndarray:
+        """What each table has for each point, `(n, n_tables, n_columns)`."""
+        cells = points[:, self.factors[0]]
+        if len(self.factors) == 2:
+            cells = cells * self.n_second + points[:, self.factors[1]]
+        found: np.ndarray = self.tables[np.arange(len(self.tables)), cells]
+        return found
+
+
 class Features:
     """Points as rows of numbers whose weighted sum is the figure.
 
     Three blocks: single choices, pairs, and the figure thought of beforehand. Their columns are
-    scaled so that weights of one block have the same standard deviation.
+    scaled so that weights of one block have the same standard deviation. `slices` are the
+    columns of each factor and, behind those, of each link.
     """
 
     def __init__(self, factors: Sequence[Factor], links: Sequence[Link]) -> None:
@@ -114,37 +132,60 @@ class Features:
             link.scale * _pair_table(roots[link.first], roots[link.second], link.is_boundary)
             for link in links
         ]
-        ends = np.cumsum([0, *(t.shape[-1] for t in (*self.singles, *self.pairs))]).tolist()
-        self.slices = [slice(a, b) for a, b in pairwise(ends)]
-        n_single = ends[len(self.singles)]
+        self._kinds: list[_Alike] = []
+        self._effects = [
+            (np.stack([self.factors[c].effects for c in own]), np.array(own))
+            for own in _by_shape(self.singles)
+        ]
+        self.slices, end = self._arranged()
+        n_single = sum(table.shape[-1] for table in self.singles)
         # The last column but one joins all boundaries: one price per byte, whichever they are.
-        self.width = ends[-1] + 2
+        self.width = end + 2
         self.block = np.full(self.width, 1)
         self.block[:n_single] = 0
         self.block[-1] = 2
+        starts = [self.slices[len(factors) + i].start for i, x in enumerate(links) if x.is_boundary]
+        self._boundaries = np.array(starts, dtype=int)
 
     def rows(self, points: np.ndarray) -> np.ndarray:
         """`(n, width)` for points `(n, n_factors)`."""
         found = np.zeros((len(points), self.width))
-        tables = self.slices[: len(self.singles)]
-        for column, (table, where) in enumerate(zip(self.singles, tables, strict=True)):
-            found[:, where] = table[points[:, column]]
-        for link, table, where in zip(
-            self.links, self.pairs, self.slices[len(self.singles) :], strict=True
-        ):
-            part = table[points[:, link.first], points[:, link.second]]
-            found[:, where] = part
-            if link.is_boundary:
-                found[:, -2] += part[:, 0]
-        found[:, -1] = self.expected(points)
+        for alike in self._kinds:
+            found[:, alike.where] = alike.parts(points).reshape(len(points), -1)
+        found[:, -2] = found[:, self._boundaries].sum(axis=1)
+        for effects, own in self._effects:
+            found[:, -1] += effects[np.arange(len(own)), points[:, own]].sum(axis=1)
         return found
 
-    def expected(self, points: np.ndarray) -> np.ndarray:
-        """What the options were thought to add, summed over the factors."""
-        total = np.zeros(len(points))
-        for column, factor in enumerate(self.factors):
-            total += factor.effects[points[:, column]]
-        return total
+    def _arranged(self) -> tuple[list[slice], int]:
+        """The columns of factors and links, and how many there are; tables of a shape together."""
+        n, end = len(self.singles), 0
+        tables = [*self.singles, *self.pairs]
+        slices = [slice(0)] * len(tables)
+        pairs = [[n + i for i in own] for own in _by_shape(self.pairs)]
+        for own in (*_by_shape(self.singles), *pairs):
+            start, width = end, tables[own[0]].shape[-1]
+            for index in own:
+                slices[index] = slice(end, end + width)
+                end += width
+            ends = [self.links[i - n] for i in own if i >= n]
+            first, second = [x.first for x in ends] or own, [x.second for x in ends]
+            alike = _Alike(
+                tables=np.stack([tables[i].reshape(-1, width) for i in own]),
+                where=slice(start, end),
+                factors=(np.array(first), *([np.array(second)] if second else [])),
+                n_second=tables[own[0]].shape[1],
+            )
+            self._kinds.append(alike)
+        return slices, end
+
+
+def _by_shape(tables: Sequence[np.ndarray]) -> list[list[int]]:
+    """Their numbers, those of one shape together."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, table in enumerate(tables):
+        found.setdefault(table.shape, []).append(index)
+    return list(found.values())
 
 
 def _root(factor: Factor) -> np.ndarray:
@@ -194,11 +235,11 @@ class Surrogate:
     ) -> None:
         self.features, self.base = features, base
         self._rows = features.rows(points)
-        expected = self._rows[:, -1]
-        self._residuals = values - base - expected
+        self._residuals = values - base - self._rows[:, -1]
         self._noise = noise
-        self.scales = self._most_likely()
-        self._solve()
+        grams = self._grams()
+        self.scales = self._most_likely(grams)
+        self._solve(grams)
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the figure itself (without its noise), each `(n,)`."""
@@ -259,12 +300,12 @@ class Surrogate:
         other._rows = np.vstack([self._rows, row])
         other._residuals = np.append(self._residuals, row @ self._weights)
         other._noise = np.append(self._noise, float(np.median(self._noise)))
-        other._solve()
+        other._solve(other._grams())
         return other
 
-    def _solve(self) -> None:
+    def _solve(self, grams: Sequence[np.ndarray]) -> None:
         self._variances = _variances(self.features, self.scales)
-        self._lower = self._cholesky(self._grams(), self.scales)
+        self._lower = np.linalg.cholesky(self._kernel(grams, self.scales))
         half = np.linalg.solve(self._lower, self._residuals)
         self._weights = self._variances * (self._rows.T @ np.linalg.solve(self._lower.T, half))
 
@@ -272,27 +313,31 @@ class Surrogate:
         blocks = [self._rows[:, self.features.block == b] for b in range(3)]
         return [block @ block.T for block in blocks]
 
-    def _cholesky(self, grams: Sequence[np.ndarray], scales: np.ndarray) -> np.ndarray:
+    def _kernel(self, grams: Sequence[np.ndarray], scales: np.ndarray) -> np.ndarray:
         noise = np.diag(self._noise**2 + scales[3] ** 2)
-        kernel = sum((s**2 * g for s, g in zip(scales[:3], grams, strict=True)), noise)
-        lower: np.ndarray = np.linalg.cholesky(kernel)
-        return lower
+        return sum((s**2 * g for s, g in zip(scales[:3], grams, strict=True)), noise)
 
-    def _most_likely(self) -> np.ndarray:
+    def _most_likely(self, grams: Sequence[np.ndarray]) -> np.ndarray:
         """The scales of the three blocks and of the misfit with the largest posterior density.
 
         The evidence of a Gaussian process (Rasmussen and Williams 2006, eq. 5.8) with
         log-normal priors, climbed one coordinate at a time.
         """
-        grams = self._grams()
         spread = max(float(np.std(self._residuals)), 1e-9)
         expected = np.array([*_EXPECTED, _MISFIT_SHARE * spread])
+        n, residuals = len(self._residuals), self._residuals
+        # With the residuals as one more row, the factor's last row is what solving would give.
+        joined = np.empty((n + 1, n + 1))
+        joined[n, :n] = joined[:n, n] = residuals
+        joined[n, n] = 1.0 + 4.0 * residuals @ residuals / float(self._noise.min()) ** 2
 
         def loss(scales: np.ndarray) -> float:
-            lower = self._cholesky(grams, scales)
-            half = np.linalg.solve(lower, self._residuals)
+            joined[:n, :n] = self._kernel(grams, scales)
+            lower = np.linalg.cholesky(joined)
+            half = lower[n, :n]
             prior = (np.log(scales / expected) / _SPREADS) ** 2
-            return float(0.5 * half @ half + np.log(np.diag(lower)).sum() + 0.5 * prior.sum())
+            determinant = np.log(np.diag(lower)[:n]).sum()
+            return float(0.5 * half @ half + determinant + 0.5 * prior.sum())
 
         best, least = expected, loss(expected)
         for step in _STEPS:

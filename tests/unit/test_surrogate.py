@@ -104,7 +104,7 @@ def test_leaving_each_figure_out_is_what_fitting_without_it_predicts() -> None:
     rest = np.arange(12) != 5
     without = Surrogate(features(), points[rest], truth(points[rest]), np.full(11, 0.002), base=1.0)
     without.scales = model.scales
-    without._solve()
+    without._solve(without._grams())
     mean, deviation = without.predict(points[5:6])
     assert truth(points[5:6]) - mean == pytest.approx(errors[5:6], abs=1e-9)
     noisy = np.hypot(deviation, np.hypot(0.002, model.scales[3]))

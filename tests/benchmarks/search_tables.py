@@ -60,7 +60,7 @@ from tests.benchmarks.tables import Table, distance_to_front
 
 N_GROUPS, SIZE = 10, 64
 TEST_IMAGES, EARLY_IMAGES = 300, 64
-ROUNDS = 3
+ROUNDS = 2
 NARROW, MOST_REPLICATES = 0.006, 40
 """Points near the front are measured until twice their mean's standard error is below this."""
 NEAR_FRONT = 0.03

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from device_agents.conditions import ROOT, Memory, NotAvailable
+from device_agents.energy import ACCELERATED, NoEnergySensor, open_meter
 from device_agents.protocol import DeviceDescription, KernelSpeed, RuntimeBuild
 from device_agents.runtimes import runtime_names
 
@@ -130,6 +131,7 @@ def describe_device(
         python=platform.python_version(),
         agent_version=agent_version(),
         runtimes=runtimes,
+        **_energy(root, runtimes),
         kernel_speeds=tuple(speeds(fingerprint(**hardware), runtimes)) if speeds else (),
         fingerprint=fingerprint(
             **hardware, runtimes=sorted((build.name, build.version) for build in runtimes)
@@ -165,6 +167,15 @@ def _finish_probe(child: subprocess.Popen[bytes]) -> RuntimeBuild | None:
     if child.returncode != 0:
         return None
     return RuntimeBuild.model_validate_json(output.splitlines()[-1])
+
+
+def _energy(root: Path, runtimes: Sequence[RuntimeBuild]) -> dict[str, str]:
+    """What the energy meter covers, or why there is none."""
+    on_gpu = any(p.startswith(ACCELERATED) for build in runtimes for p in build.providers)
+    try:
+        return {"energy_source": open_meter(root, on_gpu=on_gpu).covers}
+    except NoEnergySensor as error:
+        return {"energy_missing": str(error)}
 
 
 def _usable_cpus() -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 ROOT = Path("/")
+ACCELERATED = ("CUDA", "Tensorrt")
+"""How providers begin that run on an NVIDIA device."""
 
 
 class NoEnergySensor(Exception):

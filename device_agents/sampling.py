@@ -30,6 +30,7 @@ from device_agents.latency import (
     ratio_interval,
     reference_trend,
 )
+from device_agents.quantiles import is_bounded
 from device_agents.runtimes import Clock
 from device_agents.watch import Watch, taint
 
@@ -82,6 +83,7 @@ class SamplingPlan:
     time_cap_s: float
     min_blocks: int
     seed: int
+    quantile: str = "p50"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +312,8 @@ class _Attempt:
                 trend = reference_trend(self.blocks)
                 if trend is not None:
                     return trend
-                if rule.is_satisfied(ratio_interval(self.blocks, seed=plan.seed)):
+                is_narrow = rule.is_satisfied(ratio_interval(self.blocks, seed=plan.seed))
+                if is_narrow and is_bounded(self.blocks, plan.quantile):
                     return None
                 look = rule.next_look(n_sittings)
             # One that would be over before its first pair is not begun.

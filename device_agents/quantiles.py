@@ -1,0 +1,173 @@
+"""Upper bounds of the tail: how slow the slowest tenth and hundredth of inferences may be.
+
+Owns the bound of a quantile of dependent samples, at p90 and p99. Pure numpy: no clock, no
+runtime, no protocol. The median with its interval is `latency.py`'s, the samples `sampling.py`'s.
+
+Why not the bootstrap that the median has: a resampled series never holds more than its largest
+sample, so that the bootstrap of an extreme quantile is biased down, and of few samples it says
+nothing at all. Order statistics hold for any distribution (David and Nagaraja 2003, section
+7.1) and say themselves when the samples are too few. They ask for independent samples; how many
+independent ones the dependent ones are worth is estimated first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from device_agents.latency import (
+    CONFIDENCE_LEVEL,
+    LARGEST_SESSION_SPREAD,
+    MAX_PARTS,
+    MIN_SITTINGS,
+    NORMAL_QUANTILE,
+    Floats,
+)
+
+TAIL = (1 - CONFIDENCE_LEVEL) / 2
+"""Probability that a bound is passed: that of one side of the median's interval."""
+
+QUANTILES = {"p90": 0.9, "p99": 0.99}
+
+
+class Timed(Protocol):
+    """A block of samples, as timed or as sent."""
+
+    @property
+    def subject(self) -> str:
+        """`candidate` or `reference`."""
+
+    @property
+    def samples_ns(self) -> Sequence[int]:
+        """In order of time."""
+
+    @property
+    def sitting(self) -> int:
+        """Blocks of one sitting ran in the same sessions."""
+
+
+def upper_bounds(
+    blocks: Sequence[Timed], *, reference_latency_ns: float | None
+) -> dict[str, float | None]:
+    """The candidate's latency in ns that p90 and p99 do not pass, by the quantile's name.
+
+    Scaled as the quantiles are: by the reference's calibrated latency (`reference_latency_ns`,
+    None: by nothing) over the one measured. What is not known of that one is added in
+    quadrature of logarithms (Zou and Donner 2008, "Construction of confidence limits about
+    effect measures", for a ratio), and so is the spread of sessions where there are fewer than
+    `MIN_SITTINGS` to show it. None where the samples are too few for a bound: p90 takes 36
+    independent ones at least, p99 368.
+    """
+    candidate = [b for b in blocks if b.subject == "candidate"]
+    medians = [float(np.median(b.samples_ns)) for b in blocks if b.subject == "reference"]
+    if not candidate or not medians:
+        return dict.fromkeys(QUANTILES)
+    sittings = np.array([block.sitting for block in candidate])
+    places = _parts(sittings)
+    reference = float(np.median(medians))
+    lowest = lower_median([np.asarray(medians)[part] for part in places])
+    scale = 1.0 if reference_latency_ns is None else reference_latency_ns / reference
+    samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
+    n_sittings = np.unique(sittings).size
+    spread = 0.0
+    if n_sittings < MIN_SITTINGS:
+        spread = NORMAL_QUANTILE * LARGEST_SESSION_SPREAD / math.sqrt(n_sittings)
+    found: dict[str, float | None] = {}
+    for name, share in QUANTILES.items():
+        bound = upper_quantile(samples, share)
+        if bound is None or lowest is None:
+            found[name] = None
+            continue
+        quantile = float(np.quantile(np.concatenate(samples), share))
+        beside = math.log(reference / lowest)
+        above = math.hypot(math.log(bound / quantile), beside, spread)
+        found[name] = quantile * math.exp(above) * scale
+    return found
+
+
+def is_bounded(blocks: Sequence[Timed], quantile: str) -> bool:
+    """The samples suffice for an upper bound at that quantile; p50 is not of the tail."""
+    bounds = upper_bounds(blocks, reference_latency_ns=None)
+    return quantile not in bounds or bounds[quantile] is not None
+
+
+def upper_quantile(parts: Sequence[Floats], share: float) -> float | None:
+    """A value that the quantile passes with probability `TAIL`; None where none can be named.
+
+    Args:
+        parts: the samples of parts of the measurement that are nearly independent of each other.
+        share: of all inferences that are faster than the quantile, such as 0.9.
+
+    The order statistic of as many independent samples as these are worth, taken at the same
+    share of the samples (Woodruff 1952, "Confidence intervals for medians and other position
+    measures").
+    """
+    samples = np.sort(np.concatenate(parts))
+    n_worth = independent(parts, share)
+    rank = _rank(n_worth, share)
+    if rank > n_worth:
+        return None
+    return float(samples[math.ceil(rank / n_worth * samples.size) - 1])
+
+
+def lower_median(parts: Sequence[Floats]) -> float | None:
+    """The same below the median: the mirror image of `upper_quantile` at one half."""
+    mirrored = upper_quantile([-part for part in parts], 0.5)
+    return None if mirrored is None else -mirrored
+
+
+def independent(parts: Sequence[Floats], share: float) -> int:
+    """How many independent samples these are worth for that quantile; 0 of a single part.
+
+    The samples by their design effect: the variance, over the parts, of how many lie above the
+    quantile, against that of independent samples (Kish 1965; for tails Korn and Graubard 1998,
+    "Confidence intervals for proportions with small expected number of positive counts estimated
+    from survey data"). An effect below one is chance and counts as one, which pays for estimating
+    it from so few parts: in simulation bounds hold in 98 to 100 % of measurements on a quiet
+    device, whose sessions differ or not, and in 93 to 99 % where noise is correlated over ten
+    blocks. Where the device switches between two states that last a twelfth of the measurement,
+    p90's holds in 77 to 92 %: what was not seen cannot be bounded.
+    (`tests/unit/test_quantiles.py` repeats it.)
+    """
+    samples = np.concatenate(parts)
+    n, n_parts = samples.size, len(parts)
+    above = [int((part > np.quantile(samples, share)).sum()) for part in parts]
+    ratio = sum(above) / n
+    if n_parts < 2 or ratio == 0:
+        return 0
+    sizes = np.array([part.size for part in parts])
+    residuals = np.array(above) - sizes * ratio
+    variance = n_parts / (n_parts - 1) * float(residuals @ residuals) / n**2
+    effect = max(1.0, variance / (ratio * (1 - ratio) / n))
+    return int(n / effect)
+
+
+def _rank(n: int, share: float) -> int:
+    """The least rank of n independent samples that the quantile passes with `TAIL` at most.
+
+    Above n where there is none. The number of samples below the quantile is binomial.
+
+    >>> _rank(35, 0.9), _rank(36, 0.9), _rank(100, 0.9)
+    (36, 36, 96)
+    """
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    k = np.arange(n + 1)
+    log_mass = logs[n] - logs - logs[::-1] + k * math.log(share) + (n - k) * math.log1p(-share)
+    passed = np.cumsum(np.exp(log_mass)[::-1])[::-1]  # of at least k samples below it
+    fine = np.flatnonzero(passed <= TAIL)
+    return int(fine[0]) if fine.size else n + 1
+
+
+def _parts(sittings: np.ndarray) -> list[np.ndarray]:
+    """The places of the blocks, in at most `MAX_PARTS` parts in order of time.
+
+    Whole sittings, because sessions differ; runs of blocks where there are too few sittings.
+    """
+    names = np.unique(sittings)
+    if names.size >= MIN_SITTINGS:
+        joined = np.array_split(names, min(MAX_PARTS, names.size))
+        return [np.flatnonzero(np.isin(sittings, part)) for part in joined]
+    return [part for part in np.array_split(np.arange(sittings.size), MAX_PARTS) if part.size]

@@ -1,0 +1,109 @@
+"""Upper bounds of the tail: they hold as often as they say, and are missing where they must be."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from device_agents.latency import TimedBlock
+from device_agents.quantiles import independent, is_bounded, upper_bounds, upper_quantile
+
+
+def measured(
+    seed: int,
+    *,
+    pairs: int = 40,
+    per_block: int = 5,
+    sittings: int = 8,
+    session: float = 0.011,
+    correlation: float = 0.0,
+) -> list[TimedBlock]:
+    """Blocks of a 1 ms candidate and a 2 ms reference whose common noise is correlated."""
+    rng = np.random.default_rng(seed)
+    level, blocks = 0.0, []
+    own = dict.fromkeys(("candidate", "reference"), 0.0)
+    for i in range(pairs):
+        if i * sittings // pairs != (i - 1) * sittings // pairs:
+            own = {subject: rng.normal(0, session / math.sqrt(2)) for subject in own}
+        level = correlation * level + rng.normal(0, 0.05 * correlation)
+        for subject, ns in (("candidate", 1e6), ("reference", 2e6)):
+            spikes = (rng.random(per_block) < 0.05) * rng.exponential(0.5, per_block)
+            noise = level + own[subject] + rng.normal(0, 0.05, per_block) + spikes
+            samples = np.rint(ns * np.exp(noise)).astype(int)
+            blocks.append(
+                TimedBlock(
+                    subject="candidate" if subject == "candidate" else "reference",
+                    samples_ns=tuple(samples.tolist()),
+                    median_ns=float(np.median(samples)),
+                    sitting=i * sittings // pairs,
+                )
+            )
+    return blocks
+
+
+def true_quantiles(correlation: float) -> dict[str, float]:
+    blocks = measured(999, pairs=4_000, sittings=400, per_block=20, correlation=correlation)
+    samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
+    reference = np.median([b.median_ns for b in blocks if b.subject == "reference"])
+    p90, p99 = np.quantile(samples, [0.9, 0.99]) * 2e6 / reference
+    return {"p90": p90, "p99": p99}
+
+
+@pytest.mark.parametrize(("correlation", "covered"), [(0.0, 0.975), (0.9, 0.92)])
+def test_bounds_hold_as_often_as_they_say(correlation: float, covered: float) -> None:
+    truth = true_quantiles(correlation)
+    found = [
+        upper_bounds(
+            measured(seed, pairs=50, per_block=16, sittings=10, correlation=correlation),
+            reference_latency_ns=2e6,
+        )
+        for seed in range(80)
+    ]
+    for name in ("p90", "p99"):
+        named = [bound for bounds in found if (bound := bounds[name]) is not None]
+        assert len(named) >= 40
+        assert sum(bound >= truth[name] for bound in named) / len(named) >= covered
+
+
+def test_a_quiet_devices_bound_is_close_to_its_quantile() -> None:
+    bound = upper_bounds(measured(3, pairs=200, per_block=10), reference_latency_ns=2e6)["p90"]
+    assert bound is not None
+    assert 1 < bound / true_quantiles(0.0)["p90"] < 1.1
+
+
+def test_few_samples_have_no_bound_and_more_are_asked_for() -> None:
+    few, many = measured(0, pairs=10, per_block=3), measured(0, pairs=80, per_block=10)
+    assert upper_bounds(few, reference_latency_ns=2e6) == {"p90": None, "p99": None}
+    assert not is_bounded(few, "p90")
+    assert is_bounded(many, "p90")
+    assert is_bounded(few, "p50"), "the median has its interval"
+
+
+def test_a_reference_that_was_slow_here_scales_the_bound() -> None:
+    blocks = measured(1, pairs=80)
+    at_rest, slow = (upper_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in (2e6, 1e6))
+    assert at_rest is not None
+    assert slow == pytest.approx(at_rest / 2)
+
+
+def test_one_sitting_leaves_room_for_how_sessions_differ() -> None:
+    several, single = measured(2, session=0, pairs=80), measured(2, pairs=80, sittings=1)
+    apart = upper_bounds(several, reference_latency_ns=2e6)["p90"]
+    alone = upper_bounds(single, reference_latency_ns=2e6)["p90"]
+    assert apart is not None
+    assert alone is not None
+    assert alone > apart
+
+
+def test_slow_spells_are_worth_fewer_independent_samples() -> None:
+    rng = np.random.default_rng(0)
+    even = [rng.normal(size=100) for _ in range(6)]
+    uneven = [part + shift for part, shift in zip(even, [0, 0, 0, 0, 0, 5], strict=True)]
+    assert independent(uneven, 0.9) < 60 < independent(even, 0.9)
+
+
+def test_no_samples_and_a_single_part_have_no_bound() -> None:
+    assert upper_bounds([], reference_latency_ns=None) == {"p90": None, "p99": None}
+    assert upper_quantile([np.arange(1000.0)], 0.9) is None

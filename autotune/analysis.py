@@ -1,4 +1,4 @@
-"""A job with its trials at hand, for notebooks: as an Optuna study, as pandas frames.
+"""A job with its trials at hand: as an Optuna study, as pandas frames, explained.
 
 Owns which trials are asked for. The study is `studies.py`'s, the columns are `frames.py`'s;
 neither optuna nor pandas is imported before a method needs it.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import PrivateAttr
 
 from autotune import api_types, frames, studies
+from autotune.api_explanation import Explanation
 from autotune.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class JobReader(Protocol):
 
     def front(self, reference: str, /) -> api_types.Front:
         """A job's front with its answer."""
+
+    def explain(self, reference: str, trial: str | int | None = None, /) -> Explanation:
+        """Why a trial is what it is."""
 
 
 class Job(api_types.Job):
@@ -63,6 +67,15 @@ class Job(api_types.Job):
             ServiceError: the service does not answer.
         """
         return frames.trials_frame(self, self._asked.front(self.id).trials)
+
+    def explain(self, trial: str | int | None = None) -> Explanation:
+        """Why a trial (the winner, where none is named) is what it is, by layer group.
+
+        Raises:
+            JobNotReady: the job has not measured its FP32 model yet.
+            ServiceError: the service does not answer.
+        """
+        return self._asked.explain(self.id, trial)
 
     @property
     def _asked(self) -> JobReader:

@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from autotune import errors
 from autotune.analysis import Job
+from autotune.api_explanation import Explanation
 from autotune.api_types import (
     Device,
     EnrolmentToken,
@@ -153,9 +154,15 @@ class Client:
         """Ask a job to stop."""
         return self._send("POST", f"/v1/jobs/{_quoted(reference)}/cancel", Job)
 
-    def resume(self, reference: str, extra_trials: int | None = None) -> Job:
-        """Take up a job that ended, with more trials where given."""
-        body = {} if extra_trials is None else {"trials": extra_trials}
+    def resume(
+        self, reference: str, extra_trials: int | None = None, *, time_s: float | None = None
+    ) -> Job:
+        """Take up a job that ended, with so many more trials, searching for `time_s` from now.
+
+        A finished job needs one of the two. Its result stays until it has the next one.
+        """
+        asked = {"trials": extra_trials, "time_s": time_s}
+        body = {name: value for name, value in asked.items() if value is not None}
         return self._send("POST", f"/v1/jobs/{_quoted(reference)}/resume", Job, json=body)
 
     def wait(self, reference: str, timeout_s: float | None = None, *, poll_s: float = 1.0) -> Job:
@@ -224,6 +231,14 @@ class Client:
         asked = {"latency_budget": budget, "max_accuracy_drop": max_drop, "device": device}
         params = {name: value for name, value in asked.items() if value is not None}
         return self._get(f"/v1/jobs/{_quoted(reference)}/front", Front, params=params)
+
+    def explain(
+        self, reference: str, trial: str | int | None = None, *, device: str | None = None
+    ) -> Explanation:
+        """Why a trial (the winner) is what it is, by layer group; on `device` of several."""
+        asked = {"trial": None if trial is None else str(trial), "device": device}
+        params = {name: value for name, value in asked.items() if value is not None}
+        return self._get(f"/v1/jobs/{_quoted(reference)}/explanation", Explanation, params=params)
 
     def export(
         self,

@@ -51,6 +51,7 @@ COMMANDS: dict[str, Entry] = {
     "job": Entry("job", "job", "Submit, list, show, watch, cancel and resume jobs."),
     "trial": Entry("trial", "trial", "List and show the trials of a job."),
     "front": Entry("front", "front", "Show a job's front; answer any latency budget."),
+    "explain": Entry("explain", "explain", "Say why a trial is what it is, group by group."),
     "export": Entry("export", "export", "Write a trial as a bundle that runs on its own."),
     "export-optuna": Entry(
         "export_optuna", "export_optuna", "Write a job's trials as an Optuna study."

@@ -23,6 +23,7 @@ from autotune.service import (
     agents,
     devices,
     events,
+    explanations,
     fronts,
     jobs,
     quarantine,
@@ -53,6 +54,7 @@ GATHER_S = 0.1
 USER_ROUTES = (
     jobs.router,
     fronts.router,
+    explanations.router,
     sensitivity.router,
     events.router,
     devices.router,

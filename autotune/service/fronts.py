@@ -247,7 +247,7 @@ def _report(context: ServiceContext, job_id: str, device: str | None) -> str:
     matrix = None
     if job.further_targets and job.result is not None:
         matrix = _portability(context, job, trials)
-    asked = _device_id(context, job, device) if device is not None else job.device_id
+    asked = named_device(context, job, device) if device is not None else job.device_id
     shown, seen = _on(job, trials, asked)
     where = _device(context, shown)
     return render_report(
@@ -288,10 +288,15 @@ def _asked(
     trials = context.repository.list_trials(job.id)
     if device is None:
         return job, trials
-    return _on(job, trials, _device_id(context, job, device))
+    return _on(job, trials, named_device(context, job, device))
 
 
-def _device_id(context: ServiceContext, job: JobRecord, named: str) -> str:
+def named_device(context: ServiceContext, job: JobRecord, named: str) -> str:
+    """The id of the job's device of that name or id.
+
+    Raises:
+        NotFoundError: the job does not measure on one.
+    """
     devices = devices_of(context, job)
     for device in devices:
         if named in (device.id, device.name) and device.id in {t.device_id for t in job.targets}:

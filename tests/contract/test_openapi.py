@@ -30,6 +30,7 @@ CALLS = {
     "trials": "list_trials",
     "trial": "get_trial",
     "front": "get_front",
+    "explain": "get_explanation",
     "portability": "get_portability",
     "export": "export_trial",
     "sensitivity": "list_sensitivities",

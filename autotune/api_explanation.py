@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from autotune.api_types import Interval, Shape
+from autotune.api_types import Interval, ModelError, Shape
 
 EXPLANATION_VERSION = 1
 # Version 1 (2026-11-21): the model and its error, groups with their choices, pruning and runtime,
@@ -83,20 +83,6 @@ class PartExplanation(Shape):
     chosen: str
     saved_ns: Estimate
     lost: Estimate
-
-
-class ModelError(Shape):
-    """How well the model predicts a trial that it was not fitted to: each left out in turn.
-
-    Over `n` trials, FP32 itself not among them. `latency` is the mean of the absolute error as
-    a share of the measured latency, `drop` that of the accuracy drop, a fraction;
-    `latency_covered` is the share of trials inside the 95 % interval predicted for them.
-    """
-
-    n: int
-    latency: float
-    latency_covered: float
-    drop: float
 
 
 class Explanation(Shape):

@@ -10,13 +10,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 API_VERSION = 1
 # Version 1 (2026-11-21): jobs, trials, front, events, export, verification, devices, uploads,
 # sensitivities; jobs on several devices: their targets, fronts by device, portability.
 # 2026-11-21: when a trial was created and finished.
+# 2026-11-21: blocking groups with what they cost, where they were names; the progress of a
+# search: device seconds, hypervolume, model error, proposers; explanations of trials.
 # 2026-11-21: a device says why it is drained and how its last canary went; the quarantine.
+
+Verdict = Literal["within_budget", "impossible_budget", "no_budget"]
 
 
 class Shape(BaseModel):
@@ -144,22 +148,87 @@ class Trial(Shape):
     )
 
 
+class ModelError(Shape):
+    """How well the model predicts a trial that it was not fitted to: each left out in turn.
+
+    Over `n` trials, FP32 itself not among them. `latency` is the mean of the absolute error as
+    a share of the measured latency, `drop` that of the accuracy drop, a fraction;
+    `latency_covered` is the share of trials inside the 95 % interval predicted for them.
+    """
+
+    n: int
+    latency: float
+    latency_covered: float
+    drop: float
+
+
+class HypervolumePoint(Shape):
+    """The front's hypervolume once so many trials were finished, and what they had cost.
+
+    `device_s` is the time that devices measured for them; confirming is not in it.
+    """
+
+    trials: int
+    device_s: float
+    hypervolume: float
+
+
+class Proposer(Shape):
+    """What one proposer contributed: its trials, those that rank, those on the front now."""
+
+    trials: int
+    ranked: int
+    on_front: int
+
+
 class Progress(Shape):
-    """What the live panel shows."""
+    """What the live panel shows.
+
+    `time_left_s` follows the pace of the last trials and what confirming will take;
+    `time_left_error_s` is the half width of its 95 % interval, None where there is no estimate.
+    `device_s` is what devices have measured for the job, confirmations included.
+    `hypervolume_history` has a point wherever the hypervolume grew, and the last trial.
+    `model_error` is of the model that the last proposals came from; None before there is one.
+    """
 
     phase: str
     trials_finished: int
     trials_total: int
     elapsed_s: float
     time_left_s: float | None = None
+    time_left_error_s: float | None = None
+    device_s: float = 0.0
     front_size: int = 0
     hypervolume: float | None = Field(
         default=None,
         description="of (FP32 ratio, accuracy drop) against the reference point (1.05, 0.03)",
     )
+    hypervolume_history: list[HypervolumePoint] = []
+    model_error: ModelError | None = None
+    proposers: dict[str, Proposer] = {}
     best_trial: Trial | None = None
     device_name: str | None = None
     device_online: bool | None = None
+
+
+class BlockingGroup(Shape):
+    """A layer group that keeps a trial from its budget, and what it costs in that trial.
+
+    `cost_ns` is the group's share of the trial's median latency, by the device's own profile
+    of it; `is_profiled` false: by the work planned for the group, for want of a profile. Both are
+    None in results of earlier releases.
+    """
+
+    group: str
+    cost_ns: float | None = None
+    share: float | None = None
+    is_profiled: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, document: Any) -> Any:
+        """Results stored before 2026-11-21 have the group's name alone."""
+        return {"group": document} if isinstance(document, str) else document
 
 
 class TargetResult(Shape):
@@ -167,12 +236,14 @@ class TargetResult(Shape):
 
     device_id: str
     winner: str
-    verdict: Literal["within_budget", "impossible_budget", "no_budget"]
+    verdict: Verdict
     explanation: str
     missed_by_ns: float | None = None
     latency_budget_ns: float | None = None
     fp32_latency_ns: float | None = None
     beats_baseline: bool = True
+    best_baseline: str | None = None
+    blocking_groups: list[BlockingGroup] = []
 
 
 class JobResult(Shape):
@@ -180,17 +251,20 @@ class JobResult(Shape):
 
     `winner` is a trial id. `verdict` is `within_budget` or `impossible_budget`; for the
     latter `missed_by_ns` says by how much and `blocking_groups` which groups hold it back,
-    slowest first. `beats_baseline` is False where FP32 or uniform INT8 is itself the answer.
+    slowest first. `beats_baseline` is False where FP32 or uniform INT8 is itself the answer,
+    because nothing that was searched is better than it or the best of it is not certainly so;
+    `best_baseline` is the trial that would be the answer if nothing had been searched.
     `explanation` is for people. Of a job on several devices `winner` is the best on the worst
     of them (it misses a budget by a share, so that `missed_by_ns` is None), and `targets` has
     the winner on each; it is empty for a job on one.
     """
 
     winner: str
-    verdict: Literal["within_budget", "impossible_budget", "no_budget"]
+    verdict: Verdict
     explanation: str
     missed_by_ns: float | None = None
-    blocking_groups: list[str] = []
+    blocking_groups: list[BlockingGroup] = []
+    best_baseline: str | None = None
     fp32_trial: str | None = None
     int8_trial: str | None = None
     beats_baseline: bool = True
@@ -235,6 +309,7 @@ class Job(Shape):
 class Front(Shape):
     """The non-dominated trials, fastest first, and the one that answers the question asked.
 
+    `verdict`, `missed_by_ns` and `blocking_groups` mean what they mean in a job's result.
     `device_id` is the device asked about; None in a job on several means the worst of them.
     """
 
@@ -245,6 +320,9 @@ class Front(Shape):
     trials: list[Trial]
     answer: Trial | None
     explanation: str
+    verdict: Verdict | None = None
+    missed_by_ns: float | None = None
+    blocking_groups: list[BlockingGroup] = []
 
 
 class PortabilityCell(Shape):

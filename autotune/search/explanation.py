@@ -20,10 +20,9 @@ from autotune.api_explanation import (
     Estimate,
     Explanation,
     GroupExplanation,
-    ModelError,
     PartExplanation,
 )
-from autotune.api_types import Interval
+from autotune.api_types import Interval, ModelError
 from autotune.errors import JobNotReady
 from autotune.export.figures import prune_text
 from autotune.search.front import latency_of

@@ -1,13 +1,12 @@
 """What the search proposes from structure, before and beside Optuna.
 
-Owns the baselines, the pruned bases and the first candidates that sensitivity suggests. What
-to try once trials are there is `landscape.py`'s. Measures nothing; the runner decides how many
-are tried.
+Owns the baselines and the first candidates that sensitivity suggests, on the pruned bases that
+`pruned_bases.py` had made. What to try once trials are there is `landscape.py`'s. Measures
+nothing; the runner decides how many are tried.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -16,19 +15,14 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
-from autotune.search.screening import pruned_macs
 from autotune.search.sizes import group_bytes
 from search_spaces import FP32, INT8, Candidate, LayerInventory, LayerKind, SearchSpace
-from storage.records import TrialRecord
 
 _SIZE_BOUNDS = 6
 """Steps of the ladder of sizes: as many as the ladder by sensitivity has on some 60 groups."""
 _SMALLER_IS_BETTER = 1e-6
 """Weight of the size beside the damage, both as shares of their sums."""
 _GAP, _TIME_LIMIT_S = 1e-4, 10.0
-
-_SAVING_SHARE = 0.95
-"""Of the saving aimed at: the last twentieth would take a group that saves little and hurts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,104 +40,6 @@ def baselines(space: SearchSpace) -> list[Proposal]:
     return [Proposal(candidate=c, proposed_by="baseline") for c in _distinct(candidates)]
 
 
-def bases(
-    space: SearchSpace,
-    inventory: LayerInventory,
-    *,
-    rng: random.Random,
-    damage: Mapping[tuple[str, float], float] | None = None,
-) -> list[dict[str, float]]:
-    """Different sets of prune ratios, the most telling first.
-
-    The largest ratio everywhere shows what pruning can give. `damage` is the sensitivity of
-    (prunable group, ratio), mean KL in nats; where it is known the second base saves about
-    as much as the mixture of the two largest ratios would, at the least damage. Without it
-    the mixture itself is where accuracy usually comes back. Then the smaller uniform ratios.
-    """
-    uniform = uniform_bases(space)
-    if len(uniform) < 2:
-        return uniform
-    mixed = mixed_base(space, inventory, uniform[-2], uniform[-1], rng=rng)
-    if damage:
-        mixed = mildest_base(space, inventory, damage, like=mixed)
-    wanted = [uniform[-1], mixed, *reversed(uniform[:-1])]
-    return list({Candidate(prune_ratios=base).base_digest: base for base in wanted}.values())
-
-
-def mildest_base(
-    space: SearchSpace,
-    inventory: LayerInventory,
-    damage: Mapping[tuple[str, float], float],
-    *,
-    like: Mapping[str, float],
-) -> dict[str, float]:
-    """The base that saves about as much as `like` at the least sum of damages, greedily.
-
-    Saved is a group's multiply-accumulates times its ratio; about is `_SAVING_SHARE`. From
-    the unpruned model the step with the least further damage per further saving is taken
-    until the saving is reached: the greedy solution of the multiple-choice knapsack problem
-    (Sinha and Zoltners 1979), at most one step from the best. A group without a known damage
-    takes the ratio of `like`.
-    """
-    macs = pruned_macs(inventory)
-    known = {
-        name: {0.0: 0.0} | {r: damage[name, r] for r in ratios if (name, r) in damage}
-        for name, ratios in space.prune_ratios.items()
-    }
-    chosen = {n: 0.0 if len(known[n]) > 1 else like.get(n, 0.0) for n in space.prune_ratios}
-    goal = _SAVING_SHARE * sum(macs.get(name, 0.0) * ratio for name, ratio in like.items())
-    while sum(macs.get(name, 0.0) * ratio for name, ratio in chosen.items()) < goal:
-        steps = [
-            ((costs[ratio] - costs[now]) / (macs.get(name, 0.0) * (ratio - now)), name, ratio)
-            for name, costs in known.items()
-            if macs.get(name, 0.0) > 0 and (now := chosen[name]) in costs
-            for ratio in costs
-            if ratio > now
-        ]
-        if not steps:
-            break
-        _, name, ratio = min(steps)
-        chosen[name] = ratio
-    return chosen
-
-
-def after_earlier(
-    bases: Sequence[Mapping[str, float]], trials: Sequence[TrialRecord]
-) -> list[dict[str, float]]:
-    """The bases, behind those that a job's trials already used: what is trained is kept."""
-    used = [trial.candidate.prune_ratios for trial in trials if trial.candidate.prune_ratios]
-    found = [dict(base) for base in (*used, *bases)]
-    return list({Candidate(prune_ratios=base).base_digest: base for base in found}.values())
-
-
-def uniform_bases(space: SearchSpace) -> list[dict[str, float]]:
-    """One set of prune ratios per offered ratio above zero, applied everywhere, rising."""
-    ratios = sorted({r for choices in space.prune_ratios.values() for r in choices if r > 0})
-    return [space.uniform_prune_ratios(ratio) for ratio in ratios]
-
-
-def mixed_base(
-    space: SearchSpace,
-    inventory: LayerInventory,
-    low: Mapping[str, float],
-    high: Mapping[str, float],
-    *,
-    rng: random.Random,
-) -> dict[str, float]:
-    """A base between two others: groups that save most take `high`, the others `low`.
-
-    A group's saving is the multiply-accumulates of its layers; it is weighed by a random
-    factor between 0.5 and 1.5, so that repeated calls try different mixtures.
-    """
-    macs = pruned_macs(inventory)
-    saving = {
-        name: macs[name] * rng.uniform(0.5, 1.5) for name in macs if name in space.prune_ratios
-    }
-    heaviest = sorted(saving, key=lambda name: -saving[name])
-    chosen = set(heaviest[: len(heaviest) // 2])
-    return {name: (high if name in chosen else low).get(name, 0.0) for name in saving}
-
-
 def first_candidates(
     space: SearchSpace,
     inventory: LayerInventory,
@@ -154,10 +50,13 @@ def first_candidates(
 
     `damage` is the sensitivity: mean KL to FP32 in nats when only that (group, precision) is
     quantized; larger is worse. Unpruned and on every base there is a ladder: all INT8, then
-    the most sensitive 1, 2, 4, 8, ... groups left in FP32. Between its steps come mixtures by
-    layer kind, which beat uniform INT8 where small or depthwise layers are slower in it.
+    the most sensitive 1, 2, 4, 8, ... groups left in FP32; on a base all FP32 comes second, which
+    is faster than INT8 where few channels are left. Between the steps come mixtures by layer
+    kind, which beat uniform INT8 where small or depthwise layers are slower in it.
     """
-    ladders = [_on_base(ladder(space, damage), base) for base in ({}, *bases)]
+    steps = ladder(space, damage)
+    on_base = [steps[0], space.fp32(), *steps[1:]]
+    ladders = [steps, *(_on_base(on_base, base) for base in bases)]
     shapes = by_kind(space, inventory, damage)
     interleaved = [c for row in zip_longest(*ladders, shapes) for c in row if c is not None]
     runtimes = space.runtimes

@@ -9,7 +9,6 @@ repeating a finished trial. What happens to one candidate is `evaluation.py`'s.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,11 +29,12 @@ from autotune.search.conclusion import (
 )
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.failures import in_users_terms
-from autotune.search.front import Answer, counts_size, non_dominated
+from autotune.search.front import REFERENCE_DROP, Answer, counts_size, non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.proposals import BATCH, Proposals
+from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier
 from autotune.search.runtimes import contending, require_judges
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.targets import (
@@ -207,15 +207,27 @@ class Tuning:
     def _prune(
         self, inventory: LayerInventory, entries: Sequence[Sensitivity]
     ) -> list[dict[str, float]]:
-        """The pruned bases of this job that could be made, those of earlier trials first."""
+        """The pruned bases of this job that could be made, the most promising first."""
         if not self._prunes:
             return []
         self._enter("pruning")
-        rng = random.Random(self._spec.seed)  # noqa: S311 - a search, not a secret
-        found = planner.bases(self._space, inventory, rng=rng, damage=prune_damage(entries))
-        wanted = planner.after_earlier(found, self._trials())[: self._spec.search.max_pruned_bases]
-        made: dict[int, dict[str, float]] = {}
-        calls = [Call(method="prepare_base", arguments=(base,)) for base in wanted]
+        ladder = Ladder(space=self._space, inventory=inventory, damage=prune_damage(entries))
+        found = climb(
+            ladder,
+            self._make_bases,
+            limit=self._spec.max_accuracy_drop,
+            at_most=self._spec.search.max_pruned_bases,
+            worth=REFERENCE_DROP,
+            may_go_on=lambda: self._time_spent() < BASES_SHARE,
+        )
+        used = earlier(self._trials(), but=found)
+        made = self._make_bases(used) if used else []
+        return found + [base for base, lost in zip(used, made, strict=True) if lost is not None]
+
+    def _make_bases(self, bases: Sequence[Mapping[str, float]]) -> list[float | None]:
+        """Make them; what each lost on the search data, None where it could not be made."""
+        lost: list[float | None] = [None] * len(bases)
+        calls = [Call(method="prepare_base", arguments=(base,)) for base in bases]
         with self._host.window.computing():
             for index, result in self._workers.run(calls, should_stop=self._must_stop):
                 if isinstance(result, CallFailed):
@@ -223,9 +235,9 @@ class Tuning:
                         raise result.exception
                     self._notice(f"a pruned base could not be made: {result.error}")
                 else:
-                    made[index] = wanted[index]
+                    lost[index] = result["accuracy"]["drop"]
                     self._event("base_prepared", {"base": result})
-        return [made[index] for index in sorted(made)]
+        return lost
 
     @property
     def _prunes(self) -> bool:
@@ -407,11 +419,16 @@ class Tuning:
         if self._trials_left() == 0:
             self._stopped_because = f"all {self._spec.search.trials} trials are done"
             return True
-        limit = self._spec.search.time_s
-        if limit is not None and (datetime.now(UTC) - self._started).total_seconds() >= limit:
+        if self._time_spent() >= 1:
+            limit = self._spec.search.time_s
             self._stopped_because = f"the {limit:g} s of the time budget are spent"
             return True
         return False
+
+    def _time_spent(self) -> float:
+        """Of the job's time budget, as a fraction; 0 where it has none."""
+        limit = self._spec.search.time_s
+        return (datetime.now(UTC) - self._started).total_seconds() / limit if limit else 0.0
 
     def _must_stop(self) -> bool:
         return self._host.should_stop() or self._is_cancelled()

@@ -178,8 +178,14 @@ class CompressionWorker:
         )
 
     def prepare_base(self, prune_ratios: Mapping[str, float]) -> Mapping[str, Any]:
-        """Prune, recover, export and calibrate one base; kept on disk for all workers."""
-        return self.compressor.prepare_base(prune_ratios).to_json()
+        """Prune, recover, export and calibrate one base; kept on disk for all workers.
+
+        The base's facts, and under `accuracy` what it keeps of it on the search data in FP32.
+        """
+        facts = self.compressor.prepare_base(prune_ratios)
+        base = self.compressor.emit(Candidate(prune_ratios=prune_ratios))
+        accuracy = self._evaluator("search").evaluate(base)
+        return {**facts.to_json(), "accuracy": accuracy.to_json()}
 
     def build(
         self, candidate: Candidate, race: Race | None = None, kernels: str | None = None

@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 
 from autotune.compression.racing import ALPHA, Race, Racing
-from autotune.search import planner
 from autotune.search.conclusion import build_space
 from autotune.search.evaluation import race_of
+from autotune.search.pruned_bases import Ladder
 from autotune.search.workers import Call, WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec, read_job
 from search_spaces import INT8, Candidate, LayerInventory, SearchSpace
@@ -226,7 +226,8 @@ def pruned_bases(
     pool: WorkerPool, spec: JobSpec, space: SearchSpace, inventory: LayerInventory
 ) -> list[dict[str, float]]:
     """The pruned bases that the job would search, made."""
-    wanted = planner.bases(space, inventory, rng=random.Random(spec.seed))
+    ladder = Ladder(space=space, inventory=inventory)
+    wanted = [ladder.at(level) for level in range(ladder.top, 0, -1)]
     wanted = wanted[: spec.search.max_pruned_bases]
     results(pool, [Call(method="prepare_base", arguments=(base,)) for base in wanted])
     return wanted

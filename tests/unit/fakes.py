@@ -84,7 +84,8 @@ class FakePool:
         )
 
     def _prepare_base(self, ratios: dict[str, float]) -> dict[str, Any]:
-        return {"prune_ratios": dict(ratios), "recovery_s": 1.0}
+        kept = accuracy(fake_accuracy(Candidate(prune_ratios=ratios)))
+        return {"prune_ratios": dict(ratios), "recovery_s": 1.0, "accuracy": kept.to_json()}
 
     def _noise(self, group: str, precisions: Sequence[Precision]) -> list[Sensitivity]:
         return [

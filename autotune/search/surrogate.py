@@ -164,14 +164,16 @@ class Features:
         slices = [slice(0)] * len(tables)
         pairs = [[n + i for i in own] for own in _by_shape(self.pairs)]
         for own in (*_by_shape(self.singles), *pairs):
-            start, width = end, tables[own[0]].shape[-1]
+            *options, width = tables[own[0]].shape
+            # Counted, because a choice of one option has no columns to tell it by.
+            start, cells = end, math.prod(options)
             for index in own:
                 slices[index] = slice(end, end + width)
                 end += width
             ends = [self.links[i - n] for i in own if i >= n]
             first, second = [x.first for x in ends] or own, [x.second for x in ends]
             alike = _Alike(
-                tables=np.stack([tables[i].reshape(-1, width) for i in own]),
+                tables=np.stack([tables[i].reshape(cells, width) for i in own]),
                 where=slice(start, end),
                 factors=(np.array(first), *([np.array(second)] if second else [])),
                 n_second=tables[own[0]].shape[1],

@@ -117,3 +117,12 @@ def test_a_difference_of_points_is_surer_than_its_ends_and_measured_where_they_a
     mean, deviation = model.weigh(rows[:1] - rows[1:])
     assert mean == pytest.approx(-np.diff(model.predict(points[1:3])[0]))
     assert deviation < 0.2 * model.unmeasured(rows[:1] - rows[1:])
+
+
+def test_a_choice_of_one_option_changes_nothing() -> None:
+    own, links = features().factors, features().links
+    only = Factor(n_options=1, effects=np.zeros(1), scale=0.3)
+    wider = Features([*own, only], [*links, Link(first=0, second=N, scale=0.1)])
+    points = np.random.default_rng(0).integers(0, 3, (5, N))
+    rows = wider.rows(np.hstack([points, np.zeros((5, 1), dtype=int)]))
+    assert np.array_equal(rows, features().rows(points))

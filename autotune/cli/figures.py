@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 from autotune.api_types import Interval
 
@@ -143,3 +144,24 @@ def seconds(duration_s: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def steps(points: Sequence[tuple[float, float]], *, width: int = 24) -> str:
+    """A figure that only grows as a line of bars: `(where, figure)` from 0 to the last `where`.
+
+    The highest bar is the last figure. Empty without a point or without an extent.
+
+    >>> steps([(1, 0.1), (2, 0.5), (8, 0.5)], width=8)
+    '▂███████'
+    """
+    if not points or points[-1][0] <= 0 or points[-1][1] <= 0:
+        return ""
+    end, top = points[-1]
+    bars = ""
+    for cell in range(1, width + 1):
+        reached = [figure for where, figure in points if where <= cell * end / width]
+        bars += _BARS[round((len(_BARS) - 1) * reached[-1] / top)] if reached else " "
+    return bars

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from autotune.api_types import Event, Job, Trial
+from autotune.api_types import Event, Job, ModelError, Proposer, Trial
 from autotune.cli import figures
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def panel_lines(job: Job) -> list[tuple[str, str]]:
         ("trials", f"{progress.trials_finished} of {progress.trials_total}"),
         ("best inside the budget", best_text(progress.best_trial)),
         ("front", _front_text(job)),
+        *_course(job),
         ("device", device_text(job)),
         ("time", _time_text(job)),
     ]
@@ -98,6 +99,39 @@ def _front_text(job: Job) -> str:
     return text
 
 
+def _course(job: Job) -> list[tuple[str, str]]:
+    """How the search went: what it gained for what it cost, how sure it is, who had the ideas."""
+    progress, lines = job.progress, []
+    points = progress.hypervolume_history
+    if points and points[-1].hypervolume > 0:
+        by_trials = figures.steps([(p.trials, p.hypervolume) for p in points])
+        by_time = figures.steps([(p.device_s, p.hypervolume) for p in points])
+        lines.append(("over trials", f"{by_trials} {points[-1].trials}"))
+        if by_time:
+            device_s = figures.seconds(points[-1].device_s)
+            lines.append(("over device time", f"{by_time} {device_s}"))
+    if progress.model_error is not None:
+        lines.append(("model", model_error_text(progress.model_error)))
+    if progress.proposers:
+        lines.append(("proposed by", _proposers_text(progress.proposers)))
+    return lines
+
+
+def model_error_text(error: ModelError) -> str:
+    """How far the fitted model's predictions are off."""
+    return (
+        f"off by {error.latency:.1%} of the latency and {100 * error.drop:.2f} points, "
+        f"each of n={error.n} trials predicted from the others"
+    )
+
+
+def _proposers_text(proposers: Mapping[str, Proposer]) -> str:
+    return ", ".join(
+        f"{name} {found.trials}" + (f" ({found.on_front} on the front)" if found.on_front else "")
+        for name, found in proposers.items()
+    )
+
+
 def _budget_text(job: Job) -> str:
     text = figures.latency(job.latency_budget_ns)
     if job.fp32_latency_ns and job.latency_budget_ns:
@@ -109,7 +143,11 @@ def _budget_text(job: Job) -> str:
 def _time_text(job: Job) -> str:
     left = job.progress.time_left_s
     text = f"{figures.seconds(job.progress.elapsed_s)} elapsed"
-    return text if left is None else f"{text}, about {figures.seconds(left)} left"
+    if left is None:
+        return text
+    error = job.progress.time_left_error_s
+    spread = f" ± {figures.seconds(error)}" if error else ""
+    return f"{text}, about {figures.seconds(left)}{spread} left"
 
 
 class LivePanel:
@@ -267,6 +305,7 @@ _EVENT_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "trial_finished": _trial_text,
     "trial_confirmed": lambda payload: f"trial #{payload.get('number')} measured again to confirm",
     "base_prepared": _base_text,
+    "model": lambda payload: f"model: {model_error_text(ModelError.model_validate(payload))}",
     "verified": lambda payload: (
         f"bundle measured again on {payload.get('device_name')}: {payload.get('outcome')}"
     ),

@@ -9,7 +9,14 @@ from typing import Any, Self
 
 import pytest
 
-from autotune.api_types import Event, Job, Progress
+from autotune.api_types import (
+    Event,
+    HypervolumePoint,
+    Job,
+    ModelError,
+    Progress,
+    Proposer,
+)
 from autotune.cli.panel import LivePanel, PlainLines, event_text, open_display, panel_lines
 from autotune.cli.watching import Ended, follow, require_finished
 from autotune.client import FINAL_STATES
@@ -62,6 +69,32 @@ def test_the_panel_says_phase_progress_best_front_device_and_time() -> None:
     assert said["device"] == "local"
     assert said["time"] == "1 min 5 s elapsed, about 2 min 10 s left"
     assert said["budget"] == "2.000 ms (0.50 x FP32, which takes 4.000 ms)"
+
+
+def test_the_panel_says_what_was_gained_how_sure_it_is_and_who_had_the_ideas() -> None:
+    history = [
+        HypervolumePoint(trials=1, device_s=30.0, hypervolume=0.1),
+        HypervolumePoint(trials=20, device_s=40.0, hypervolume=0.4),
+    ]
+    progress = make_job().progress.model_copy(
+        update={
+            "hypervolume_history": history,
+            "model_error": ModelError(n=19, latency=0.023, latency_covered=0.95, drop=0.0041),
+            "proposers": {
+                "flip": Proposer(trials=9, ranked=9, on_front=3),
+                "optuna": Proposer(trials=4, ranked=3, on_front=0),
+            },
+            "time_left_error_s": 20.0,
+        }
+    )
+    said = texts(make_job(progress=progress))
+    assert said["over trials"] == " " + "▃" * 22 + "█ 20"
+    assert said["over device time"] == " " * 17 + "▃" * 6 + "█ 40 s"
+    assert said["model"] == (
+        "off by 2.3% of the latency and 0.41 points, each of n=19 trials predicted from the others"
+    )
+    assert said["proposed by"] == "flip 9 (3 on the front), optuna 4"
+    assert said["time"] == "1 min 5 s elapsed, about 2 min 10 s ± 20 s left"
 
 
 def test_what_is_not_known_yet_is_not_shown_as_a_figure() -> None:
@@ -173,6 +206,12 @@ def test_plain_lines_repeat_no_notice() -> None:
                 }
             },
             "pruned base: 25% of 2 groups, 1.50 M MACs, recovered in 8 epochs (12 s)",
+        ),
+        (
+            "model",
+            {"n": 12, "latency": 0.0312, "latency_covered": 0.92, "drop": 0.004},
+            "model: off by 3.1% of the latency and 0.40 points, each of n=12 trials predicted "
+            "from the others",
         ),
         ("state", {"state": "failed", "reason": "no room"}, "state: failed: no room"),
         ("notice", {"message": "nothing is pruned"}, "note: nothing is pruned"),

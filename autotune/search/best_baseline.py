@@ -1,0 +1,132 @@
+"""The winner held against the baselines: what was searched wins only where it is better.
+
+Owns that comparison. Points alone would let a lucky measurement beat a baseline that is as
+good; so whatever is not certainly better in latency or in accuracy must at least be no worse
+in both. Which trial answers a question is `front.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autotune.search.feasibility import Limits
+from autotune.search.front import Answer, accuracy_drop_of, answer, is_feasible, latency_of
+from storage.records import AccuracyReport, TrialRecord
+
+BASELINE = "baseline"
+"""What `proposed_by` says of FP32 and uniform INT8, on each runtime that is searched."""
+
+
+def best_baseline(
+    trials: Sequence[TrialRecord],
+    *,
+    limits: Limits,
+    max_accuracy_drop: float | None,
+    on_every_device: bool = False,
+) -> TrialRecord | None:
+    """The baseline that would be the answer if nothing had been searched; None before any."""
+    found = answer(
+        [trial for trial in trials if trial.proposed_by == BASELINE],
+        limits=limits,
+        max_accuracy_drop=max_accuracy_drop,
+        on_every_device=on_every_device,
+    )
+    return found and found.winner
+
+
+def held_to_baselines(
+    found: Answer,
+    trials: Sequence[TrialRecord],
+    *,
+    limits: Limits,
+    max_accuracy_drop: float | None,
+    on_every_device: bool = False,
+) -> Answer:
+    """The answer; a baseline's where the winner is no better than it beyond the noise.
+
+    Only baselines that keep the limits, and the drop where the winner does, may take its place.
+    An impossible budget's answer stays the nearest trial.
+    """
+    winner = found.winner
+    if winner.proposed_by == BASELINE or found.verdict == "impossible_budget":
+        return found
+    ahead = [
+        trial
+        for trial in trials
+        if trial.proposed_by == BASELINE
+        and is_feasible(trial, limits)
+        and (found.misses_drop or _keeps(trial, max_accuracy_drop))
+        and not is_better(winner, trial)
+    ]
+    instead = best_baseline(
+        ahead,
+        limits=limits,
+        max_accuracy_drop=max_accuracy_drop,
+        on_every_device=on_every_device,
+    )
+    if instead is None:
+        return found
+    why = (
+        f"trial {winner.number} was {found.explanation}, but it is neither certainly faster nor "
+        f"certainly more accurate than this baseline ({_compared(winner, instead)})"
+    )
+    return replace(found, winner=instead, explanation=why)
+
+
+def is_better(trial: TrialRecord, baseline: TrialRecord) -> bool:
+    """The trial may win over the baseline.
+
+    Its interval of latency, or of accuracy drop, lies wholly on the better side of the
+    baseline's; or neither figure is worse, noise or not.
+    """
+    mine, theirs = latency_of(trial), latency_of(baseline)
+    pair = _same_samples(trial, baseline)
+    if mine is None or theirs is None or pair is None:
+        return False
+    own, other = pair
+    if mine.p50_high_ns < theirs.p50_low_ns or own.drop_high < other.drop_low:
+        return True
+    return mine.p50_ns <= theirs.p50_ns and own.drop <= other.drop
+
+
+def _same_samples(
+    trial: TrialRecord, baseline: TrialRecord
+) -> tuple[AccuracyReport, AccuracyReport] | None:
+    """Both accuracies on held-out data where both have one, else on search data."""
+    held_out = (trial.held_out_accuracy, baseline.held_out_accuracy)
+    for one, two in (held_out, (trial.accuracy, baseline.accuracy)):
+        if one is not None and two is not None:
+            return one, two
+    return None
+
+
+def _keeps(trial: TrialRecord, max_accuracy_drop: float | None) -> bool:
+    drop = accuracy_drop_of(trial)
+    return max_accuracy_drop is None or (drop is not None and drop <= max_accuracy_drop)
+
+
+def comparison(trial: TrialRecord, baseline: TrialRecord) -> str:
+    """The trial against the best baseline, for people; empty where a figure is missing."""
+    mine, theirs = latency_of(trial), latency_of(baseline)
+    pair = _same_samples(trial, baseline)
+    if mine is None or theirs is None or pair is None:
+        return ""
+    return (
+        f"the best baseline is trial {baseline.number}: the winner takes "
+        f"{mine.p50_ns / theirs.p50_ns:.3g} of its latency ({_compared(trial, baseline)})"
+    )
+
+
+def _compared(trial: TrialRecord, baseline: TrialRecord) -> str:
+    latencies = [latency_of(trial), latency_of(baseline)]
+    pair = _same_samples(trial, baseline)
+    ms = [
+        f"{r.p50_ns / 1e6:.4g} [{r.p50_low_ns / 1e6:.4g}, {r.p50_high_ns / 1e6:.4g}]"
+        for r in latencies
+        if r is not None
+    ]
+    points = [
+        f"{100 * r.drop:.2f} [{100 * r.drop_low:.2f}, {100 * r.drop_high:.2f}]" for r in pair or ()
+    ]
+    return f"{' against '.join(ms)} ms; {' against '.join(points)} points lost"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from autotune.cli.parameters import SECONDS
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -109,15 +110,27 @@ def cancel(session: Session, reference: str) -> None:
     "--trials",
     "extra_trials",
     type=click.IntRange(min=1),
-    help="Trials to add to the job's own budget.",
+    metavar="+N",
+    help="Trials more than the job has done: +50.",
 )
+@click.option("--time", "time_s", type=SECONDS, help="How long to search from now on: 20m.")
 @click.option("--watch", is_flag=True, help="Follow the job until it ends.")
 @shared_options
 @click.pass_obj
-def resume(session: Session, reference: str, extra_trials: int | None, watch: bool) -> None:
-    """Take up a job that was cancelled, failed or finished; finished trials are kept."""
+def resume(
+    session: Session,
+    reference: str,
+    extra_trials: int | None,
+    time_s: float | None,
+    watch: bool,
+) -> None:
+    """Take up a job that was cancelled, failed or finished, with all it has learnt.
+
+    Finished trials are kept, and its answer stays until the next one is there. A finished job
+    wants more --trials, or more --time where that is what ended it.
+    """
     client = session.client()
-    resumed = client.resume(reference, extra_trials)
+    resumed = client.resume(reference, extra_trials, time_s=time_s)
     click.echo(f"job {resumed.id} is {resumed.state}", err=True)
     if session.output_format != "table":
         _print_job(session, resumed)

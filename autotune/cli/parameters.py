@@ -1,4 +1,4 @@
-"""Types of command-line values: a fraction, a latency budget, an input shape.
+"""Types of command-line values: a fraction, a latency budget, a length of time, an input shape.
 
 A mistake is a usage error that shows the value and what is allowed.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import click
+
+_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Fraction(click.ParamType[float]):
@@ -45,6 +47,26 @@ class Budget(click.ParamType[str]):
         return str(value).strip()
 
 
+class Seconds(click.ParamType[float]):
+    """A length of time such as `90s`, `20m` or `1.5h`; a bare number is seconds."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The time in seconds."""
+        text = str(value).strip()
+        unit = _UNITS_S.get(text[-1:], 1.0)
+        try:
+            seconds = float(text.rstrip("smh")) * unit
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{value!r} is not a length of time; write 90s, 20m or 1.5h", param, ctx)
+        return seconds
+
+
 class Shape(click.ParamType["tuple[int, ...]"]):
     """A shape without its batch axis, such as `3,224,224`."""
 
@@ -67,4 +89,5 @@ class Shape(click.ParamType["tuple[int, ...]"]):
 
 FRACTION = Fraction()
 BUDGET = Budget()
+SECONDS = Seconds()
 SHAPE = Shape()

@@ -6,6 +6,7 @@ Owns the mixture and nothing else: the same trials give the same proposals. `pla
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,6 +20,8 @@ from storage.records import TrialRecord
 
 BATCH = 4
 """Proposals made at once: enough to keep two workers busy, few enough to learn from."""
+
+_WARM = ("sensitivity", "size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,21 @@ class Proposals:
             if proposal.candidate.digest not in known:
                 new.setdefault(proposal.candidate.digest, proposal)
         return list(new.values())
+
+    def warm_trials_left(self, trials: Sequence[TrialRecord], *, budget: int) -> int:
+        """How many of `warm_start` are still due in a job of `budget` trials.
+
+        A quarter of what the baselines leave, the rest is for what that teaches; a second
+        ladder, of sizes, doubles it. None once the model has proposed: a job that goes on, or
+        is extended, does so with what it has learnt. It depends on the trials alone, so that a
+        restart changes no proposal.
+        """
+        by = Counter(trial.proposed_by for trial in trials)
+        warm = sum(by[name] for name in _WARM)
+        if by.total() > by["baseline"] + warm:
+            return 0
+        share = 2 if self.by_size else 4
+        return max(max(BATCH, (budget - by["baseline"]) // share) - warm, 0)
 
     def refine(self, trials: Sequence[TrialRecord], *, size: int = BATCH) -> list[Proposal]:
         """A batch of `size`: most of it from the model fitted to the trials, the rest Optuna's.

@@ -260,10 +260,9 @@ class Tuning:
             latency_budget_ns=self._job.latency_budget_ns,
             by_size=counts_size(self._job.spec),
         )
-        # A quarter of what is left goes to the warm start, the rest to what it teaches; a second
-        # ladder, of sizes, doubles it.
-        share = 2 if proposals.by_size else 4
-        queue = proposals.warm_start(self._trials())[: max(BATCH, self._trials_left() // share)]
+        trials = self._trials()
+        due = proposals.warm_trials_left(trials, budget=self._spec.search.trials)
+        queue = proposals.warm_start(trials)[:due]
         while not self._is_over():
             self._check_pools(evaluation)
             size = max(BATCH, self._host.fleet.capacity(self._job, self._devices))

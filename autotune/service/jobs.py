@@ -37,11 +37,16 @@ _EVENTS_PER_READ = 1000
 
 
 class ResumeRequest(BaseModel):
-    """How a job goes on; `trials` are added to its budget."""
+    """How a job goes on.
+
+    `trials` are added to what it has tried; `time_s` is how long it may search from here on,
+    in place of the job's own `search.time_s`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     trials: int | None = Field(default=None, ge=1, le=1_000_000)
+    time_s: float | None = Field(default=None, gt=0)
 
 
 @router.post(
@@ -75,9 +80,12 @@ async def cancel(context: Context, job_id: str) -> Job:
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=problem_responses(404, 409))
 async def resume(context: Context, job_id: str, request: ResumeRequest | None = None) -> Job:
-    """Take up a job that ended; `trials` more where that is given."""
-    extra = request.trials if request else None
-    return await run_in_threadpool(_resume, context, job_id, extra)
+    """Take up a job that ended, with more trials or time where given.
+
+    It keeps its trials and what the search learnt from them; its result stays until it has the
+    next one.
+    """
+    return await run_in_threadpool(_resume, context, job_id, request or ResumeRequest())
 
 
 @router.get("/{job_id}/trials", operation_id="list_trials", responses=problem_responses(404))
@@ -183,24 +191,32 @@ def _cancel(context: ServiceContext, reference: str) -> Job:
     return show(context, context.repository.get_job(job.id))
 
 
-def _resume(context: ServiceContext, reference: str, extra_trials: int | None) -> Job:
+def _resume(context: ServiceContext, reference: str, asked: ResumeRequest) -> Job:
     job = context.repository.get_job(reference)
     if not job.state.is_final:
         raise JobNotReady(f"job {job.id} is {job.state.value}; only a job that ended is resumed")
     spec = parse_job(job.spec)
     check_spec(spec, context)
-    if extra_trials is not None:
+    if asked == ResumeRequest() and job.state is JobState.FINISHED:
+        raise JobNotReady(f"{_finished(job)}; say how many trials more, or for how long")
+    done = len(context.repository.list_trials(job.id))
+    search = spec.search
+    if asked.trials is not None:
         # From where the job is, not from a budget that it overshot or never reached.
-        done = len(context.repository.list_trials(job.id))
-        trials = max(spec.search.trials, done) + extra_trials
-        search = spec.search.model_copy(update={"trials": trials})
-        spec = spec.model_copy(update={"search": search})
-    elif job.state is JobState.FINISHED:
-        raise JobNotReady(
-            f"job {job.id} finished its {spec.search.trials} trials; say how many more"
-        )
+        trials = max(search.trials, done) + asked.trials
+        search = search.model_copy(update={"trials": trials})
+    elif asked.time_s is not None and done >= search.trials:
+        raise JobNotReady(f"job {job.id} has done its {done} trials; say how many more")
+    if asked.time_s is not None:
+        search = search.model_copy(update={"time_s": asked.time_s})
+    spec = spec.model_copy(update={"search": search})
     resumed = context.repository.resume_job(job.id, spec=spec.model_dump(mode="json"))
     return show(context, resumed)
+
+
+def _finished(job: JobRecord) -> str:
+    why = (job.result or {}).get("stopped_because")
+    return f"job {job.id} is finished" + (f": {why}" if why else "")
 
 
 def _all_events(context: ServiceContext, job_id: str) -> list[EventRecord]:

@@ -181,12 +181,19 @@ def test_a_running_job_is_not_resumed(service: RunningService) -> None:
         service.client.resume(job.id)
 
 
-def test_a_finished_job_is_resumed_only_with_more_trials(service: RunningService) -> None:
-    job = service.submit()
-    service.repository.update_job(job.id, state=JobState.FINISHED)
-    with pytest.raises(JobNotReady, match="how many more"):
+def test_a_finished_job_is_extended_by_trials_or_time_and_shows_its_answer_meanwhile(
+    service: RunningService,
+) -> None:
+    job = service.finished_job(service.enrol()[1])
+    service.repository.update_job(job.id, spec=job_document())
+    with pytest.raises(JobNotReady, match="say how many trials more, or for how long"):
         service.client.resume(job.id)
-    assert service.client.resume(job.id, 5).progress.trials_total == 45
+    with pytest.raises(JobNotReady, match="has done its 40 trials"):
+        service.client.resume(job.id, time_s=60)
+    resumed = service.client.resume(job.id, 5, time_s=60)
+    assert (resumed.state, resumed.progress.trials_total) == ("queued", 45)
+    assert resumed.spec["search"]["time_s"] == 60
+    assert resumed.result is not None and resumed.result.winner == (job.result or {})["winner"]
 
 
 def test_an_ended_job_is_not_cancelled(service: RunningService) -> None:

@@ -175,8 +175,10 @@ class FakeClient:
         self.calls.append(("cancel", reference))
         return self.states[0]
 
-    def resume(self, reference: str, extra_trials: int | None = None) -> Job:
-        self.calls.append(("resume", reference, extra_trials))
+    def resume(
+        self, reference: str, extra_trials: int | None = None, *, time_s: float | None = None
+    ) -> Job:
+        self.calls.append(("resume", reference, extra_trials, *([time_s] if time_s else [])))
         return self.states[0]
 
     def trials(self, reference: str) -> list[Trial]:

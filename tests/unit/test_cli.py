@@ -291,9 +291,11 @@ def test_job_watch_of_a_cancelled_job_exits_13(call: Call, client: FakeClient) -
     assert call("job", "watch", "job-1") == 13
 
 
-def test_job_resume_adds_trials(call: Call, client: FakeClient) -> None:
-    assert call("job", "resume", "job-1", "--trials", "10") == 0
+def test_job_resume_adds_trials_and_time(call: Call, client: FakeClient) -> None:
+    assert call("job", "resume", "job-1", "--trials", "+10") == 0
     assert ("resume", "job-1", 10) in client.calls
+    assert call("job", "resume", "job-1", "--time", "20m") == 0
+    assert ("resume", "job-1", None, 1200.0) in client.calls
     assert call("job", "cancel", "job-1") == 0
     assert ("cancel", "job-1") in client.calls
 
@@ -334,6 +336,7 @@ def test_front_as_csv_has_one_row_per_trial_with_its_roles(
         ("model", "inspect", "torchvision:resnet18", "--input-shape", "3,x"),
         ("model", "inspect", "resnet18"),
         ("job", "resume", "job-1", "--trials", "0"),
+        ("job", "resume", "job-1", "--time", "soon"),
     ],
 )
 def test_a_wrong_value_is_a_usage_error(arguments: tuple[str, ...], call: Call) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -25,7 +25,10 @@ _START_TIMEOUT_S = 120.0
 
 
 class EmbeddedService:
-    """Starts with `with`, and ends with it whatever happened inside."""
+    """Starts with `with`, and ends with it whatever happened inside.
+
+    `program` is what starts the service, by the options of `autotune serve`.
+    """
 
     def __init__(
         self,
@@ -34,8 +37,10 @@ class EmbeddedService:
         trust_job_code: bool,
         workers: int | None = None,
         say: Callable[[str], None] = lambda _text: None,
+        program: Sequence[str] = ("-m", "autotune.cli", "serve"),
     ) -> None:
         self.data_dir = data_dir
+        self._program = tuple(program)
         self._trust_job_code = trust_job_code
         self._workers = workers
         self._say = say
@@ -80,7 +85,7 @@ class EmbeddedService:
     def _start_service(self) -> None:
         ready_file = self.data_dir / "ready.json"
         ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "autotune.cli", "serve", "--port", "0"]
+        command = [sys.executable, *self._program, "--port", "0"]
         command += ["--data-dir", str(self.data_dir), "--ready-file", str(ready_file)]
         command.append("--trust-job-code" if self._trust_job_code else "--no-trust-job-code")
         if self._workers is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autotune.search.fleet import Fleet, QuietWindow
+from autotune.search.proposals import Proposals
 from autotune.search.workers import WorkerPool
 from autotune.spec import JobSpec
 from device_agents.protocol import DeviceDescription
@@ -31,3 +32,5 @@ class Host:
     should_stop: Callable[[], bool]
     make_room: Callable[[], None]
     """The disk is full: give up what is kept back, so that the job's end can be written."""
+    make_proposals: Callable[..., Proposals] = Proposals
+    """Who proposes in the search phase, made with the arguments of `Proposals`."""

@@ -18,6 +18,7 @@ from autotune.search.conclusion import conclude_cancelled
 from autotune.search.fleet import ONLINE_WITHIN_S, Fleet, QuietWindow
 from autotune.search.host import Host
 from autotune.search.interruption import Stopped
+from autotune.search.proposals import Proposals
 from autotune.search.tuning import Tuning
 from autotune.search.verification import VerificationOutcome, verify
 from autotune.search.workers import WorkerPool, WorkerStarter, start_ray, stop_ray
@@ -48,6 +49,7 @@ class Runner:
         host_id: this host's id, to open a quiet window for an agent on it.
         ray_address: a Ray cluster to join; None starts Ray on this host.
         make_pool: how a job gets its workers; None takes Ray's.
+        make_proposals: who proposes in the search phase; a benchmark lets others do it.
         online_within_s: how long after its last heartbeat a device counts as online.
     """
 
@@ -63,6 +65,7 @@ class Runner:
         ray_address: str | None = None,
         make_pool: Callable[[JobSpec, DataSplits, Sequence[DeviceDescription]], WorkerPool]
         | None = None,
+        make_proposals: Callable[..., Proposals] = Proposals,
         online_within_s: float = ONLINE_WITHIN_S,
     ) -> None:
         self._window = QuietWindow()
@@ -92,6 +95,7 @@ class Runner:
             window=self._window,
             trust_job_code=trust_job_code,
             make_pool=make_pool or self._make_pool,
+            make_proposals=make_proposals,
             should_stop=self._stopping.is_set,
             make_room=self._reserve.release,
         )

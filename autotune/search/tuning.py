@@ -33,7 +33,7 @@ from autotune.search.front import REFERENCE_DROP, Answer, counts_size, non_domin
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
-from autotune.search.proposals import BATCH, Proposals
+from autotune.search.proposals import BATCH
 from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier
 from autotune.search.runtimes import contending, require_judges
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
@@ -251,7 +251,7 @@ class Tuning:
         damage: Mapping[tuple[str, str], float],
     ) -> None:
         self._enter("search")
-        proposals = Proposals(
+        proposals = self._host.make_proposals(
             space=contending(self._space, self._trials()),
             inventory=inventory,
             bases=bases,

@@ -1,0 +1,87 @@
+"""What is thought of layer groups before anything is measured, as factors and links.
+
+Owns the scales: how far effects may lie from what kernel times and sensitivities tell, and how
+strongly neighbours bear on each other. Knows groups as rows of numbers; what a job's candidates
+are is `landscape.py`'s knowledge, the regression `surrogate.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from autotune.search.surrogate import Factor, Link
+
+_EFFECT_SCALE = 0.5
+"""How far a group's true effect may lie from the one thought of, as a share of its time."""
+
+LEAST_SHARE = 0.01
+"""Of the time, for a group that hardly computes: launching its kernels takes time too."""
+
+_BOUNDARY_SCALE = 0.5
+"""The price of converting all activations once, as a share of FP32's time. A choice."""
+
+_DAMAGE_SCALE = 0.7
+_LEAST_DAMAGE = 1e-4
+
+
+def time_scales(shares: np.ndarray) -> np.ndarray:
+    """How far each group's effect on latency may lie from the one thought of, `(n_groups,)`."""
+    found: np.ndarray = _EFFECT_SCALE * np.maximum(shares, LEAST_SHARE)
+    return found
+
+
+def time_factors(shares: np.ndarray, savings: Sequence[np.ndarray]) -> list[Factor]:
+    """Per group what its options do to the latency, as a ratio to FP32's.
+
+    `shares` `(n_groups,)` are the groups' parts of FP32's time; `savings` has for each group
+    `(n_options,)`, the part of its own time that an option saves: 0 for FP32, below 0 where an
+    option is slower.
+    """
+    return [
+        Factor(n_options=len(saving), effects=-share * saving, scale=scale)
+        for share, saving, scale in zip(shares, savings, time_scales(shares), strict=True)
+    ]
+
+
+def boundary_links(tensor_sizes: np.ndarray) -> list[Link]:
+    """A link from each group to the next one, as strong as the tensor between them is large.
+
+    `tensor_sizes` `(n_groups - 1,)` in any unit.
+    """
+    total = tensor_sizes.sum() or 1.0
+    return [
+        Link(
+            first=column,
+            second=column + 1,
+            scale=_BOUNDARY_SCALE * float(size) / total,
+            is_boundary=True,
+        )
+        for column, size in enumerate(tensor_sizes)
+    ]
+
+
+def damage_factors(damages: Sequence[np.ndarray]) -> list[Factor]:
+    """Per group what its options do to the accuracy: `damages` are drops, `(n_options,)` each."""
+    return [
+        Factor(
+            n_options=len(damage),
+            effects=damage,
+            scale=_DAMAGE_SCALE * max(float(damage.max()), _LEAST_DAMAGE),
+        )
+        for damage in damages
+    ]
+
+
+def damage_links(factors: Sequence[Factor]) -> list[Link]:
+    """A link from each group to the next one: damages of neighbours add up and reinforce."""
+    return [
+        Link(
+            first=column,
+            second=column + 1,
+            scale=math.sqrt(factors[column].scale * factors[column + 1].scale),
+        )
+        for column in range(len(factors) - 1)
+    ]

@@ -2,8 +2,9 @@
 
 This class owns the contract, the transactions and the notifications; the statements lie in
 the module of each noun (`jobs.py`, `trials.py`, `measurements.py`, `devices.py`,
-`agents.py`, `ledger.py`); keys, drained devices and quarantine are the verbs of `fleet.py`. The
-same contract holds on SQLite and on PostgreSQL; one test suite runs on both.
+`agents.py`, `ledger.py`); keys, drained devices and quarantine are the verbs of `fleet.py`, what
+jobs taught about devices is that of `knowledge.py`. The same contract holds on SQLite and on
+PostgreSQL; one test suite runs on both.
 
 - Every method is one transaction: it happened completely and durably when it returns, and not
   at all when it raises (except that a late result is kept although `accept_result` raises).
@@ -28,6 +29,7 @@ from storage import agents, devices, jobs, ledger, measurements, trials
 from storage.database import Database, changed_topics
 from storage.errors import ReplacedKey, StaleLease
 from storage.fleet import FleetRepository
+from storage.knowledge import KnowledgeRepository
 from storage.records import (
     AgentRecord,
     ArtifactRecord,
@@ -75,6 +77,7 @@ class Repository:
         self._notify = notify
         self._clock = clock
         self.fleet = FleetRepository(database, writing=self._writing, clock=clock)
+        self.knowledge = KnowledgeRepository(database, writing=self._writing, clock=clock)
 
     @property
     def may_be_shared(self) -> bool:

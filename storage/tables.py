@@ -40,6 +40,7 @@ from storage.columns import (
     enum_column,
     text_column,
 )
+from storage.latency_model import LatencyModel
 from storage.records import (
     AccuracyReport,
     CanaryRecord,
@@ -235,6 +236,17 @@ class DeviceRow(Base):
     canary: Mapped[CanaryRecord | None] = mapped_column(Document(CanaryRecord))
     canary_at: Mapped[datetime | None]
     canary_passed_at: Mapped[datetime | None]
+
+
+class LatencyModelRow(Base):
+    """What the device's latency was thought to be made of when the job had learnt last."""
+
+    __tablename__ = "latency_models"
+
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    models: Mapped[tuple[LatencyModel, ...]] = mapped_column(Documents(LatencyModel))
+    updated_at: Mapped[datetime]
 
 
 class AgentRow(Base):

@@ -6,10 +6,9 @@ named here is `compression/`'s work.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +23,8 @@ from pydantic import (
 )
 
 from autotune.errors import InvalidJob
-from search_spaces import Precision
+from autotune.spec_errors import explain
+from search_spaces import USUAL_PROVIDER, Precision
 from search_spaces.errors import InvalidChoice
 
 JOB_VERSION: Literal[1] = 1
@@ -33,6 +33,8 @@ JOB_VERSION: Literal[1] = 1
 # 2026-11-21: search.runtimes (before it, onnxruntime alone).
 # 2026-11-21: search.objectives, and precisions with options; a job without them means the same.
 # 2026-11-21: rounding; a job without it means the same.
+# 2026-11-21: search.providers, graph_levels, memory_arena and spinning; a job without them means
+# the same.
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
@@ -45,6 +47,14 @@ BatchNorm re-estimated, top-1 of 1,000 images for l1, l2, batch_norm, taylor): r
 47.3 %. Two epochs of recovery training bring all four within a point of each other. Molchanov
 et al. 2019 (arXiv:1906.10771) see it ahead of weight norms on ImageNet too.
 """
+
+GraphLevel = Literal["all", "layout", "extended", "basic", "disabled"]
+"""Those of `search_spaces.GRAPH_LEVELS`. The defaults of the options of onnxruntime are what 25
+small models (64x64 and 224x224; FP32, INT8 and mixtures) say on one x86 core with onnxruntime
+1.31.1, time over that of `all` with arena: `extended` 1.15 to 3.8, `basic` 1.2 to 10, no arena
+0.96 to 1.06 (median 1.01); `layout`, on 9 of them, 0.98 to 1.01. With two threads on two virtual
+cores, spinning or not made no difference that could be told from noise (12 models, medians 0.94
+to 1.04)."""
 
 _UPLOAD = re.compile(r"^sha256:([0-9a-f]{64})$")
 
@@ -114,6 +124,19 @@ class SearchSpec(_Section):
     The service's host needs each of them too, to judge accuracy in the one that ships."""
     threads: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     """Numbers of threads that the runtime may use on the device."""
+    providers: tuple[str, ...] = Field(default=(USUAL_PROVIDER,), min_length=1)
+    """Execution providers that compete, by onnxruntime's names (`CUDAExecutionProvider`); each
+    runtime takes part with those that the devices' builds of it have. `autotune device show`
+    lists them. Accuracy is judged on the processor of the service's host."""
+    graph_levels: tuple[GraphLevel, ...] = Field(default=("all",), min_length=1)
+    """How far onnxruntime rewrites the graph before it runs it: `all`, `layout`, `extended`,
+    `basic`, `disabled`. On a processor `all` was never slower than another."""
+    memory_arena: tuple[bool, ...] = Field(default=(True,), min_length=1)
+    """Whether onnxruntime keeps freed memory for the next inference. Without it the process is
+    smaller and, on a processor, 0 to 6 % slower."""
+    spinning: tuple[bool, ...] = Field(default=(True,), min_length=1)
+    """Whether onnxruntime's threads keep their cores busy while they wait for work; with two
+    threads or more. Without it the other programs of the device have more of them."""
     trials: int = Field(default=40, ge=1)
     """Finished trials after which the search stops."""
     time_s: float | None = Field(default=None, gt=0)
@@ -129,6 +152,13 @@ class SearchSpec(_Section):
         if not {"accuracy", "latency"} <= set(names):
             raise ValueError("accuracy and latency are always objectives; size may be added")
         return names
+
+    @field_validator("spinning")
+    @classmethod
+    def _audible(cls, values: tuple[bool, ...], known: ValidationInfo) -> tuple[bool, ...]:
+        if False in values and max(known.data.get("threads", (1,)), default=1) < 2:
+            raise ValueError("one thread never waits for another; add 2 to search.threads")
+        return values
 
     @field_validator("precisions")
     @classmethod
@@ -352,7 +382,7 @@ def parse_job(document: Mapping[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(dict(document))
     except ValidationError as error:
-        lines = [_explain(entry) for entry in error.errors()]
+        lines = [explain(entry, JobSpec) for entry in error.errors()]
         raise InvalidJob("the job is not valid:\n" + "\n".join(f"  {x}" for x in lines)) from error
 
 
@@ -459,40 +489,3 @@ def job_schema() -> dict[str, Any]:
 def job_schema_text() -> str:
     """The published schema as text."""
     return json.dumps(job_schema(), indent=2, sort_keys=True) + "\n"
-
-
-# What pydantic calls a class or a tuple is one of these in YAML.
-_SHAPES = {
-    "model_type": "a mapping of keys to values",
-    "tuple_type": "a list",
-    "dict_type": "a mapping of keys to values",
-}
-
-
-def _explain(entry: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in entry["loc"])
-    if entry["type"] == "extra_forbidden":
-        return _unknown_key(tuple(str(part) for part in entry["loc"]))
-    if entry["type"] == "missing":
-        return f"{where}: this key is required"
-    if entry["type"] in _SHAPES:
-        return f"{where}: must be {_SHAPES[entry['type']]} (got {entry['input']!r})"
-    if entry["type"] == "string_pattern_mismatch":
-        schemes = entry["ctx"]["pattern"].removeprefix("^(").removesuffix("):.+").split("|")
-        *first, last = (f"{scheme}:" for scheme in schemes)
-        return f"{where}: must begin with {', '.join(first)} or {last} (got {entry['input']!r})"
-    message = str(entry["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message} (got {entry['input']!r})"
-
-
-def _unknown_key(location: tuple[str, ...]) -> str:
-    *parents, key = location
-    section: type[BaseModel] = JobSpec
-    for parent in parents:
-        annotation = section.model_fields[parent].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    known: Iterable[str] = section.model_fields
-    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-    return f"{'.'.join(location)}: unknown key {key!r}; {hint}"

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from autotune.compression.kernels import KernelClass, kernels_of, why_not_faster
-from device_agents.protocol import DeviceDescription, KernelSpeed
+from device_agents.protocol import DeviceDescription, KernelSpeed, RuntimeBuild
 from search_spaces import Layer, LayerGroup, LayerKind, Precision
 
 _OPERATORS = ("conv3x3", "conv1x1", "depthwise", "matmul")
@@ -19,11 +19,11 @@ _OPERATORS = ("conv3x3", "conv1x1", "depthwise", "matmul")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceKernels:
-    """A device's kernel class, the speeds that it measured, and the names of its runtimes."""
+    """A device's kernel class, the speeds that it measured, and its runtimes."""
 
     kernels: KernelClass
     speeds: tuple[KernelSpeed, ...] = ()
-    runtimes: tuple[str, ...] = ()
+    runtimes: tuple[RuntimeBuild, ...] = ()
 
     def why_not_faster(
         self, precision: Precision, group: LayerGroup, *, runtimes: Collection[str]
@@ -80,7 +80,7 @@ def device_kernels(description: DeviceDescription) -> DeviceKernels:
     return DeviceKernels(
         kernels=kernels_of(description),
         speeds=description.kernel_speeds,
-        runtimes=tuple(build.name for build in description.runtimes),
+        runtimes=description.runtimes,
     )
 
 

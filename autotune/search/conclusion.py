@@ -15,7 +15,7 @@ from autotune.compression.device_kernels import DeviceKernels
 from autotune.compression.kernels import X86_VNNI
 from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.front import Answer, blocking_groups
-from autotune.search.runtimes import asked_for, unused
+from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
 from search_spaces import (
@@ -53,7 +53,7 @@ def build_space(
         inventory,
         precisions=[Precision.parse(name) for name in spec.search.precisions],
         prune_ratios=spec.search.prune_ratios,
-        runtimes=asked_for(spec.search),
+        runtimes=asked_for(spec.search, [device.runtimes for device in kernels]),
         is_offered=lambda group, precision: _why_left_out(spec, group, precision, kernels) is None,
     )
 
@@ -163,7 +163,7 @@ def limits(
         listed = ", ".join(map(str, inventory.float_operators))
         notices.append(f"operators that stay in FP32: {listed}")
     notices += left_out(spec, inventory, kernels=kernels)
-    return notices + unused(spec.search, [device.runtimes for device in kernels])
+    return notices + remarks(spec.search, [device.runtimes for device in kernels])
 
 
 def all_limits(

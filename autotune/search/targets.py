@@ -15,7 +15,6 @@ from autotune.errors import DeviceUnavailable, InvalidJob, NotFoundError
 from autotune.search.front import Answer, answer, latency_of
 from autotune.spec import JobSpec
 from device_agents.protocol import LatencyReport
-from search_spaces import SearchSpace
 from storage.records import (
     AccuracyReport,
     DeviceRecord,
@@ -177,22 +176,6 @@ def require_different(devices: Sequence[DeviceRecord], named: Sequence[str | Non
         if ids.count(device.id) > 1:
             listed = ", ".join(str(name) for name in named)
             raise InvalidJob(f"of the devices {listed} two are {device.name}; name it once")
-
-
-def require_runtimes(devices: Sequence[DeviceRecord], space: SearchSpace) -> None:
-    """Return where each device has every runtime of the space.
-
-    Raises:
-        DeviceUnavailable: one lacks some.
-    """
-    for device in devices:
-        offered = {build.name for build in device.description.runtimes}
-        missing = {options.runtime for options in space.runtimes} - offered
-        if missing:
-            raise DeviceUnavailable(
-                f"device {device.name} has no runtime {', '.join(sorted(missing))}; "
-                f"it has {', '.join(sorted(offered)) or 'none'}"
-            )
 
 
 def calibrated(job: JobRecord, spec: JobSpec, fp32: TrialRecord) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.proposals import BATCH
 from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier
-from autotune.search.runtimes import contending, require_judges
+from autotune.search.runtimes import contending, require_judges, require_offered
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.targets import (
     View,
@@ -43,7 +43,6 @@ from autotune.search.targets import (
     calibrated,
     chosen,
     require_different,
-    require_runtimes,
     views,
 )
 from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
@@ -124,9 +123,9 @@ class Tuning:
 
     def _run_phases(self) -> None:
         require_different(self._devices, self._spec.targets)
+        # Before anything is loaded: it takes seconds, and these answers none.
+        require_judges(require_offered(self._spec.search, self._devices))
         inspection = self._inspect(self._load())
-        require_runtimes(self._devices, self._space)
-        require_judges(self._space)
         evaluation = self._baselines(inspection)
         if not self._is_over():
             entries = self._sensitivity(inspection.inventory)

@@ -5,11 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from autotune.errors import InvalidJob
+from autotune.errors import DeviceUnavailable, InvalidJob
 from autotune.search import tuning
 from autotune.search.evaluation import Evaluation
-from autotune.search.runtimes import asked_for, contending, require_judges, unused
-from autotune.spec import SearchSpec
+from autotune.search.runtimes import (
+    asked_for,
+    contending,
+    remarks,
+    require_judges,
+    require_offered,
+)
+from autotune.spec import SearchSpec, parse_job
 from device_agents.protocol import KernelTime, Profile, RuntimeBuild
 from search_spaces import RuntimeOptions
 from storage.records import JobState, TargetFigures
@@ -23,8 +29,16 @@ OPENVINO = RuntimeOptions(runtime="openvino")
 BOTH = replace(space(), runtimes=(ORT, OPENVINO))
 
 
-def build(name):
-    return RuntimeBuild(name=name, version="1", providers=())
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+OPTIONS = ("graph_level", "memory_arena", "spinning")
+
+
+def build(name, *providers, options=()):
+    return RuntimeBuild(name=name, version="1", providers=(CPU, *providers), options=options)
+
+
+def device(*builds):
+    return SimpleNamespace(name="pi4", description=SimpleNamespace(runtimes=builds))
 
 
 def baseline(options, p50_ms, **changes):
@@ -39,12 +53,12 @@ def test_every_runtime_competes_with_every_number_of_threads():
 
 def test_a_runtime_that_this_host_cannot_judge_is_refused_with_the_way_out():
     with pytest.raises(InvalidJob, match=r"openvino.*pip install 'edge-autotune\[openvino\]'"):
-        require_judges(BOTH, probe=lambda names: [])
-    require_judges(BOTH, probe=lambda names: [build(name) for name in names])
+        require_judges(BOTH.runtimes, probe=lambda names: [])
+    require_judges(BOTH.runtimes, probe=lambda names: [build(name) for name in names])
 
 
 def test_a_job_on_onnxruntime_alone_probes_nothing():
-    require_judges(space(), probe=lambda names: pytest.fail("probed"))
+    require_judges(space().runtimes, probe=lambda names: pytest.fail("probed"))
 
 
 def test_a_runtime_far_behind_is_not_searched_further():
@@ -69,14 +83,81 @@ def test_without_its_baselines_no_runtime_is_left_out():
 
 def test_the_user_is_told_of_a_runtime_that_every_device_has():
     search = SearchSpec()
-    assert unused(search, [("onnxruntime", "simulated")]) == []
-    assert unused(search, [("onnxruntime", "openvino"), ("onnxruntime",)]) == []
-    (notice,) = unused(search, [("onnxruntime", "openvino")])
-    assert "openvino: search.runtimes lets it compete" in notice
+    ours, other = build("onnxruntime", CUDA), build("openvino")
+    assert remarks(search, [(build("onnxruntime"), build("simulated"))]) == []
+    assert remarks(search, [(ours, other), (build("onnxruntime"),)]) == []
+    runtimes, providers = remarks(search, [(ours, other)])
+    assert "openvino: search.runtimes lets it compete" in runtimes
+    assert f"{CUDA}: search.providers lets it compete" in providers
+
+
+def test_a_simulated_job_is_told_of_no_real_runtime():
+    search = SearchSpec(runtimes=("simulated",))
+    assert remarks(search, [(build("onnxruntime"), build("simulated"))]) == []
+
+
+def test_who_judges_another_provider_is_told():
+    search = SearchSpec(providers=(CPU, CUDA))
+    (remark,) = remarks(search, [(build("onnxruntime", CUDA),)])
+    assert "judged on this host's processor; CUDAExecutionProvider may round otherwise" in remark
+
+
+def test_a_runtime_takes_part_with_the_options_that_its_build_has():
+    search = SearchSpec(
+        runtimes=("onnxruntime", "openvino"), providers=(CPU, CUDA), graph_levels=("all", "basic")
+    )
+    here = (build("onnxruntime", CUDA, options=OPTIONS), build("openvino"))
+    assert asked_for(search, [here]) == require_offered(search, [device(*here)])
+    assert {(o.runtime, o.provider, o.graph_level) for o in asked_for(search, [here])} == {
+        *(
+            ("onnxruntime", provider, level)
+            for provider in (CPU, CUDA)
+            for level in ("all", "basic")
+        ),
+        ("openvino", CPU, "all"),
+    }
+
+
+def test_a_single_thread_is_not_asked_whether_it_spins():
+    search = SearchSpec(threads=(1, 2), spinning=(True, False))
+    assert [(o.threads, o.spinning) for o in asked_for(search)] == [
+        (1, True),
+        (2, True),
+        (2, False),
+    ]
+
+
+def test_not_to_spin_with_one_thread_is_a_mistake_in_the_job_file():
+    document = {"model": {"source": "onnx:m"}, "data": {"evaluation": "npz:e"}}
+    with pytest.raises(
+        InvalidJob, match=r"search\.spinning: one thread .* add 2 to search.threads"
+    ):
+        parse_job({**document, "search": {"spinning": [True, False]}})
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"runtimes": ("openvino",)}, "device pi4 has no runtime openvino; it has onnxruntime"),
+        ({"providers": (CPU, CUDA)}, f"search.providers names {CUDA}, which no runtime of the job"),
+        ({"memory_arena": (True, False)}, r"search.memory_arena names false.*older release"),
+    ],
+)
+def test_what_no_runtime_of_a_device_has_is_refused_with_what_it_has(asked, reason):
+    with pytest.raises(DeviceUnavailable, match=reason):
+        require_offered(SearchSpec(**asked), [device(build("onnxruntime"))])
+
+
+def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_loaded(bench):  # noqa: F811
+    with bench.agent():
+        job = bench.run(bench.job(search={"runtimes": ["openvino"]}))
+    assert job.state is JobState.FAILED
+    assert "has no runtime openvino; it has onnxruntime" in job.reason
+    assert bench.pools == []
 
 
 def test_the_faster_runtime_wins_the_job(bench, monkeypatch):  # noqa: F811 - the fixture
-    monkeypatch.setattr(tuning, "require_judges", lambda space: None)
+    monkeypatch.setattr(tuning, "require_judges", lambda asked: None)
     search = {"trials": 14, "runtimes": ["onnxruntime", "openvino"]}
     with bench.agent(runtimes=("onnxruntime", "openvino")) as agent:
         agent.report_of = lambda c: latency(

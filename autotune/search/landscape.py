@@ -13,11 +13,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from autotune.search import device_latency
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, ranks
 from autotune.search.improvement import Landscape, Promise, most_promising
+from autotune.search.priors import (
+    EFFECT_SCALE,
+    boundary_links,
+    damage_factors,
+    damage_links,
+    time_factors,
+    time_scales,
+)
 from autotune.search.screening import pruned_macs
 from autotune.search.surrogate import Factor, Features, Link, Surrogate
-from search_spaces import FP32, Candidate, LayerInventory, SearchSpace
+from search_spaces import FP32, Candidate, LayerGroup, LayerInventory, Precision, SearchSpace
+from storage.latency_model import LatencyModel
 from storage.records import TrialRecord
 
 INT8_SAVING = 0.4
@@ -25,19 +35,8 @@ INT8_SAVING = 0.4
 the 3x3 convolution of design.md saves 0.7, a depthwise one costs 0.35 more; the scale below
 says how little this is trusted."""
 
-_EFFECT_SCALE = 0.5
-"""How far a group's true effect may lie from the one thought of, as a share of its time."""
-
-_LEAST_SHARE = 0.01
-"""Of the time, for a group that hardly computes: launching its kernels takes time too."""
-
-_BOUNDARY_SCALE = 0.5
-"""The price of converting all activations once, as a share of FP32's time: a 128x28x28 tensor
-takes about as long to convert as a depthwise layer to compute. A choice."""
-
 _BASE_SCALE = 0.3
 _RUNTIME_SCALE = 0.5
-_DAMAGE_SCALE = 0.7
 _UNKNOWN_DAMAGE = 0.002
 """Drop of a group whose sensitivity is not known; two thirds of a point in ten."""
 
@@ -109,13 +108,16 @@ class Knowledge:
     `damage` is the sensitivity of (group, precision name), mean KL in nats. `fp32_ns` and
     `int8_ns` are each group's kernel times in the two uniform artifacts, where the device has
     profiled them; without the former the work counted in the inventory stands in, without the
-    latter `INT8_SAVING`.
+    latter `INT8_SAVING`. `taught` is what earlier jobs on the device taught about it; it fills
+    in what no profile of this model tells. `fp32_latency_ns` is the model's own.
     """
 
     inventory: LayerInventory
     damage: Mapping[tuple[str, str], float]
     fp32_ns: Mapping[str, float] = field(default_factory=dict)
     int8_ns: Mapping[str, float] = field(default_factory=dict)
+    taught: LatencyModel | None = None
+    fp32_latency_ns: float | None = None
 
     def told_by(self, space: SearchSpace, trials: Sequence[TrialRecord]) -> Knowledge:
         """The same with the kernel times that the profiles of the baselines tell."""
@@ -127,12 +129,46 @@ class Knowledge:
                     return latency.profile.group_ns()
             return {}
 
-        return replace(self, fp32_ns=group_ns(space.fp32()), int8_ns=group_ns(space.uniform_int8()))
+        first = next((t for t in trials if t.candidate == space.fp32()), None)
+        latency = None if first is None else latency_of(first)
+        return replace(
+            self,
+            fp32_ns=group_ns(space.fp32()),
+            int8_ns=group_ns(space.uniform_int8()),
+            fp32_latency_ns=self.fp32_latency_ns if latency is None else latency.p50_ns,
+        )
 
-    def saving(self, group: str) -> float:
-        """The share of its time that a group saves at 8 bits; negative where it is slower."""
+    def saving(self, group: str, precision: Precision) -> float:
+        """The share of its time that a group saves in a precision; negative where it is slower."""
         before, after = self.fp32_ns.get(group, 0.0), self.int8_ns.get(group)
-        return INT8_SAVING if after is None or before <= 0 else 1.0 - after / before
+        if precision == FP32:
+            return 0.0
+        if precision.is_int8 and after is not None and before > 0:
+            return 1.0 - after / before
+        taught = device_latency.expected_saving(self.taught, self._operator(group), precision.name)
+        if taught is not None:
+            return taught
+        return INT8_SAVING if precision.is_int8 else 0.0
+
+    def spread(self, group: str, precisions: Sequence[Precision]) -> float:
+        """How far those savings may be off, a standard deviation; the largest of them."""
+        operator = self._operator(group)
+        spreads = [
+            device_latency.expected_spread(self.taught, operator, p.name)
+            for p in precisions
+            if p != FP32
+        ]
+        return max((EFFECT_SCALE if s is None else s for s in spreads), default=EFFECT_SCALE)
+
+    def boundary_price(self, n_bytes: float) -> float:
+        """What converting so many bytes of FP32 once is thought to add to the ratio."""
+        taught = self.taught.boundary_ns_per_byte if self.taught else None
+        if taught is None or not self.fp32_latency_ns:
+            return 0.0
+        return taught * n_bytes / self.fp32_latency_ns
+
+    def _operator(self, group: str) -> str:
+        return device_latency.operator_of(self.inventory.group(group))
 
     def time_shares(self) -> dict[str, float]:
         """Per group; they sum to 1 over the inventory's groups."""
@@ -140,7 +176,14 @@ class Knowledge:
         if timed > 0:
             return {g.name: self.fp32_ns.get(g.name, 0.0) / timed for g in self.inventory.groups}
         work = {g.name: float(g.macs) for g in self.inventory.groups}
-        moved = {g.name: float(_moved(g.layers)) for g in self.inventory.groups}
+        moved = {g.name: float(moved_values(g)) for g in self.inventory.groups}
+        taught = {
+            n: device_latency.expected_ns(self.taught, self._operator(n), work[n], 4 * moved[n])
+            for n in work
+        }
+        known = {name: ns for name, ns in taught.items() if ns is not None}
+        if known and len(known) == len(work):
+            return {name: ns / (sum(known.values()) or 1.0) for name, ns in known.items()}
         total, bytes_moved = sum(work.values()) or 1.0, sum(moved.values()) or 1.0
         # Half by arithmetic, half by memory: depthwise layers have little of the first.
         return {n: 0.5 * work[n] / total + 0.5 * moved[n] / bytes_moved for n in work}
@@ -152,10 +195,10 @@ class Knowledge:
         return min(sum(macs.get(name, 0.0) * r for name, r in base.items()) / total, 0.95)
 
 
-def _moved(layers: Sequence[object]) -> int:
+def moved_values(group: LayerGroup) -> int:
+    """The elements that a group's layers read and write, without their weights."""
     return sum(
-        math.prod(getattr(layer, "input_shape", ())) + math.prod(getattr(layer, "output_shape", ()))
-        for layer in layers
+        math.prod(layer.input_shape) + math.prod(layer.output_shape) for layer in group.layers
     )
 
 
@@ -245,7 +288,13 @@ def _figures(trials: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
 
 def drop_per_nat(trials: Sequence[TrialRecord]) -> float:
     """How much accuracy a nat of divergence costs, as these trials have it."""
-    pairs = [(t.accuracy.mean_kl, t.accuracy.drop) for t in trials if t.accuracy is not None]
+    return conversion(
+        [(t.accuracy.mean_kl, t.accuracy.drop) for t in trials if t.accuracy is not None]
+    )
+
+
+def conversion(pairs: Sequence[tuple[float, float]]) -> float:
+    """Drop per nat over pairs of (mean KL, drop)."""
     # Sums weigh the candidates that lose something most; the default counts as one of them.
     prior_kl = 0.01
     kl = prior_kl + sum(k for k, _ in pairs)
@@ -255,21 +304,15 @@ def drop_per_nat(trials: Sequence[TrialRecord]) -> float:
 
 def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
     """Factors and links for the ratio to FP32's latency."""
-    shares = knowledge.time_shares()
-    groups = encoding.groups
-    factors = [
-        Factor(
-            n_options=len(encoding.space.precisions[name]),
-            effects=np.array(
-                [
-                    -knowledge.saving(name) * shares[name] if p.is_int8 else 0.0
-                    for p in encoding.space.precisions[name]
-                ]
-            ),
-            scale=_EFFECT_SCALE * max(shares[name], _LEAST_SHARE),
-        )
-        for name in groups
+    groups, all_shares = encoding.groups, knowledge.time_shares()
+    shares = np.array([all_shares[name] for name in groups])
+    precisions = [encoding.space.precisions[name] for name in groups]
+    savings = [
+        np.array([knowledge.saving(name, p) for p in own])
+        for name, own in zip(groups, precisions, strict=True)
     ]
+    spreads = [knowledge.spread(name, own) for name, own in zip(groups, precisions, strict=True)]
+    factors = time_factors(shares, savings, np.array(spreads))
     factors.append(
         Factor(
             n_options=len(encoding.bases),
@@ -279,39 +322,28 @@ def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
     )
     n_runtimes = len(encoding.space.runtimes)
     factors.append(Factor(n_options=n_runtimes, effects=np.zeros(n_runtimes), scale=_RUNTIME_SCALE))
-    links = _boundaries(encoding, knowledge)
-    for column, name in enumerate(groups):
-        scale = _EFFECT_SCALE * max(shares[name], _LEAST_SHARE)
+    sizes = boundary_values(encoding, knowledge.inventory)
+    links = boundary_links(sizes, price=knowledge.boundary_price(4 * float(sizes.sum())))
+    for column, scale in enumerate(time_scales(shares)):
         links += [
-            Link(first=column, second=len(groups) + which, scale=scale)
+            Link(first=column, second=len(groups) + which, scale=float(scale))
             for which in (0, 1)
             if factors[len(groups) + which].n_options > 1
         ]
     return Features(factors, links)
 
 
-def _boundaries(encoding: Encoding, knowledge: Knowledge) -> list[Link]:
-    """A link from each group to the next one in graph order, as strong as the tensor is large."""
-    groups = encoding.groups
-    layers = {group.name: group.layers for group in knowledge.inventory.groups}
-    size = {name: math.prod(layers[name][-1].output_shape) for name in groups}
-    total = sum(size.values()) or 1
-    return [
-        Link(
-            first=column,
-            second=column + 1,
-            scale=_BOUNDARY_SCALE * size[groups[column]] / total,
-            is_boundary=True,
-        )
-        for column in range(len(groups) - 1)
-    ]
+def boundary_values(encoding: Encoding, inventory: LayerInventory) -> np.ndarray:
+    """The elements of the tensor behind each group with a choice but the last."""
+    last = {group.name: group.layers[-1] for group in inventory.groups}
+    sizes = [math.prod(last[name].output_shape) for name in encoding.groups[:-1]]
+    return np.array(sizes, dtype=float)
 
 
 def drop_features(encoding: Encoding, knowledge: Knowledge, per_nat: float) -> Features:
     """Factors and links for the accuracy drop."""
-    groups, factors = encoding.groups, []
-    for name in groups:
-        effects = np.array(
+    damages = [
+        np.array(
             [
                 0.0
                 if p == FP32
@@ -321,28 +353,20 @@ def drop_features(encoding: Encoding, knowledge: Knowledge, per_nat: float) -> F
                 for p in encoding.space.precisions[name]
             ]
         ).clip(max=DROP_CEILING)
-        factors.append(
-            Factor(
-                n_options=len(effects),
-                effects=effects,
-                scale=_DAMAGE_SCALE * max(float(effects.max()), 1e-4),
-            )
-        )
+        for name in encoding.groups
+    ]
+    own = damage_factors(damages)
     n_bases, n_runtimes = len(encoding.bases), len(encoding.space.runtimes)
     pruned = np.array([_PRUNED_DAMAGE if any(base.values()) else 0.0 for base in encoding.bases])
-    factors.append(Factor(n_options=n_bases, effects=pruned, scale=_PRUNED_DAMAGE))
-    factors.append(Factor(n_options=n_runtimes, effects=np.zeros(n_runtimes), scale=1e-3))
-    links = [
-        Link(
-            first=column,
-            second=column + 1,
-            scale=math.sqrt(factors[column].scale * factors[column + 1].scale),
-        )
-        for column in range(len(groups) - 1)
+    factors = [
+        *own,
+        Factor(n_options=n_bases, effects=pruned, scale=_PRUNED_DAMAGE),
+        Factor(n_options=n_runtimes, effects=np.zeros(n_runtimes), scale=1e-3),
     ]
+    links = damage_links(own)
     if n_bases > 1:
         links += [
-            Link(first=column, second=len(groups), scale=factors[column].scale)
-            for column in range(len(groups))
+            Link(first=column, second=len(own), scale=factor.scale)
+            for column, factor in enumerate(own)
         ]
     return Features(factors, links)

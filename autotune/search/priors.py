@@ -14,7 +14,7 @@ import numpy as np
 
 from autotune.search.surrogate import Factor, Link
 
-_EFFECT_SCALE = 0.5
+EFFECT_SCALE = 0.5
 """How far a group's true effect may lie from the one thought of, as a share of its time."""
 
 LEAST_SHARE = 0.01
@@ -29,27 +29,32 @@ _LEAST_DAMAGE = 1e-4
 
 def time_scales(shares: np.ndarray) -> np.ndarray:
     """How far each group's effect on latency may lie from the one thought of, `(n_groups,)`."""
-    found: np.ndarray = _EFFECT_SCALE * np.maximum(shares, LEAST_SHARE)
+    found: np.ndarray = EFFECT_SCALE * np.maximum(shares, LEAST_SHARE)
     return found
 
 
-def time_factors(shares: np.ndarray, savings: Sequence[np.ndarray]) -> list[Factor]:
+def time_factors(
+    shares: np.ndarray, savings: Sequence[np.ndarray], spreads: np.ndarray | None = None
+) -> list[Factor]:
     """Per group what its options do to the latency, as a ratio to FP32's.
 
     `shares` `(n_groups,)` are the groups' parts of FP32's time; `savings` has for each group
     `(n_options,)`, the part of its own time that an option saves: 0 for FP32, below 0 where an
-    option is slower.
+    option is slower. `spreads` `(n_groups,)` are how far the savings may be off where earlier
+    jobs of the device have taught that.
     """
+    scales = time_scales(shares) if spreads is None else spreads * np.maximum(shares, LEAST_SHARE)
     return [
         Factor(n_options=len(saving), effects=-share * saving, scale=scale)
-        for share, saving, scale in zip(shares, savings, time_scales(shares), strict=True)
+        for share, saving, scale in zip(shares, savings, scales, strict=True)
     ]
 
 
-def boundary_links(tensor_sizes: np.ndarray) -> list[Link]:
+def boundary_links(tensor_sizes: np.ndarray, *, price: float = 0.0) -> list[Link]:
     """A link from each group to the next one, as strong as the tensor between them is large.
 
-    `tensor_sizes` `(n_groups - 1,)` in any unit.
+    `tensor_sizes` `(n_groups - 1,)` in any unit; `price` is what converting all of them once is
+    thought to add to the ratio.
     """
     total = tensor_sizes.sum() or 1.0
     return [
@@ -58,6 +63,7 @@ def boundary_links(tensor_sizes: np.ndarray) -> list[Link]:
             second=column + 1,
             scale=_BOUNDARY_SCALE * float(size) / total,
             is_boundary=True,
+            price=price * float(size) / total,
         )
         for column, size in enumerate(tensor_sizes)
     ]

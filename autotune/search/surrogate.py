@@ -49,13 +49,15 @@ class Factor:
 class Link:
     """Two factors whose choices bear on each other; `scale` is how strongly, a standard deviation.
 
-    With `is_boundary` a conversion stands between them wherever one alone is at option 0.
+    With `is_boundary` a conversion stands between them wherever one alone is at option 0;
+    `price` is what that is thought to add.
     """
 
     first: int
     second: int
     scale: float
     is_boundary: bool = False
+    price: float = 0.0
 
 
 class Energy:
@@ -146,13 +148,16 @@ class Features:
         self.block[-1] = 2
         starts = [self.slices[len(factors) + i].start for i, x in enumerate(links) if x.is_boundary]
         self._boundaries = np.array(starts, dtype=int)
+        self._prices = np.array([_relative_price(link) for link in links if link.is_boundary])
 
     def rows(self, points: np.ndarray) -> np.ndarray:
         """`(n, width)` for points `(n, n_factors)`."""
         found = np.zeros((len(points), self.width))
         for alike in self._kinds:
             found[:, alike.where] = alike.parts(points).reshape(len(points), -1)
-        found[:, -2] = found[:, self._boundaries].sum(axis=1)
+        crossings = found[:, self._boundaries]
+        found[:, -2] = crossings.sum(axis=1)
+        found[:, -1] = crossings @ self._prices
         for effects, own in self._effects:
             found[:, -1] += effects[np.arange(len(own)), points[:, own]].sum(axis=1)
         return found
@@ -188,6 +193,11 @@ def _by_shape(tables: Sequence[np.ndarray]) -> list[list[int]]:
     for index, table in enumerate(tables):
         found.setdefault(table.shape, []).append(index)
     return list(found.values())
+
+
+def _relative_price(link: Link) -> float:
+    """What a crossing is thought to add, as a multiple of its column in a row."""
+    return link.price / link.scale if link.scale > 0 else 0.0
 
 
 def _root(factor: Factor) -> np.ndarray:
@@ -282,7 +292,9 @@ class Surrogate:
         trust = 1.0 + w[-1]
         pairs: dict[tuple[int, int], np.ndarray] = {}
         for link, table, where in zip(f.links, f.pairs, f.slices[n:], strict=True):
-            own = table @ w[where] + (w[-2] * table[..., 0] if link.is_boundary else 0.0)
+            own = table @ w[where]
+            if link.is_boundary:
+                own = own + (w[-2] + trust * _relative_price(link)) * table[..., 0]
             pair = (link.first, link.second)
             pairs[pair] = pairs[pair] + own if pair in pairs else own
         singles = [

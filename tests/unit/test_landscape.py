@@ -61,8 +61,8 @@ def test_shares_of_time_sum_to_one_and_a_profile_beats_the_count() -> None:
     assert sum(knowledge().time_shares().values()) == pytest.approx(1.0)
     told = replace(knowledge(), fp32_ns={"stem": 900.0, "body": 100.0}, int8_ns={"stem": 1800.0})
     assert told.time_shares() == {"stem": 0.9, "dw": 0.0, "body": 0.1, "head": 0.0}
-    assert told.saving("stem") == pytest.approx(-1.0)
-    assert told.saving("body") == INT8_SAVING
+    assert told.saving("stem", INT8) == pytest.approx(-1.0)
+    assert told.saving("body", INT8) == INT8_SAVING
 
 
 def test_the_baselines_profiles_tell_what_each_group_takes() -> None:

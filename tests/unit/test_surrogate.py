@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,3 +127,15 @@ def test_a_choice_of_one_option_changes_nothing() -> None:
     points = np.random.default_rng(0).integers(0, 3, (5, N))
     rows = wider.rows(np.hstack([points, np.zeros((5, 1), dtype=int)]))
     assert np.array_equal(rows, features().rows(points))
+
+
+def test_a_price_of_boundaries_is_expected_and_unlearned_like_any_prior() -> None:
+    priced = [replace(link, price=0.2) for link in features().links]
+    wider = Features(features().factors, priced)
+    alone = np.array([[0, 1, 0, 0, 0, 0]])
+    assert wider.rows(alone)[0, -1] == pytest.approx(0.4)
+    points = np.random.default_rng(0).integers(0, 3, (40, N))
+    points[0] = 0
+    model = Surrogate(wider, points, truth(points), np.full(40, 0.002), base=1.0)
+    assert model.energy().at(points) == pytest.approx(model.predict(points)[0])
+    assert model.predict(alone)[0] == pytest.approx(truth(alone), abs=0.03)

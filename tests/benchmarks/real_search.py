@@ -1,0 +1,144 @@
+"""Our search against Optuna's on real jobs: `python -m tests.benchmarks.real_search`.
+
+Whole jobs on mobilenet_v2 and mobilenet_v3_small (trained on digits at 64x64 with noise), the
+agent on this machine: precisions and pruned bases, ours against TPE and NSGA-II (`rivals.py`)
+with the same evaluation, baselines and bases. Every method of a seed is given as many device
+seconds as the one that used the fewest: trials are counted in the order in which they were
+measured, until those are spent. Keys, per model:
+
+- `MODEL.METHOD_hypervolume` for ours, tpe and nsga2: the share of the reference box (1.05 of
+  FP32's latency, 3 points lost on the search data) that the trials' front dominates, the mean
+  over seeds; the least and the largest are its bounds, n the seeds. Larger is better;
+- `MODEL.device_s`: device seconds that each method of a seed was given, the mean over seeds.
+
+Latencies are those of the search's own measurements, alike for all methods. `--quick` is one
+seed of the quick job of `main_job`, in a few trials.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autotune.cli.embedded import EmbeddedService
+from autotune.search.front import hypervolume
+from autotune.spec import JobSpec, read_job
+from storage.records import MeasurementRecord, TrialRecord
+from tests.benchmarks import headline, rivals
+from tests.benchmarks.harness import CACHE, Benchmark, Figure, start
+from tests.benchmarks.main_job import QUICK_MODEL, quick_job, records
+
+MODELS = ("mobilenet_v2", "mobilenet_v3_small")
+METHODS = ("ours", *rivals.SAMPLERS)
+SEEDS, QUICK_SEEDS = 3, 1
+TRIALS, QUICK_TRIALS = 60, 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The trials of one job in the order in which they were measured, and what each cost."""
+
+    trials: Sequence[TrialRecord]
+    device_s: Sequence[float]
+
+    @property
+    def spent_s(self) -> list[float]:
+        """Device seconds spent when each trial was measured."""
+        return list(itertools.accumulate(self.device_s))
+
+    def attained(self, device_s: float) -> float:
+        """The hypervolume of what was measured within so many device seconds."""
+        ended = zip(self.trials, self.spent_s, strict=True)
+        return hypervolume([trial for trial, spent_s in ended if spent_s <= device_s])
+
+
+def main() -> int:
+    benchmark = start(
+        "real_search",
+        "Our search against Optuna's samplers on whole jobs.",
+        models=MODELS,
+        quick_models=(QUICK_MODEL,),
+    )
+    for model in benchmark.models:
+        job = quick_job(CACHE / "quick") if benchmark.quick else headline.full_job(model)
+        compare(benchmark, model, read_job(job))
+        benchmark.save()
+    benchmark.report()
+    return 0
+
+
+def compare(benchmark: Benchmark, model: str, spec: JobSpec) -> None:
+    """Run every method with every seed; add the keys of the model."""
+    found = []
+    for seed in range(QUICK_SEEDS if benchmark.quick else SEEDS):
+        courses: dict[str, Course] = {}
+        for method in METHODS:
+            benchmark.say(f"{model}, seed {seed}: {method}")
+            folder = CACHE / "real_search" / f"{model}-{seed}-{method}"
+            bases = folder.with_name(f"{model}-{seed}-{METHODS[0]}") / "bases"
+            trials = QUICK_TRIALS if benchmark.quick else TRIALS
+            job = seeded(spec, seed=seed, trials=trials)
+            courses[method] = run(job, method, folder, bases, benchmark)
+        budget_s = min(course.spent_s[-1] for course in courses.values())
+        shares = {name: course.attained(budget_s) for name, course in courses.items()}
+        found.append({"device_s": budget_s, **shares})
+        benchmark.say(", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
+    benchmark.raw[model] = found
+    for key, figure in figures(found).items():
+        benchmark.add(f"{model}.{key}", figure)
+
+
+def figures(found: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
+    """Means over seeds; the least and the largest as bounds."""
+    names = {**{f"{method}_hypervolume": method for method in METHODS}, "device_s": "device_s"}
+    return {key: _over_seeds([row[name] for row in found]) for key, name in names.items()}
+
+
+def seeded(spec: JobSpec, *, seed: int, trials: int) -> JobSpec:
+    """The job with another seed; it ends by its trials, because the budget is in device seconds."""
+    search = spec.search.model_copy(update={"trials": trials, "time_s": None})
+    return spec.model_copy(update={"seed": seed, "search": search})
+
+
+def run(spec: JobSpec, method: str, folder: Path, bases: Path, benchmark: Benchmark) -> Course:
+    """One job from its start to its end, with pruned bases that were trained before.
+
+    Raises:
+        SystemExit: it ended without an answer.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if bases.exists():
+        shutil.copytree(bases, folder / "bases")
+    program = ("autotune.cli", "serve") if method == METHODS[0] else (rivals.__name__, method)
+    with EmbeddedService(
+        folder, trust_job_code=False, say=benchmark.say, program=("-m", *program)
+    ) as service:
+        job = service.client.wait(service.client.submit(spec).id)
+    if job.result is None:
+        raise SystemExit(f"the job with {method} ended as {job.state}: {job.reason}")
+    with records(folder) as repository:
+        return course_of(repository.list_trials(job.id), repository.list_measurements(job.id))
+
+
+def course_of(trials: Sequence[TrialRecord], measurements: Sequence[MeasurementRecord]) -> Course:
+    """Each trial by its first measurement, without what confirming it found out later."""
+    by_id = {trial.id: replace(trial, confirmed_latency=None) for trial in trials}
+    screened = [
+        (by_id[m.trial_id], m.report.wall_s)
+        for m in sorted(measurements, key=lambda m: m.created_at)
+        if m.report is not None and m.trial_id in by_id and m.request.plan.kind == "screening"
+    ]
+    return Course(trials=[t for t, _ in screened], device_s=[spent for _, spent in screened])
+
+
+def _over_seeds(values: Sequence[float]) -> Figure:
+    return Figure(value=sum(values) / len(values), low=min(values), high=max(values), n=len(values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,13 +27,15 @@ import onnx
 from autotune.errors import BundleError, DiskFull
 from autotune.export import figures
 from autotune.export.provenance import provenance
-from device_agents.protocol import LatencyReport
+from device_agents.protocol import LatencyReport, RuntimeRequest
 from search_spaces import Candidate
 from search_spaces.errors import SearchSpaceError
 from storage.records import DeviceRecord, JobRecord, TrialRecord
 
 BUNDLE_VERSION = 1
 # Version 1 (2026-11-21): model.onnx, candidate.json, reports.json, run.py, README.md.
+# 2026-11-21: the runtime's graph_level, memory_arena and spinning, where they are not the usual
+# ones; the bundle's own run.py heeds them, and the candidate's version keeps older readers off.
 
 FORMAT = "edge-autotune bundle"
 FILES = ("README.md", "candidate.json", "model.onnx", "reports.json", "run.py")
@@ -129,7 +131,6 @@ def bundle_files(
             f"the model given has sha256 {sha256}"
         )
     name, shape = _model_input(model)
-    runtime = trial.candidate.runtime
     files = {
         "candidate.json": _json_bytes(trial.candidate.to_json()),
         "model.onnx": model,
@@ -146,11 +147,7 @@ def bundle_files(
             "input_shape": list(shape if input_shape is None else input_shape),
             "input_type": "float32",
             "class_names": list(class_names) if class_names is not None else None,
-            "runtime": {
-                "runtime": runtime.runtime,
-                "provider": runtime.provider,
-                "threads": runtime.threads,
-            },
+            "runtime": trial.candidate.runtime.to_json(),
             "candidate_digest": trial.candidate.digest,
             "groups": [dict(entry) for entry in figures.group_precisions(trial)],
         },
@@ -303,6 +300,8 @@ def _readme(
         device=device,
         rows=[(label, row) for label, row in rows if row is not None],
         figures=figures,
+        session=RuntimeRequest.model_validate(reports["model"]["runtime"]),
+        plain=not trial.candidate.runtime.unusual,
         latency=figures.latency_of(trial),
         accuracy=figures.accuracy_of(trial),
         model=reports["model"],

@@ -14,13 +14,24 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 WARM_UP_RUNS = 10
+
+# As the model was measured: what providers want to be told beside their names. Those with threads
+# of their own get all of them; CUDA takes what TensorRT leaves.
+OWN_THREADS = {
+    "XnnpackExecutionProvider": "intra_op_num_threads",
+    "OpenVINOExecutionProvider": "num_of_threads",
+}
+BEHIND = {
+    "TensorrtExecutionProvider": ("CUDAExecutionProvider",),
+    "NvTensorRTRTXExecutionProvider": ("CUDAExecutionProvider",),
+}
 
 
 class Unusable(Exception):
@@ -58,27 +69,56 @@ class Session(NamedTuple):
     runtime: str
 
 
-def open_session(model: bytes, runtime: str, *, provider: str, threads: int) -> Session:
-    """A session with the runtime's defaults and the threads that the search chose."""
+def open_session(model: bytes, chosen: Mapping[str, Any]) -> Session:
+    """A session with the runtime and the options that the search chose, and else its defaults."""
     openers = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
+    runtime = chosen["runtime"]
     if runtime not in openers:
         raise Unusable(
             f"the model was tuned for {runtime}, which this script cannot start; load model.onnx "
             "with it, at batch 1"
         )
     try:
-        return openers[runtime](model, provider, threads)
+        return openers[runtime](model, chosen)
     except ImportError as error:
         raise Unusable(f"the model was tuned for {runtime}: pip install {runtime}") from error
 
 
-def _open_onnxruntime(model: bytes, provider: str, threads: int) -> Session:
+def _open_onnxruntime(model: bytes, chosen: Mapping[str, Any]) -> Session:
     import onnxruntime
 
+    levels = onnxruntime.GraphOptimizationLevel
+    by_name = {
+        "layout": levels.ORT_ENABLE_LAYOUT,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "disabled": levels.ORT_DISABLE_ALL,
+    }
+    provider, threads = chosen["provider"], chosen["threads"]
+    own_threads = OWN_THREADS.get(provider)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1 if own_threads else threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    options.graph_optimization_level = by_name.get(
+        chosen.get("graph_level", "all"), levels.ORT_ENABLE_ALL
+    )
+    options.enable_cpu_mem_arena = chosen.get("memory_arena", True)
+    if not chosen.get("spinning", True):
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    offered = onnxruntime.get_available_providers()
+    if provider not in offered:
+        raise Unusable(
+            f"the model was tuned for {provider}, and this build of onnxruntime has "
+            f"{', '.join(offered)}"
+        )
+    behind = [name for name in BEHIND.get(provider, ()) if name in offered]
+    session = onnxruntime.InferenceSession(
+        model,
+        options,
+        providers=[(provider, {own_threads: str(threads)} if own_threads else {}), *behind],
+    )
+    if provider not in session.get_providers():
+        raise Unusable(f"the model was tuned for {provider}, which does not start on this machine")
     name = session.get_inputs()[0].name
     return Session(
         run=lambda x: session.run(None, {name: x})[0],
@@ -86,7 +126,7 @@ def _open_onnxruntime(model: bytes, provider: str, threads: int) -> Session:
     )
 
 
-def _open_openvino(model: bytes, provider: str, threads: int) -> Session:
+def _open_openvino(model: bytes, chosen: Mapping[str, Any]) -> Session:
     """Compiled as it was measured: one sample, for latency, in FP32 where it is not quantized."""
     import openvino
 
@@ -96,10 +136,10 @@ def _open_openvino(model: bytes, provider: str, threads: int) -> Session:
         shape = port.partial_shape
         shape[0] = 1
         graph.reshape({port: shape})
-    device = provider.removesuffix("ExecutionProvider")
+    device = chosen["provider"].removesuffix("ExecutionProvider")
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if device == "CPU":
-        options["INFERENCE_NUM_THREADS"] = threads
+        options["INFERENCE_NUM_THREADS"] = chosen["threads"]
     request = core.compile_model(graph, device, options).create_infer_request()
     return Session(
         run=lambda x: np.asarray(request.infer({0: x}, share_inputs=True)[0]),
@@ -173,17 +213,24 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     reports = read_reports(folder)
     facts = reports["model"]
     model = verified_model(folder, facts["sha256"])
-    runtime = facts["runtime"]
-    threads = options.threads or runtime["threads"]
-    session = open_session(model, runtime["runtime"], provider=runtime["provider"], threads=threads)
+    chosen = {**facts["runtime"], "threads": options.threads or facts["runtime"]["threads"]}
+    session = open_session(model, chosen)
     shape = facts["input_shape"]
     if options.input is not None:
         print_classes(session, read_samples(options.input, shape), facts["class_names"])
         return
     print(f"model.onnx    sha256 {facts['sha256'][:16]}… is the exported file")
     x = np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
-    here = f"{threads} thread(s), {session.runtime}"
+    here = f"{chosen['threads']} thread(s), {session.runtime}{unusual(chosen)}"
     print_benchmark(benchmark_ns(session, x, runs=options.runs), here, reports)
+
+
+def unusual(chosen: Mapping[str, Any]) -> str:
+    """The options that a plain session has not, to be shown behind the runtime."""
+    words = [f"graph level {chosen['graph_level']}"] if "graph_level" in chosen else []
+    words += ["no memory arena"] if not chosen.get("memory_arena", True) else []
+    words += ["no spinning"] if not chosen.get("spinning", True) else []
+    return "".join(f", {word}" for word in words)
 
 
 def print_classes(session: Session, x: np.ndarray, class_names: Sequence[str] | None) -> None:

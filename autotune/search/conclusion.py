@@ -15,6 +15,7 @@ from autotune.compression.device_kernels import DeviceKernels
 from autotune.compression.kernels import X86_VNNI
 from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.front import Answer, blocking_groups
+from autotune.search.fleet import runtime_request
 from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
@@ -249,8 +250,7 @@ def conclude(
         what = "the FP32 model itself" if is_fp32 else "a baseline"
         sentences.append(f"it is {what}: nothing that was searched beats it")
     if job.space is not None and len(job.space.runtimes) > 1:
-        chosen = winner.candidate.runtime
-        sentences.append(f"it runs in {chosen.runtime}, threads: {chosen.threads}")
+        sentences.append(f"it runs in {runtime_request(winner.candidate.runtime).text()}")
     held_out = winner.held_out_accuracy
     if held_out is not None and not is_fp32:
         sentences.append(

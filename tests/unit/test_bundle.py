@@ -7,14 +7,18 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from autotune.errors import BundleError, DiskFull
 from autotune.export import bundle as bundle_module
 from autotune.export import run_bundle
 from autotune.export.bundle import read_bundle, write_bundle
+from autotune.export.run_bundle import Unusable, open_session
+from device_agents.runtimes import onnxruntime as measured
 from search_spaces import RuntimeOptions
 from tests.unit import fabricated_job as fabricated
 
@@ -241,6 +245,56 @@ def test_run_py_starts_the_runtime_that_was_tuned_for(export, records, tmp_path:
     weight = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     shown = run(folder, "--input", str(tmp_path / "x.npy")).stdout.splitlines()
     assert [int(line.split("\t")[1]) for line in shown] == (x @ weight).argmax(axis=1).tolist()
+
+
+def test_run_py_starts_the_session_that_was_measured_and_says_so(
+    export, records, tmp_path: Path
+) -> None:
+    options = {"graph_level": "basic", "memory_arena": False, "spinning": False}
+    folder = export(tmp_path / "b", trial=tuned_for(records, "onnxruntime", threads=2, **options))
+    done = run(folder, "--runs", "5")
+    assert ", graph level basic, no memory arena, no spinning" in done.stdout, done.stderr
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "2 threads, graph level basic, no memory arena, no spinning" in readme
+    assert "Your own program must set them too" in readme
+    assert read_bundle(folder).candidate.runtime.unusual == options
+
+
+def test_the_readme_of_a_plain_session_asks_for_no_option(export, tmp_path: Path) -> None:
+    readme = (export(tmp_path / "b") / "README.md").read_text(encoding="utf-8")
+    assert "1 thread, at batch 1, in a session with default options." in readme
+    assert "must set" not in readme
+
+
+def test_a_session_of_run_py_has_the_options_that_were_chosen(monkeypatch) -> None:
+    made = []
+
+    def session(model: bytes, options: Any, providers: Any) -> Any:
+        made.append(options)
+        raise Unusable("seen")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    chosen = RuntimeOptions(threads=2, graph_level="extended", memory_arena=False, spinning=False)
+    with pytest.raises(Unusable, match="seen"):
+        open_session(b"", chosen.to_json())
+    (options,) = made
+    assert (
+        options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    )
+    assert not options.enable_cpu_mem_arena
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 2
+
+
+def test_run_py_refuses_a_provider_that_is_not_here(export, records, tmp_path: Path) -> None:
+    trial = tuned_for(records, "onnxruntime", provider="CUDAExecutionProvider")
+    done = run(export(tmp_path / "b", trial=trial))
+    assert done.returncode == 1
+    assert "tuned for CUDAExecutionProvider, and this build of onnxruntime has" in done.stderr
+
+
+def test_run_py_tells_providers_what_the_measurement_told_them() -> None:
+    assert (run_bundle.OWN_THREADS, run_bundle.BEHIND) == (measured.OWN_THREADS, measured.BEHIND)
 
 
 def test_run_py_names_a_runtime_that_it_cannot_start(export, records, tmp_path: Path) -> None:

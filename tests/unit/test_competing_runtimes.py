@@ -170,7 +170,7 @@ def test_the_faster_runtime_wins_the_job(bench, monkeypatch):  # noqa: F811 - th
     assert sorted(baselines) == ["onnxruntime"] * 2 + ["openvino"] * 2
     winner = bench.repository.get_trial(job.result["winner"])
     assert winner.candidate.runtime == OPENVINO
-    assert "it runs in openvino, threads: 1" in job.result["explanation"]
+    assert "it runs in openvino, CPUExecutionProvider, 1 thread" in job.result["explanation"]
     judged = {c.arguments[1] for c in bench.pools[0].calls if c.method == "held_out"}
     assert "openvino" in judged
 

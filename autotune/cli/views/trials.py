@@ -8,6 +8,7 @@ from collections.abc import Callable
 from autotune.api_types import GroupPrecision, Interval, Trial
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
+from device_agents.protocol import RuntimeRequest
 
 
 def group_counts(trial: Trial) -> str:
@@ -76,20 +77,15 @@ def profile_summary(trial: Trial) -> str:
     return f"{figures.latency(profile.inference_ns)} an inference (n={profile.n_runs})"
 
 
-def threads(trial: Trial) -> int:
-    """The runtime's threads; 1 where the candidate does not say."""
-    return int(trial.candidate.get("runtime", {}).get("threads", 1))
-
-
-def runtime(trial: Trial) -> str:
-    """The runtime's name; onnxruntime where the candidate does not say."""
-    return str(trial.candidate.get("runtime", {}).get("runtime", "onnxruntime"))
+def runtime(trial: Trial) -> RuntimeRequest:
+    """The runtime with its options; the usual ones where the candidate does not say."""
+    return RuntimeRequest.model_validate(trial.candidate.get("runtime", {}))
 
 
 def runtime_text(trial: Trial) -> str:
-    """The runtime with its threads where they are not the usual one."""
-    n = threads(trial)
-    return runtime(trial) if n == 1 else f"{runtime(trial)}, {n} threads"
+    """The runtime with what is not usual about its options."""
+    usual = RuntimeRequest().text().split(", ")[1:]
+    return ", ".join(word for word in runtime(trial).text().split(", ") if word not in usual)
 
 
 def latency_text(trial: Trial) -> str:
@@ -157,8 +153,12 @@ TRIAL_FIELDS: list[Field[Trial]] = [
     Field(name="size_bytes", value=lambda t: t.artifact_size_bytes),
     Field(name="groups", value=group_counts),
     Field(name="pruning", value=prune_summary),
-    Field(name="runtime", value=runtime),
-    Field(name="threads", value=threads),
+    Field(name="runtime", value=lambda t: runtime(t).runtime),
+    Field(name="provider", value=lambda t: runtime(t).provider),
+    Field(name="threads", value=lambda t: runtime(t).threads),
+    Field(name="graph_level", value=lambda t: runtime(t).graph_level),
+    Field(name="memory_arena", value=lambda t: runtime(t).memory_arena),
+    Field(name="spinning", value=lambda t: runtime(t).spinning),
     Field(name="candidate_digest", value=lambda t: t.candidate_digest),
     Field(name="artifact_sha256", value=lambda t: t.artifact_sha256),
 ]

@@ -23,7 +23,9 @@ from pydantic import (
 )
 
 from autotune.errors import InvalidJob
+from autotune.limits import LatencyBudget, parse_bytes, parse_joules
 from autotune.spec_errors import explain
+from device_agents.protocol import Quantile
 from search_spaces import USUAL_PROVIDER, Precision
 from search_spaces.errors import InvalidChoice
 
@@ -35,6 +37,8 @@ JOB_VERSION: Literal[1] = 1
 # 2026-11-21: rounding; a job without it means the same.
 # 2026-11-21: search.providers, graph_levels, memory_arena and spinning; a job without them means
 # the same.
+# 2026-11-21: latency_at (before it, p50), max_size, max_memory, max_energy; memory and energy as
+# objectives; a job without them means the same.
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
@@ -48,6 +52,7 @@ BatchNorm re-estimated, top-1 of 1,000 images for l1, l2, batch_norm, taylor): r
 et al. 2019 (arXiv:1906.10771) see it ahead of weight norms on ImageNet too.
 """
 
+Objective = Literal["accuracy", "latency", "size", "memory", "energy"]
 GraphLevel = Literal["all", "layout", "extended", "basic", "disabled"]
 """Those of `search_spaces.GRAPH_LEVELS`. The defaults of the options of onnxruntime are what 25
 small models (64x64 and 224x224; FP32, INT8 and mixtures) say on one x86 core with onnxruntime
@@ -110,9 +115,11 @@ class SearchSpec(_Section):
     `w8`, `w4`, `w2` and `w1` (binary). Behind a dash stands what shares a scale (`-tensor`,
     `-channel`, `-block64`) and `-symmetric` or `-asymmetric` codes, as in `w4-block64`. One that
     cannot be faster on the device is offered only where `size` is an objective."""
-    objectives: tuple[Literal["accuracy", "latency", "size"], ...] = ("accuracy", "latency")
+    objectives: tuple[Objective, ...] = ("accuracy", "latency")
     """What the search improves. `accuracy` and `latency` always count; `size` adds the file's
-    bytes, and the precisions that make a file smaller without making it faster."""
+    bytes, and the precisions that make a file smaller without making it faster; `memory` adds
+    the peak of a process that serves the model, `energy` the joules of one inference, on devices
+    with a sensor."""
     prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
     """Shares of its channels that a prunable group may lose; `[0]` switches pruning off."""
     prune_importance: Importance = "taylor"
@@ -150,7 +157,9 @@ class SearchSpec(_Section):
     @classmethod
     def _complete(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not {"accuracy", "latency"} <= set(names):
-            raise ValueError("accuracy and latency are always objectives; size may be added")
+            raise ValueError(
+                "accuracy and latency are always objectives; size, memory and energy may be added"
+            )
         return names
 
     @field_validator("spinning")
@@ -223,8 +232,10 @@ class JobSpec(_Section):
     """A tuning job.
 
     `latency_budget` is `0.5x` (a fraction of the FP32 latency measured on the device) or a
-    duration such as `2.5ms` or `800us`; None asks for the whole front. With several devices a
-    candidate is inside the budget where it is on each of them. `max_accuracy_drop`
+    duration such as `2.5ms` or `800us`; None asks for the whole front. A candidate is inside it
+    where the upper bound of its latency is, at the quantile `latency_at`; with several devices
+    where it is on each of them. A candidate past `max_size`, `max_memory` or `max_energy` is as
+    little an answer as one past the budget. `max_accuracy_drop`
     is the largest acceptable loss of the metric against FP32, as a fraction: among the
     trials inside the latency budget, the winner is the fastest one within it, or the most
     accurate one where it is None.
@@ -244,6 +255,16 @@ class JobSpec(_Section):
     latency_budget: str | dict[str, str] | None = None
     """Bound on the latency: `2.5ms`, `800us`, or `0.5x` of the FP32 latency. With several devices
     it is each one's own, or a mapping names one for each: `{gateway: 3ms, pi4: 20ms}`."""
+    latency_at: Quantile = "p50"
+    """Where the budget holds: at the median (`p50`) or in the tail (`p90`, `p99`) of the latencies
+    of single inferences. The tail takes longer to measure; raise `measurement.time_cap_s` where
+    it is not seen well enough."""
+    max_size: str | None = None
+    """Largest acceptable file: `3MB`, `800kB`, `2MiB`."""
+    max_memory: str | None = None
+    """Largest acceptable peak memory of a process that serves the model: `60MB`."""
+    max_energy: str | None = None
+    """Most energy that one inference may take, on a device with a sensor: `5mJ`."""
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
     """Largest acceptable loss of accuracy against FP32, as a fraction: 0.01 is one point."""
     search: SearchSpec = SearchSpec()
@@ -278,6 +299,13 @@ class JobSpec(_Section):
                 raise ValueError("must be a budget such as 3ms, or one for each device")
         return given
 
+    @field_validator("max_size", "max_memory", "max_energy")
+    @classmethod
+    def _amount(cls, text: str | None, known: ValidationInfo) -> str | None:
+        if text is not None:
+            (parse_joules if known.field_name == "max_energy" else parse_bytes)(text)
+        return text
+
     @field_validator("latency_budget")
     @classmethod
     def _one_for_each(
@@ -308,46 +336,6 @@ class JobSpec(_Section):
 def _are_names(given: Sequence[object]) -> bool:
     """Texts, none empty and no two alike."""
     return all(isinstance(x, str) and x for x in given) and len({*given}) == len(given)
-
-
-_BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(x|us|µs|ms|s)\s*$")
-_NS = {"us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9}
-
-
-class LatencyBudget(_Section):
-    """A bound on latency: absolute in ns, or a fraction of the FP32 latency.
-
-    >>> LatencyBudget.parse("0.5x").nanoseconds(fp32_latency_ns=4e6)
-    2000000.0
-    >>> LatencyBudget.parse("3ms").nanoseconds(fp32_latency_ns=4e6)
-    3000000.0
-    """
-
-    fraction_of_fp32: float | None = None
-    absolute_ns: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> LatencyBudget:
-        """Read `0.5x`, `2.5ms`, `800us` or `1s`.
-
-        Raises:
-            ValueError: the text is neither, or not above zero.
-        """
-        match = _BUDGET.match(text)
-        if match is None or float(match[1]) <= 0:
-            raise ValueError(
-                f"{text!r} is not a latency budget; write a duration such as 2.5ms or 800us, "
-                "or a fraction of the FP32 latency such as 0.5x"
-            )
-        if match[2] == "x":
-            return cls(fraction_of_fp32=float(match[1]))
-        return cls(absolute_ns=float(match[1]) * _NS[match[2]])
-
-    def nanoseconds(self, *, fp32_latency_ns: float) -> float:
-        """The bound in ns, given the FP32 latency that the device measured."""
-        if self.absolute_ns is not None:
-            return self.absolute_ns
-        return (self.fraction_of_fp32 or 1.0) * fp32_latency_ns
 
 
 def read_job(path: Path) -> JobSpec:

@@ -38,7 +38,7 @@ class Budget(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text itself, once it is known to be readable."""
-        from autotune.spec import LatencyBudget
+        from autotune.limits import LatencyBudget
 
         try:
             LatencyBudget.parse(str(value))

@@ -32,7 +32,7 @@ def best_baseline(
         max_accuracy_drop=max_accuracy_drop,
         on_every_device=on_every_device,
     )
-    return found and found.winner
+    return None if found is None else found.winner
 
 
 def held_to_baselines(
@@ -55,6 +55,8 @@ def held_to_baselines(
         trial
         for trial in trials
         if trial.proposed_by == BASELINE
+        # The baseline itself with a rounding of its own has been held to it (`is_no_worse`).
+        and trial.candidate != replace(winner.candidate, rounding=None)
         and is_feasible(trial, limits)
         and (found.misses_drop or _keeps(trial, max_accuracy_drop))
         and not is_better(winner, trial)
@@ -69,7 +71,8 @@ def held_to_baselines(
         return found
     why = (
         f"trial {winner.number} was {found.explanation}, but it is neither certainly faster nor "
-        f"certainly more accurate than this baseline ({_compared(winner, instead)})"
+        f"certainly more accurate than this baseline "
+        f"({_compared(winner, instead, shares=on_every_device)})"
     )
     return replace(found, winner=instead, explanation=why)
 
@@ -106,27 +109,30 @@ def _keeps(trial: TrialRecord, max_accuracy_drop: float | None) -> bool:
     return max_accuracy_drop is None or (drop is not None and drop <= max_accuracy_drop)
 
 
-def comparison(trial: TrialRecord, baseline: TrialRecord) -> str:
-    """The trial against the best baseline, for people; empty where a figure is missing."""
+def comparison(trial: TrialRecord, baseline: TrialRecord, *, shares: bool = False) -> str:
+    """The trial against the best baseline, for people; empty where a figure is missing.
+
+    `shares` leaves out the milliseconds: on the worst of several devices they are none.
+    """
     mine, theirs = latency_of(trial), latency_of(baseline)
-    pair = _same_samples(trial, baseline)
-    if mine is None or theirs is None or pair is None:
+    if mine is None or theirs is None or _same_samples(trial, baseline) is None:
         return ""
     return (
         f"the best baseline is trial {baseline.number}: the winner takes "
-        f"{mine.p50_ns / theirs.p50_ns:.3g} of its latency ({_compared(trial, baseline)})"
+        f"{mine.p50_ns / theirs.p50_ns:.3g} of its latency "
+        f"({_compared(trial, baseline, shares=shares)})"
     )
 
 
-def _compared(trial: TrialRecord, baseline: TrialRecord) -> str:
-    latencies = [latency_of(trial), latency_of(baseline)]
-    pair = _same_samples(trial, baseline)
+def _compared(trial: TrialRecord, baseline: TrialRecord, *, shares: bool = False) -> str:
+    reports = [r for r in (latency_of(trial), latency_of(baseline)) if r is not None]
     ms = [
         f"{r.p50_ns / 1e6:.4g} [{r.p50_low_ns / 1e6:.4g}, {r.p50_high_ns / 1e6:.4g}]"
-        for r in latencies
-        if r is not None
+        for r in reports
     ]
     points = [
-        f"{100 * r.drop:.2f} [{100 * r.drop_low:.2f}, {100 * r.drop_high:.2f}]" for r in pair or ()
+        f"{100 * r.drop:.2f} [{100 * r.drop_low:.2f}, {100 * r.drop_high:.2f}]"
+        for r in _same_samples(trial, baseline) or ()
     ]
-    return f"{' against '.join(ms)} ms; {' against '.join(points)} points lost"
+    latencies = "" if shares else f"{' against '.join(ms)} ms; "
+    return f"{latencies}{' against '.join(points)} points lost"

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autotune.api_types import JobResult, TargetResult
+from autotune.api_types import BlockingGroup, JobResult, TargetResult
 from autotune.compression.device_kernels import DeviceKernels
 from autotune.compression.kernels import X86_VNNI
 from autotune.errors import InvalidJob, InvalidModel
-from autotune.search.front import Answer, blocking_groups
+from autotune.search.best_baseline import BASELINE, comparison
+from autotune.search.blocking import blocking_groups, in_words
 from autotune.search.fleet import runtime_request
+from autotune.search.front import Answer
 from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
@@ -229,7 +231,7 @@ def baseline_trials(
 
 def conclude(
     job: JobRecord,
-    trials: Sequence[TrialRecord],
+    view: View,
     found: Answer,
     *,
     stopped_because: str,
@@ -237,15 +239,15 @@ def conclude(
 ) -> JobResult:
     """The answer with its reasons, for people and programs.
 
-    `trials` are seen as the job's objective has them; `targets` are the answers on each device
+    `view` is the one that the job's objective is about; `targets` are the answers on each device
     of a job on several.
     """
-    fp32, int8 = (None, None) if job.space is None else baseline_trials(job.space, trials)
+    fp32, int8 = (None, None) if job.space is None else baseline_trials(job.space, view.trials)
     winner = found.winner
-    is_baseline = winner.proposed_by == "baseline"
-    found_out = "is the nearest" if found.verdict == "impossible_budget" else "wins"
-    sentences = [f"trial {winner.number} {found_out}: {found.explanation}"]
+    is_baseline = winner.proposed_by == BASELINE
+    sentences = [_found_out(found)]
     is_fp32 = fp32 is not None and winner.id == fp32.id
+    baseline = view.best_baseline(job.spec.get("max_accuracy_drop"))
     if is_baseline:
         what = "the FP32 model itself" if is_fp32 else "a baseline"
         sentences.append(f"it is {what}: nothing that was searched beats it")
@@ -257,16 +259,17 @@ def conclude(
             f"on {held_out.n_samples} held-out samples it loses {held_out.drop * 100:.2f} points "
             f"({held_out.drop_low * 100:.2f} to {held_out.drop_high * 100:.2f})"
         )
-    blocking: list[str] = []
-    if found.verdict == "impossible_budget" and job.inventory is not None:
-        blocking = blocking_groups(winner, job.inventory)
-        sentences.append(f"the groups that hold it back: {', '.join(blocking)}")
+    if baseline is not None and not is_baseline:
+        sentences.append(comparison(winner, baseline, shares=view.is_of_worst))
+    blocking = blocking_of(job, found)
+    sentences.append(in_words(blocking))
     return JobResult(
         winner=winner.id,
         verdict=found.verdict,
-        explanation="; ".join(sentences),
+        explanation="; ".join(sentence for sentence in sentences if sentence),
         missed_by_ns=found.missed_by_ns,
         blocking_groups=blocking,
+        best_baseline=baseline and baseline.id,
         fp32_trial=fp32.id if fp32 else None,
         int8_trial=int8.id if int8 else None,
         beats_baseline=not is_baseline,
@@ -286,21 +289,40 @@ def conclude_views(
     (own, best), *on_each = found
     if best is None:
         return None
-    targets = [
-        TargetResult(
-            device_id=view.target.device_id,
-            winner=there.winner.id,
-            verdict=there.verdict,
-            explanation=f"trial {there.winner.number} wins: {there.explanation}",
-            missed_by_ns=there.missed_by_ns,
-            latency_budget_ns=view.latency_budget_ns,
-            fp32_latency_ns=view.target.reference_latency_ns,
-            beats_baseline=there.winner.proposed_by != "baseline",
+    max_drop = job.spec.get("max_accuracy_drop")
+    targets = []
+    for view, there in on_each:
+        if there is None or view.target is None:
+            continue
+        baseline = view.best_baseline(max_drop)
+        targets.append(
+            TargetResult(
+                device_id=view.target.device_id,
+                winner=there.winner.id,
+                verdict=there.verdict,
+                explanation=_found_out(there),
+                missed_by_ns=there.missed_by_ns,
+                latency_budget_ns=view.latency_budget_ns,
+                fp32_latency_ns=view.target.reference_latency_ns,
+                beats_baseline=there.winner.proposed_by != BASELINE,
+                best_baseline=baseline and baseline.id,
+                blocking_groups=blocking_of(job, there),
+            )
         )
-        for view, there in on_each
-        if there is not None and view.target is not None
-    ]
-    return conclude(job, own.trials, best, stopped_because=stopped_because, targets=targets)
+    return conclude(job, own, best, stopped_because=stopped_because, targets=targets)
+
+
+def blocking_of(job: JobRecord, found: Answer) -> list[BlockingGroup]:
+    """What keeps the answer from the latency budget; empty where it is inside, or unknown."""
+    excess = found.missed.get("latency")
+    if excess is None or job.inventory is None:
+        return []
+    return blocking_groups(found.winner, job.inventory, excess=excess)
+
+
+def _found_out(found: Answer) -> str:
+    what = "is the nearest" if found.verdict == "impossible_budget" else "wins"
+    return f"trial {found.winner.number} {what}: {found.explanation}"
 
 
 def conclude_cancelled(job: JobRecord, trials: Sequence[TrialRecord]) -> JobResult | None:

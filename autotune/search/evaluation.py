@@ -22,8 +22,9 @@ from autotune.compression.kernels import kernels_of
 from autotune.compression.layer_times import with_groups
 from autotune.compression.racing import Race
 from autotune.errors import CompressionError, DiskFull
+from autotune.search.feasibility import bounded, limits_of
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
-from autotune.search.front import REFERENCE_DROP, counts_size, non_dominated
+from autotune.search.front import REFERENCE_DROP, further_objectives, non_dominated
 from autotune.search.planner import Proposal
 from autotune.search.targets import target_on, views
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool
@@ -33,6 +34,7 @@ from device_agents.protocol import (
     LatencyReport,
     MeasurementPlan,
     Outcome,
+    Quantile,
 )
 from search_spaces import RuntimeOptions
 from storage.artifacts import ArtifactStore
@@ -190,7 +192,7 @@ class Evaluation:
             members = {
                 trial.id
                 for view in views(self.job, trials)
-                for trial in non_dominated(view.trials, by_size=counts_size(self.job.spec))
+                for trial in non_dominated(view.trials, beside=further_objectives(self.job.spec))
             }
             raced = [trial for trial in trials if trial.id in members and _has_raced(trial)]
             if not raced:
@@ -281,6 +283,7 @@ class Evaluation:
                 self.settings,
                 confirmation=kind == "confirmation",
                 reference_latency_ns=target.reference_latency_ns,
+                quantile=limits_of(self.job).at,
                 seed=self.seed + trial.number,
             ),
             # The search weighs groups by the baselines' profiles, people look at the winner's.
@@ -288,7 +291,8 @@ class Evaluation:
         )
 
     def _by_group(self, report: LatencyReport, trial: TrialRecord) -> LatencyReport:
-        """The report with the layer groups of its profile's kernels; itself without a profile."""
+        """The report with the layer groups of its profile's kernels, and the tail's bounds."""
+        report = bounded(report)
         inventory = self.job.inventory
         if report.profile is None or not report.profile.kernels or inventory is None:
             return report
@@ -378,6 +382,7 @@ def measurement_plan(
     confirmation: bool,
     reference_latency_ns: float | None,
     seed: int,
+    quantile: Quantile = "p50",
 ) -> MeasurementPlan:
     """The job's settings as the plan of one measurement."""
     return MeasurementPlan(
@@ -388,5 +393,6 @@ def measurement_plan(
         time_cap_s=settings.confirmation_time_cap_s if confirmation else settings.time_cap_s,
         timeout_s=settings.timeout_s,
         reference_latency_ns=reference_latency_ns,
+        quantile=quantile,
         seed=seed,
     )

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,12 @@ def model_error(fitted: Fitted) -> ModelError | None:
         latency_covered=float(np.mean(np.abs(errors) <= _Z95 * deviations)),
         drop=float(np.mean(np.abs(drops))),
     )
+
+
+def news_of_model(fitted: Fitted) -> dict[str, Any]:
+    """What the event of a fitted model says: its error; empty where that is not known."""
+    error = model_error(fitted)
+    return {} if error is None else error.model_dump()
 
 
 def explain(
@@ -152,30 +159,18 @@ class _Reading:
         found: np.ndarray = rows[1:] - rows[:1]
         return found
 
-    def between(self, model: Surrogate) -> np.ndarray:
-        """Which columns `(width,)` are about two neighbouring groups."""
-        features = model.features
-        found = np.zeros(features.width, dtype=bool)
-        for link, where in zip(
-            features.links, features.slices[len(features.singles) :], strict=True
-        ):
-            found[where] = max(link.first, link.second) < len(self.groups)
-        found[-2] = True  # the price per byte that all boundaries share
-        return found
+    def at_boundaries(self, model: Surrogate, rows: np.ndarray) -> np.ndarray:
+        """What pairs of neighbouring groups make up of rows `(n, width)`."""
+        pairs = enumerate(model.features.links)
+        n = len(self.groups)
+        return model.features.of_links(rows, [i for i, x in pairs if max(x.first, x.second) < n])
 
     def edge(self, column: int) -> np.ndarray:
-        """The row of the boundary behind a group, as the point has it."""
+        """The rows `(1, width)` of the boundary behind a group, as the point has it."""
         features = self.fitted.landscape.first.features
-        row = np.zeros(features.width)
-        tables = zip(
-            features.links, features.pairs, features.slices[len(features.singles) :], strict=True
-        )
-        for link, table, where in tables:
-            if (link.first, link.second) == (column, column + 1):
-                part = table[self.point[column], self.point[column + 1]]
-                row[where] = part
-                row[-2] += part[0] if link.is_boundary else 0.0
-        return row
+        ends = enumerate((link.first, link.second) for link in features.links)
+        behind = [index for index, pair in ends if pair == (column, column + 1)]
+        return features.of_links(features.rows(self.point[None]), behind)
 
     def whole(self, model: Surrogate, *, scale: float) -> Estimate:
         """The figure of the point itself."""
@@ -238,12 +233,10 @@ def _groups(
 def _latency_parts(reading: _Reading, column: int) -> dict[str, Estimate]:
     """What a group's choice saves in all, by itself, and what its boundaries take of that."""
     model = reading.fitted.landscape.first
-    (row,) = reading.changes(model, column, [reading.point[column]])
-    between = reading.between(model)
-    saved, own = estimates(
-        model, np.array([row, np.where(between, 0.0, row)]), scale=-reading.fp32_ns
-    )
-    (boundary,) = estimates(model, np.where(between, row, 0.0)[None], scale=reading.fp32_ns)
+    rows = reading.changes(model, column, [reading.point[column]])
+    between = reading.at_boundaries(model, rows)
+    saved, own = estimates(model, np.vstack([rows, rows - between]), scale=-reading.fp32_ns)
+    (boundary,) = estimates(model, between, scale=reading.fp32_ns)
     return {"saved_ns": saved, "by_itself_ns": own, "boundary_ns": boundary}
 
 
@@ -280,8 +273,8 @@ def _edges(reading: _Reading, column: int) -> list[Edge]:
     for first, neighbour in ((column - 1, column - 1), (column, column + 1)):
         inside = 0 <= neighbour < len(reading.groups)
         if inside and (reading.point[neighbour] > 0) != (reading.point[column] > 0):
-            rows = reading.edge(first)[None]
-            (cost,) = estimates(reading.fitted.landscape.first, rows, scale=reading.fp32_ns)
+            model = reading.fitted.landscape.first
+            (cost,) = estimates(model, reading.edge(first), scale=reading.fp32_ns)
             found.append(Edge(neighbour=reading.groups[neighbour], cost_ns=cost))
     return found
 

@@ -8,12 +8,12 @@ missing, not finite or unsteady never ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from autotune.search.feasibility import Limits
 from device_agents.protocol import LatencyReport
-from search_spaces import LayerInventory
 from storage.records import AccuracyReport, TrialOutcome, TrialRecord
 
 REFERENCE_RATIO = 1.05
@@ -29,14 +29,17 @@ Verdict = Literal["within_budget", "impossible_budget", "no_budget"]
 class Answer:
     """The trial that answers a question, and why.
 
-    `missed_by_ns` is how far the winner's upper bound lies above the budget when nothing is
-    inside it. `misses_drop` says that no trial inside the budget kept the accuracy asked for.
+    Where no trial keeps all limits the winner is the nearest: `missed` says by what fraction of
+    each limit it is past those that it does not keep, `missed_by_ns` how far its latency's upper
+    bound lies above the budget; what is not known is left out. `misses_drop` says that no trial
+    inside the limits kept the accuracy asked for.
     """
 
     winner: TrialRecord
     verdict: Verdict
     explanation: str
     missed_by_ns: float | None = None
+    missed: Mapping[str, float] = field(default_factory=dict)
     misses_drop: bool = False
 
 
@@ -68,39 +71,39 @@ def ranks(trial: TrialRecord) -> bool:
     )
 
 
-def is_feasible(trial: TrialRecord, budget_ns: float | None) -> bool:
-    """The upper bound of the latency interval is inside the budget (any, where it is None)."""
-    latency = latency_of(trial)
-    if latency is None or not ranks(trial):
-        return False
-    return budget_ns is None or latency.p50_high_ns <= budget_ns
+def is_feasible(trial: TrialRecord, limits: Limits) -> bool:
+    """The trial ranks and keeps every limit; of its latency the upper bound does."""
+    excesses = limits.excesses(trial, latency_of(trial))
+    return ranks(trial) and all(excess <= 0 for excess in excesses.values())
 
 
-def counts_size(spec: Mapping[str, Any]) -> bool:
-    """The job file names size as an objective."""
-    return "size" in spec.get("search", {}).get("objectives", ())
+def further_objectives(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the job file names as objectives beside accuracy and latency."""
+    named = spec.get("search", {}).get("objectives", ())
+    return tuple(name for name in FURTHER_OBJECTIVES if name in named)
 
 
-def non_dominated(trials: Sequence[TrialRecord], *, by_size: bool = False) -> list[TrialRecord]:
+def non_dominated(
+    trials: Sequence[TrialRecord], *, beside: Sequence[str] = ()
+) -> list[TrialRecord]:
     """The trials that no other beats in both accuracy and latency, fastest first.
 
-    With `by_size` a trial stays also where each that beats it is a larger file; one whose size
-    is not known counts as the largest. Of trials equal in all that counts, the one with the
-    lower number stays, so that the order of arrival never matters. An empty input gives an
-    empty front.
+    With objectives `beside` them a trial stays also where each that beats it is worse in one of
+    these; a figure that is not known counts as the worst. Of trials equal in all that counts,
+    the one with the lower number stays, so that the order of arrival never matters. An empty
+    input gives an empty front.
     """
-    ordered = sorted(
-        (t for t in trials if ranks(t)),
-        key=lambda t: (_p50(t), -_accuracy(t), _size(t) if by_size else 0.0, t.number),
-    )
-    front: list[TrialRecord] = []
-    for trial in ordered:
-        if not any(
-            _accuracy(kept) >= _accuracy(trial) and not (by_size and _size(kept) > _size(trial))
-            for kept in front
-        ):
-            front.append(trial)
-    return front
+
+    def losses(trial: TrialRecord) -> tuple[float, ...]:
+        return (-_accuracy(trial), *(FURTHER_OBJECTIVES[name](trial) for name in beside))
+
+    ranked = [(trial, losses(trial)) for trial in trials if ranks(trial)]
+    ranked.sort(key=lambda pair: (_p50(pair[0]), pair[1], pair[0].number))
+    front: list[tuple[TrialRecord, tuple[float, ...]]] = []
+    for trial, own in ranked:
+        if not any(all(a <= b for a, b in zip(kept, own, strict=True)) for _, kept in front):
+            front.append((trial, own))
+    return [trial for trial, _ in front]
 
 
 def hypervolume(trials: Sequence[TrialRecord]) -> float:
@@ -132,44 +135,47 @@ def hypervolume(trials: Sequence[TrialRecord]) -> float:
 def answer(
     trials: Sequence[TrialRecord],
     *,
-    latency_budget_ns: float | None,
+    limits: Limits,
     max_accuracy_drop: float | None,
     on_every_device: bool = False,
 ) -> Answer | None:
     """The trial that answers the question; None only where no trial ranks at all.
 
-    Inside the budget, and within the drop where one is given, the fastest trial wins when a
-    drop was given and the most accurate one when it was not. Where nothing is inside the
-    budget the fastest trial is the answer, with the distance. Where the drop cannot be kept,
-    the most accurate trial inside the budget is. `on_every_device` says that the trials are
-    seen as the worst of several devices has them (`targets.py`): budget and distance are then
-    told as what they are, shares of each device's budget.
+    Inside the limits, and within the drop where one is given, the fastest trial wins when a
+    drop was given and the most accurate one when it was not. Fastest is always by the median,
+    which is known best, at whatever quantile the budget holds. Where nothing is inside the
+    limits the nearest trial is the answer, with the distance: the one whose largest excess is
+    least, in parts of its limit; of a latency budget alone that is the fastest. Where the drop
+    cannot be kept, the most accurate trial inside the limits is. `on_every_device` says that
+    the trials are seen as the worst of several devices has them (`targets.py`): budget and
+    distance are then told as what they are, shares of each device's budget.
 
     A trial whose rounding was learned for its candidate alone never wins by itself: it takes
     the winner's place where it is the same candidate and no worse (`is_no_worse`).
     """
     found = _best(
         [t for t in trials if t.candidate.rounding is None and ranks(t)],
-        latency_budget_ns,
+        limits,
         max_accuracy_drop,
         on_every_device,
     )
-    return found and _with_learned_rounding(found, trials, latency_budget_ns)
+    return found and _with_learned_rounding(found, trials, limits)
 
 
 def _best(
     ranking: Sequence[TrialRecord],
-    latency_budget_ns: float | None,
+    limits: Limits,
     max_accuracy_drop: float | None,
     on_every_device: bool,
 ) -> Answer | None:
-    inside = _inside(latency_budget_ns, on_every_device)
+    words = limits.in_words(on_every_device=on_every_device)
+    inside = f" inside {words}" if words else ""
     if not ranking:
         return None
-    feasible = [t for t in ranking if is_feasible(t, latency_budget_ns)]
+    feasible = [t for t in ranking if is_feasible(t, limits)]
     if not feasible:
-        return _unreachable(ranking, latency_budget_ns or 0.0, max_accuracy_drop, on_every_device)
-    verdict: Verdict = "no_budget" if latency_budget_ns is None else "within_budget"
+        return _unreachable(ranking, limits, max_accuracy_drop, on_every_device)
+    verdict: Verdict = "within_budget" if words else "no_budget"
     if max_accuracy_drop is None:
         winner = min(feasible, key=_least_drop_first)
         return Answer(
@@ -201,10 +207,10 @@ def _best(
     )
 
 
-def is_no_worse(learned: TrialRecord, winner: TrialRecord, budget_ns: float | None) -> bool:
+def is_no_worse(learned: TrialRecord, winner: TrialRecord, limits: Limits) -> bool:
     """A learned rounding may take the place of the rounding that it began with.
 
-    Confirmed, within the budget and not certainly slower; and neither on the search data nor
+    Confirmed, within the limits and not certainly slower; and neither on the search data nor
     on the held-out data does it lose more, nor reach its interval higher.
     """
     mine, theirs = latency_of(learned), latency_of(winner)
@@ -214,7 +220,7 @@ def is_no_worse(learned: TrialRecord, winner: TrialRecord, budget_ns: float | No
     )
     return (
         learned.confirmed_latency is not None
-        and is_feasible(learned, budget_ns)
+        and is_feasible(learned, limits)
         and mine is not None
         and theirs is not None
         and mine.p50_low_ns <= theirs.p50_high_ns
@@ -225,14 +231,12 @@ def is_no_worse(learned: TrialRecord, winner: TrialRecord, budget_ns: float | No
     )
 
 
-def _with_learned_rounding(
-    found: Answer, trials: Sequence[TrialRecord], budget_ns: float | None
-) -> Answer:
+def _with_learned_rounding(found: Answer, trials: Sequence[TrialRecord], limits: Limits) -> Answer:
     for trial in trials:
         origin = replace(trial.candidate, rounding=None)
         if (
             trial.candidate != origin == found.winner.candidate
-            and is_no_worse(trial, found.winner, budget_ns)
+            and is_no_worse(trial, found.winner, limits)
         ):  # fmt: skip
             why = f"with a rounding of its own, it is no worse than trial {found.winner.number}"
             return replace(found, winner=trial, explanation=f"{found.explanation}; {why}")
@@ -260,63 +264,81 @@ def select(trials: Sequence[TrialRecord], how: str) -> TrialRecord | None:
     return _knee(front)
 
 
-def blocking_groups(trial: TrialRecord, inventory: LayerInventory, *, n: int = 5) -> list[str]:
-    """The layer groups that hold the trial's latency up, heaviest first.
-
-    By the device's own profile; without one weighed by multiply-accumulates times the planned
-    bits of weights and activations, scaled by what pruning kept.
-    """
-    profiles = (r.profile for r in (trial.confirmed_latency, trial.latency) if r is not None)
-    measured = next((p.group_ns() for p in profiles if p is not None), {})
-    if measured:
-        return sorted(measured, key=lambda name: -measured[name])[:n]
-    weights = {
-        group.name: group.macs
-        * max(
-            trial.candidate.precision(group.name).weight_bits,
-            trial.candidate.precision(group.name).activation_bits,
-        )
-        / 32
-        * _kept(trial, [layer.name for layer in group.layers], inventory)
-        for group in inventory.groups
-    }
-    return sorted(weights, key=lambda name: -weights[name])[:n]
-
-
-def _kept(trial: TrialRecord, layers: Sequence[str], inventory: LayerInventory) -> float:
-    ratios = [
-        trial.candidate.prune_ratio(group.name)
-        for group in inventory.prunable_groups
-        if set(group.layers) & set(layers)
-    ]
-    return 1.0 - max(ratios, default=0.0)
-
-
 def _unreachable(
     ranking: Sequence[TrialRecord],
-    budget_ns: float,
+    limits: Limits,
     max_accuracy_drop: float | None,
     on_every_device: bool,
 ) -> Answer:
     kept = [t for t in ranking if max_accuracy_drop is None or _drop(t) <= max_accuracy_drop]
-    winner = min(kept or ranking, key=_fastest_first)
-    latency = latency_of(winner)
-    missed = (latency.p50_high_ns if latency else math.inf) - budget_ns
+
+    def distance(trial: TrialRecord) -> tuple[float, ...]:
+        excesses = limits.excesses(trial, latency_of(trial)).values()
+        known = [excess for excess in excesses if math.isfinite(excess)]
+        return (max(excesses), max(known, default=0.0), *_fastest_first(trial))
+
+    winner = min(kept or ranking, key=distance)
+    missed = {
+        name: excess
+        for name, excess in limits.excesses(winner, latency_of(winner)).items()
+        if excess > 0
+    }
     within = ""
     if max_accuracy_drop is not None:
         bound = f"loses at most {_points(max_accuracy_drop)}"
         within = f" that {bound}" if kept else f" (none {bound})"
-    distance = f"{missed / budget_ns:.2g} of it" if on_every_device else _ms(missed)
+    texts = limits.texts(on_every_device=on_every_device)
+    only = "fastest" if [*texts] == ["latency"] else "nearest"
+    misses = [
+        _miss(name, excess, limits, texts, on_every_device) for name, excess in missed.items()
+    ]
+    known = {name: excess for name, excess in missed.items() if math.isfinite(excess)}
+    by_ns = None
+    if "latency" in known and limits.latency_ns is not None and not on_every_device:
+        by_ns = known["latency"] * limits.latency_ns
     return Answer(
         winner=winner,
         verdict="impossible_budget",
-        missed_by_ns=None if on_every_device else missed,
+        missed_by_ns=by_ns,
+        missed=known,
         misses_drop=not kept,
         explanation=(
-            f"no trial is{_inside(budget_ns, on_every_device)}; the fastest one{within} misses it "
-            f"by {distance} (upper bound of its interval)"
+            f"no trial is inside {limits.in_words(on_every_device=on_every_device)}; the {only} "
+            f"one{within} {' and '.join(misses)}{_alone(ranking, limits, texts)}"
         ),
     )
+
+
+def _miss(
+    name: str, excess: float, limits: Limits, texts: Mapping[str, str], on_every_device: bool
+) -> str:
+    """By how much one limit is missed, in words."""
+    several = len(texts) > 1
+    what = texts[name] if several else "it"
+    if math.isinf(excess) and name == "latency":
+        return f"has too few samples for an upper bound at {limits.at}"
+    if math.isinf(excess):
+        return f"has no figure for {what}" if several else f"has no figure of its {name}"
+    if name != "latency":
+        return f"misses {what} by {excess:.2g} of it"
+    by = f"{excess:.2g} of it" if on_every_device else _ms(excess * (limits.latency_ns or 0.0))
+    return f"misses {what} by {by} (upper bound of its interval)"
+
+
+def _alone(ranking: Sequence[TrialRecord], limits: Limits, texts: Mapping[str, str]) -> str:
+    """Which of several limits no trial keeps, whatever else it does."""
+    if len(texts) < 2:
+        return ""
+    kept = {
+        name
+        for trial in ranking
+        for name, excess in limits.excesses(trial, latency_of(trial)).items()
+        if excess <= 0
+    }
+    never = [text for name, text in texts.items() if name not in kept]
+    if not never:
+        return "; each limit alone is kept by some trial"
+    return f"; no trial at all is inside {' or '.join(never)}"
 
 
 def _knee(front: Sequence[TrialRecord]) -> TrialRecord:
@@ -347,7 +369,30 @@ def _report(trial: TrialRecord) -> AccuracyReport:
 
 
 def _size(trial: TrialRecord) -> float:
-    return math.inf if trial.artifact_size_bytes is None else float(trial.artifact_size_bytes)
+    return _known(trial.artifact_size_bytes)
+
+
+def _memory(trial: TrialRecord) -> float:
+    latency = latency_of(trial)
+    return _known(None if latency is None else latency.peak_memory_bytes)
+
+
+def _energy(trial: TrialRecord) -> float:
+    latency = latency_of(trial)
+    return _known(None if latency is None else latency.energy_joules)
+
+
+def _known(figure: float | None) -> float:
+    return math.inf if figure is None or math.isnan(figure) else float(figure)
+
+
+FURTHER_OBJECTIVES: Mapping[str, Callable[[TrialRecord], float]] = {
+    "size": _size,
+    "memory": _memory,
+    "energy": _energy,
+}
+"""What may count beside accuracy and latency: bytes of the file, peak bytes of the process that
+serves it, joules of an inference. Smaller is better; infinite where it is not known."""
 
 
 def _p50(trial: TrialRecord) -> float:
@@ -366,12 +411,6 @@ def _least_drop_first(trial: TrialRecord) -> tuple[float, float, int]:
 
 def _of(best: str, n: int) -> str:
     return "only trial" if n == 1 else f"{best} of {n} trials"
-
-
-def _inside(budget_ns: float | None, on_every_device: bool) -> str:
-    if budget_ns is None:
-        return ""
-    return f" inside {'the budget on every device' if on_every_device else _ms(budget_ns)}"
 
 
 def _ms(duration_ns: float) -> str:

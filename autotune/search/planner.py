@@ -82,14 +82,19 @@ def ladder(space: SearchSpace, damage: Mapping[tuple[str, str], float]) -> list[
 
 
 def size_ladder(
-    space: SearchSpace, inventory: LayerInventory, damage: Mapping[tuple[str, str], float]
+    space: SearchSpace,
+    inventory: LayerInventory,
+    damage: Mapping[tuple[str, str], float],
+    *,
+    within: float | None = None,
 ) -> list[Candidate]:
     """For falling bounds on the file's size the candidate that is expected to hurt least.
 
     An integer program per bound: each group takes one of its precisions, the sum of bytes
     (`sizes.py`) stays within the bound, the sum of damages (mean KL in nats, as if they added
     up) is least. The bounds lie evenly on a logarithmic scale between FP32's size and the
-    smallest there is, which is the last. Choices without a known damage are left out.
+    smallest there is, which is the last; where the weights must stay `within` so many bytes,
+    that is the first. Choices without a known damage are left out.
     """
     groups = {group.name: group for group in inventory.groups}
     choices = [
@@ -104,9 +109,12 @@ def size_ladder(
     least = sum(min(sizes[i] for i in held) for held in by_group.values() if held)
     if least == largest:
         return []
+    bounds = np.geomspace(largest, least, _SIZE_BOUNDS + 1)[1:].round()
+    if within is not None and within < largest:
+        bounds = np.array([max(within, least), *bounds[bounds < within]])
     chosen = [
         _least_damage([cost for *_, cost in choices], sizes, list(by_group.values()), bound)
-        for bound in np.geomspace(largest, least, _SIZE_BOUNDS + 1)[1:].round()
+        for bound in bounds
     ]
     return _distinct(
         [

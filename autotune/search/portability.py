@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autotune.errors import JobNotReady
+from autotune.search.feasibility import Limits, limits_of
 from autotune.search.front import is_feasible, latency_of
 from device_agents.protocol import LatencyReport
 from storage.records import JobRecord, TrialOutcome, TrialRecord
@@ -73,7 +74,10 @@ def portability(job: JobRecord, trials: Sequence[TrialRecord]) -> list[Row]:
             winner=winner,
             cells=tuple(
                 _cell(
-                    winner, winners.get(there.device_id), there.device_id, there.latency_budget_ns
+                    winner,
+                    winners.get(there.device_id),
+                    there.device_id,
+                    replace(limits_of(job), latency_ns=there.latency_budget_ns),
                 )
                 for there in job.targets
             ),
@@ -83,9 +87,7 @@ def portability(job: JobRecord, trials: Sequence[TrialRecord]) -> list[Row]:
     ]
 
 
-def _cell(
-    winner: TrialRecord, own: TrialRecord | None, device_id: str, budget_ns: float | None
-) -> Cell:
+def _cell(winner: TrialRecord, own: TrialRecord | None, device_id: str, limits: Limits) -> Cell:
     there = winner.on(device_id)
     latency = latency_of(there)
     against = None if own is None else latency_of(own.on(device_id))
@@ -96,7 +98,7 @@ def _cell(
         over_own_winner=None
         if latency is None or against is None
         else ratio(latency, against, is_same=is_same),
-        is_feasible=None if latency is None else is_feasible(there, budget_ns),
+        is_feasible=None if latency is None else is_feasible(there, limits),
     )
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from autotune.search import landscape, planner
+from autotune.search.feasibility import ANY, Limits
 from autotune.search.landscape import Encoding, Fitted, Knowledge
 from autotune.search.planner import Proposal
 from autotune.search.sampler import Sampler
-from search_spaces import LayerInventory, SearchSpace
+from autotune.search.sizes import group_bytes
+from search_spaces import FP32, LayerInventory, SearchSpace
 from storage.records import TrialRecord
 
 BATCH = 4
@@ -29,8 +31,8 @@ class Proposals:
     """The proposals of one job.
 
     `bases` are the prune ratios that could be made; `damage` is the sensitivity of (group,
-    precision), mean KL in nats; `by_size` says that smaller files count too. `on_fitted` gets
-    the models that proposals are made by.
+    precision), mean KL in nats; `beside` are the objectives beside accuracy and latency.
+    `on_fitted` gets the models that proposals are made by.
     """
 
     space: SearchSpace
@@ -38,20 +40,24 @@ class Proposals:
     bases: Sequence[Mapping[str, float]]
     damage: Mapping[tuple[str, str], float]
     seed: int
-    latency_budget_ns: float | None = None
-    by_size: bool = False
+    limits: Limits = ANY
+    max_accuracy_drop: float | None = None
+    beside: tuple[str, ...] = ()
     on_fitted: Callable[[Fitted], None] = lambda _: None
 
     def warm_start(self, trials: Sequence[TrialRecord]) -> list[Proposal]:
         """What structure suggests, most promising first; nothing that was tried.
 
-        With `by_size` candidates for falling file sizes come between those for latency.
+        Where size counts or is limited, candidates for falling file sizes come between those
+        for latency.
         """
         known = _digests(trials)
         warm = planner.first_candidates(self.space, self.inventory, self.damage, self.bases)
         ladders = [[Proposal(candidate=c, proposed_by="sensitivity") for c in warm]]
-        if self.by_size:
-            small = planner.size_ladder(self.space, self.inventory, self.damage)
+        if self._seeks_small:
+            small = planner.size_ladder(
+                self.space, self.inventory, self.damage, within=self._weights_limit(trials)
+            )
             ladders.append([Proposal(candidate=c, proposed_by="size") for c in small])
         mixed = [p for row in zip_longest(*ladders) for p in row if p is not None]
         new: dict[str, Proposal] = {}
@@ -72,21 +78,21 @@ class Proposals:
         warm = sum(by[name] for name in _WARM)
         if by.total() > by["baseline"] + warm:
             return 0
-        share = 2 if self.by_size else 4
+        share = 2 if self._seeks_small else 4
         return max(max(BATCH, (budget - by["baseline"]) // share) - warm, 0)
 
     def refine(self, trials: Sequence[TrialRecord], *, size: int = BATCH) -> list[Proposal]:
         """A batch of `size`: most of it from the model fitted to the trials, the rest Optuna's.
 
-        The model knows two figures, so that Optuna has half where size is an objective. Empty
-        where nothing new is left.
+        The model knows two figures, so that Optuna has half where others count or are limited.
+        Empty where nothing new is left.
         """
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
         promising = landscape.propose(
             encoding,
             Knowledge(inventory=self.inventory, damage=self.damage),
             trials,
-            n=size - size // (2 if self.by_size else 4),
+            n=size - size // (2 if self._has_further_figures else 4),
             seed=self.seed,
             on_fitted=self.on_fitted,
         )
@@ -94,14 +100,38 @@ class Proposals:
         sampler = Sampler(
             encoding=encoding,
             seed=self.seed,
-            latency_budget_ns=self.latency_budget_ns,
-            by_size=self.by_size,
+            limits=self.limits,
+            max_accuracy_drop=self.max_accuracy_drop,
+            beside=self.beside,
         )
         asked = sampler.propose(trials, size - len(promising), is_known=lambda c: c.digest in known)
         return [
             *(Proposal(candidate=c, proposed_by=promise.origin) for c, promise in promising),
             *(Proposal(candidate=c, proposed_by="optuna") for c in asked),
         ]
+
+    @property
+    def _seeks_small(self) -> bool:
+        return "size" in self.beside or self.limits.size_bytes is not None
+
+    @property
+    def _has_further_figures(self) -> bool:
+        limits = self.limits
+        limited = (limits.size_bytes, limits.memory_bytes, limits.energy_joules)
+        return bool(self.beside) or any(limit is not None for limit in limited)
+
+    def _weights_limit(self, trials: Sequence[TrialRecord]) -> float | None:
+        """What the weights may take of the largest file; None where it is not limited or known.
+
+        The rest of a file, such as its graph, is what FP32's has beside its weights.
+        """
+        fp32 = self.space.fp32()
+        sizes = (t.artifact_size_bytes for t in trials if t.candidate == fp32)
+        file_bytes = next((size for size in sizes if size is not None), None)
+        if self.limits.size_bytes is None or file_bytes is None:
+            return None
+        weights = sum(group_bytes(group, FP32) for group in self.inventory.groups)
+        return self.limits.size_bytes - max(file_bytes - weights, 0)
 
 
 def _digests(trials: Sequence[TrialRecord]) -> set[str]:

@@ -12,6 +12,7 @@ costs a recovery training.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
-from autotune.search.front import latency_of, ranks
+from autotune.search.feasibility import ANY, Limits, constraints
+from autotune.search.front import FURTHER_OBJECTIVES, latency_of, ranks
 from autotune.search.landscape import Encoding
 from search_spaces import Candidate
 from storage.records import TrialRecord
@@ -34,15 +36,15 @@ _ATTEMPTS = 50
 class Sampler:
     """Asks Optuna's multivariate TPE (Bergstra et al. 2011; multi-objective: Ozaki et al. 2022).
 
-    Objectives: latency p50 in ns (smaller), accuracy drop (smaller) and, with `by_size`, the
-    file's bytes (smaller). Constraint: the upper bound of the latency interval minus the budget,
-    feasible at or below 0.
+    Objectives, all smaller: latency p50 in ns, accuracy drop, and those `beside` them.
+    Constraints: those of `feasibility.constraints`, feasible at or below 0.
     """
 
     encoding: Encoding
     seed: int
-    latency_budget_ns: float | None = None
-    by_size: bool = False
+    limits: Limits = ANY
+    max_accuracy_drop: float | None = None
+    beside: tuple[str, ...] = ()
 
     def propose(
         self,
@@ -70,7 +72,7 @@ class Sampler:
         """An in-memory study that holds every ranking trial of this space."""
         optuna.logging.set_verbosity(logging.ERROR)
         study = optuna.create_study(
-            directions=["minimize"] * (3 if self.by_size else 2),
+            directions=["minimize"] * (2 + len(self.beside)),
             sampler=optuna.samplers.TPESampler(
                 seed=self.seed + len(trials), multivariate=True, n_startup_trials=8
             ),
@@ -81,8 +83,8 @@ class Sampler:
             latency = latency_of(trial)
             if params is None or latency is None or trial.accuracy is None or not ranks(trial):
                 continue
-            size = trial.artifact_size_bytes
-            if self.by_size and size is None:
+            further = [FURTHER_OBJECTIVES[name](trial) for name in self.beside]
+            if not all(map(math.isfinite, further)):
                 continue
             study.add_trial(
                 create_trial(
@@ -90,14 +92,18 @@ class Sampler:
                     values=[
                         latency.p50_ns,
                         trial.accuracy.drop,
-                        *([size] if self.by_size and size is not None else []),
+                        *further,
                     ],
                     params=dict(params),
                     distributions=distributions,
                     user_attrs={"candidate": trial.candidate.digest, "number": trial.number},
-                    constraints=None
-                    if self.latency_budget_ns is None
-                    else {"latency_budget": latency.p50_high_ns - self.latency_budget_ns},
+                    constraints=constraints(
+                        trial,
+                        latency,
+                        limits=self.limits,
+                        max_accuracy_drop=self.max_accuracy_drop,
+                    )
+                    or None,
                 )
             )
         return study

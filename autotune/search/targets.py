@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autotune.errors import DeviceUnavailable, InvalidJob, NotFoundError
+from autotune.search.best_baseline import best_baseline, held_to_baselines
+from autotune.search.feasibility import Limits, limits_of, require_figures
 from autotune.search.front import Answer, answer, latency_of
 from autotune.spec import JobSpec
 from device_agents.protocol import LatencyReport
@@ -80,20 +82,44 @@ def as_searched(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialReco
 class View:
     """A job's trials as one of its devices has them, or as the worst of several does.
 
-    `target` is None in the latter. `latency_budget_ns` is in the units of the trials: for the
-    worst device the primary's.
+    `target` is None in the latter. The latency of `limits` is in the units of the trials: for
+    the worst device the primary's.
     """
 
     target: JobTarget | None
-    latency_budget_ns: float | None
+    limits: Limits
     trials: list[TrialRecord]
     is_of_worst: bool = False
 
+    @property
+    def latency_budget_ns(self) -> float | None:
+        """What the latency may be, in the units of the trials."""
+        return self.limits.latency_ns
+
     def answer(self, *, max_accuracy_drop: float | None) -> Answer | None:
-        """The trial that answers the job's question in this view; None where none ranks."""
-        return answer(
+        """The trial that answers the job's question in this view; None where none ranks.
+
+        Never one that is worse than the best baseline (`best_baseline.py`).
+        """
+        found = answer(
             self.trials,
-            latency_budget_ns=self.latency_budget_ns,
+            limits=self.limits,
+            max_accuracy_drop=max_accuracy_drop,
+            on_every_device=self.is_of_worst,
+        )
+        return found and held_to_baselines(
+            found,
+            self.trials,
+            limits=self.limits,
+            max_accuracy_drop=max_accuracy_drop,
+            on_every_device=self.is_of_worst,
+        )
+
+    def best_baseline(self, max_accuracy_drop: float | None) -> TrialRecord | None:
+        """The baseline that would be the answer if nothing had been searched."""
+        return best_baseline(
+            self.trials,
+            limits=self.limits,
             max_accuracy_drop=max_accuracy_drop,
             on_every_device=self.is_of_worst,
         )
@@ -103,7 +129,7 @@ def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
     """The view that the job's objective is about first; on several devices each one's follows."""
     own = View(
         target=None,
-        latency_budget_ns=job.latency_budget_ns,
+        limits=limits_of(job),
         trials=as_searched(job, trials),
         is_of_worst=bool(job.further_targets),
     )
@@ -112,7 +138,7 @@ def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
     on_each = [
         View(
             target=target,
-            latency_budget_ns=target.latency_budget_ns,
+            limits=replace(own.limits, latency_ns=target.latency_budget_ns),
             trials=[trial.on(target.device_id) for trial in trials],
         )
         for target in job.targets
@@ -149,7 +175,7 @@ def job_on(job: JobRecord, device_id: str) -> JobRecord:
         latency_budget_ns=target.latency_budget_ns,
         reference_latency_ns=target.reference_latency_ns,
         further_targets=(),
-        result=there and {**result, **there, "blocking_groups": [], "targets": []},
+        result=there and {**result, "blocking_groups": [], **there, "targets": []},
     )
 
 
@@ -185,6 +211,7 @@ def calibrated(job: JobRecord, spec: JobSpec, fp32: TrialRecord) -> dict[str, An
 
     Raises:
         DeviceUnavailable: it could not be measured on one of them.
+        InvalidJob: one of them did not measure what the job limits.
     """
     found = []
     for target, named in zip(job.targets, spec.targets, strict=True):
@@ -195,6 +222,7 @@ def calibrated(job: JobRecord, spec: JobSpec, fp32: TrialRecord) -> dict[str, An
                 f"the FP32 model itself could not be measured{where}, so there is nothing to "
                 f"compare with: {there.reason or there.outcome}"
             )
+        require_figures(job.spec, named or target.device_id, there.latency)
         budget, p50_ns = spec.budget_on(named), there.latency.p50_ns
         found.append(
             replace(
@@ -226,20 +254,26 @@ def _slowest(
     if len(known) < len(reports):
         return None
 
-    def largest(figure: Callable[[LatencyReport], float]) -> float:
-        return max(figure(r) / (t.latency_budget_ns or r.reference_latency_ns) for t, r in known)
-
     first, own = known[0]
-    unit_ns = first.latency_budget_ns or own.reference_latency_ns
+    unit_ns = _unit_ns(first, own)
+
+    def largest(figure: Callable[[LatencyReport], float | None]) -> float | None:
+        shares = [(figure(report), _unit_ns(target, report)) for target, report in known]
+        return _largest([None if ns is None else unit_ns * (ns / unit) for ns, unit in shares])
+
     _, worst = max(known, key=lambda pair: share_of(pair[1], pair[0]))
     unsteady = next((report for _, report in known if not report.is_steady), None)
     return worst.model_copy(
         update={
-            "p50_ns": unit_ns * largest(lambda r: r.p50_ns),
-            "p50_low_ns": unit_ns * largest(lambda r: r.p50_low_ns),
-            "p50_high_ns": unit_ns * largest(lambda r: r.p50_high_ns),
-            "p90_ns": unit_ns * largest(lambda r: r.p90_ns),
-            "p99_ns": unit_ns * largest(lambda r: r.p99_ns),
+            "p50_ns": largest(lambda r: r.p50_ns),
+            "p50_low_ns": largest(lambda r: r.p50_low_ns),
+            "p50_high_ns": largest(lambda r: r.p50_high_ns),
+            "p90_ns": largest(lambda r: r.p90_ns),
+            "p90_high_ns": largest(lambda r: r.p90_high_ns),
+            "p99_ns": largest(lambda r: r.p99_ns),
+            "p99_high_ns": largest(lambda r: r.p99_high_ns),
+            "peak_memory_bytes": _largest([r.peak_memory_bytes for _, r in known]),
+            "energy_joules": _largest([r.energy_joules for _, r in known]),
             "ratio": max(report.ratio for _, report in known),
             "ratio_low": max(report.ratio_low for _, report in known),
             "ratio_high": max(report.ratio_high for _, report in known),
@@ -247,3 +281,13 @@ def _slowest(
             "unsteady_reason": unsteady and unsteady.unsteady_reason,
         }
     )
+
+
+def _unit_ns(target: JobTarget, report: LatencyReport) -> float:
+    return target.latency_budget_ns or report.reference_latency_ns
+
+
+def _largest(figures: Sequence[float | None]) -> float | None:
+    """The largest; None where one is not known."""
+    known = [figure for figure in figures if figure is not None]
+    return max(known) if len(known) == len(figures) else None

@@ -28,8 +28,10 @@ from autotune.search.conclusion import (
     nothing_ranks,
 )
 from autotune.search.evaluation import Evaluation, race_of
+from autotune.search.explanation import news_of_model
 from autotune.search.failures import in_users_terms
-from autotune.search.front import REFERENCE_DROP, Answer, counts_size, non_dominated
+from autotune.search.feasibility import limits_of
+from autotune.search.front import REFERENCE_DROP, Answer, further_objectives, non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
@@ -256,8 +258,10 @@ class Tuning:
             bases=bases,
             damage=damage,
             seed=self._spec.seed,
-            latency_budget_ns=self._job.latency_budget_ns,
-            by_size=counts_size(self._job.spec),
+            limits=limits_of(self._job),
+            max_accuracy_drop=self._spec.max_accuracy_drop,
+            beside=further_objectives(self._job.spec),
+            on_fitted=lambda fitted: self._event("model", news_of_model(fitted)),
         )
         trials = self._trials()
         due = proposals.warm_trials_left(trials, budget=self._spec.search.trials)
@@ -278,7 +282,8 @@ class Tuning:
         """Confirm baselines, front and winner; a winner that does not confirm gives way."""
         self._enter("confirming")
         trials = self._trials()
-        baselines = [t for t in baseline_trials(self._space, trials) if t is not None]
+        best = [v.best_baseline(self._spec.max_accuracy_drop) for v, _ in self._answers()]
+        baselines = [t for t in (*baseline_trials(self._space, trials), *best) if t is not None]
         front = self._front(trials)[:_CONFIRMED_FRONT_MEMBERS]
         for trial in [*baselines, *front]:
             self._confirm_trial(evaluation, trial)
@@ -372,7 +377,7 @@ class Tuning:
             fleet=self._host.fleet,
             window=self._host.window,
             should_stop=self._must_stop,
-            on_finished=self._report_trial,
+            on_finished=lambda trial: self._event("trial_finished", news_of(trial)),
             race=race_of(max_accuracy_drop=self._spec.max_accuracy_drop, seed=self._spec.seed),
         )
 
@@ -403,7 +408,7 @@ class Tuning:
         return as_searched(self._job, self._stored_trials())
 
     def _front(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-        return non_dominated(trials, by_size=counts_size(self._job.spec))
+        return non_dominated(trials, beside=further_objectives(self._job.spec))
 
     # When to stop.
 
@@ -492,6 +497,3 @@ class Tuning:
         self._job = self._update(state=JobState.WAITING_FOR_DEVICE, reason=reason)
         self._event("state", {"state": self._job.state.value, "reason": reason})
         return self._job
-
-    def _report_trial(self, trial: TrialRecord) -> None:
-        self._event("trial_finished", news_of(trial))

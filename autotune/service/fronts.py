@@ -6,6 +6,7 @@ Owns which trial is meant. Ranking is `autotune.search.front`'s, files are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from dataclasses import replace
@@ -16,9 +17,14 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict
 
+from autotune.api_explanation import Explanation
 from autotune.api_types import Front, Portability, Verification
 from autotune.errors import InvalidJob, JobNotReady, NotFoundError, ServiceError
+from autotune.limits import LatencyBudget
 from autotune.search import targets
+from autotune.search.blocking import in_words
+from autotune.search.conclusion import blocking_of
+from autotune.search.explanation import explain
 from autotune.search.front import select
 from autotune.search.interruption import Stopped
 from autotune.search.portability import portability
@@ -27,7 +33,6 @@ from autotune.service.context import Context, ServiceContext
 from autotune.service.jobs import devices_of
 from autotune.service.pools import as_measured
 from autotune.service.problems import Refusal, problem_responses
-from autotune.spec import LatencyBudget
 from storage.errors import NotFound
 from storage.records import DeviceRecord, JobRecord, TrialRecord
 
@@ -162,6 +167,7 @@ def _front(
     ids = {trial.id for trial in members}
     found = targets.views(job, trials)[0].answer(max_accuracy_drop=drop)
     winner = next((t for t in trials if found is not None and t.id == found.winner.id), None)
+    blocking = [] if found is None else blocking_of(job, found)
     return Front(
         job_id=job.id,
         device_id=None if job.further_targets else job.device_id,
@@ -169,7 +175,12 @@ def _front(
         max_accuracy_drop=drop,
         trials=[views.trial_view(job, t, front=ids) for t in members],
         answer=None if winner is None else views.trial_view(job, winner, front=ids),
-        explanation=_nothing_ranks(job) if found is None else found.explanation,
+        explanation=_nothing_ranks(job)
+        if found is None
+        else "; ".join(filter(None, (found.explanation, in_words(blocking)))),
+        verdict=found and found.verdict,
+        missed_by_ns=found and found.missed_by_ns,
+        blocking_groups=blocking,
     )
 
 
@@ -258,7 +269,21 @@ def _report(context: ServiceContext, job_id: str, device: str | None) -> str:
             context, job, where.name if where is not None and job.further_targets else None
         ),
         portability=matrix,
+        explanation=_explanation(shown, seen, where),
     )
+
+
+def _explanation(
+    job: JobRecord, trials: list[TrialRecord], device: DeviceRecord | None
+) -> Explanation | None:
+    """The winner's; None where there is none yet, or nothing to explain it against."""
+    won = (job.result or {}).get("winner")
+    winner = next((trial for trial in trials if trial.id == won), None)
+    if winner is None or device is None:
+        return None
+    with contextlib.suppress(JobNotReady):
+        return explain(job, trials, winner, device.description)
+    return None
 
 
 def _verify(context: ServiceContext, job_id: str, model: bytes, device: str | None) -> Verification:

@@ -127,7 +127,7 @@ def show(context: ServiceContext, job: JobRecord) -> Job:
             for device in devices
         ],
         targets=views.target_views(job, {device.id: device for device in devices}),
-        notices=[event for event in events if event.kind == "notice"],
+        events=events,
         now=now,
     )
 

@@ -12,8 +12,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from autotune import api_types
+from autotune.search.feasibility import limits_of
 from autotune.search.front import (
-    counts_size,
+    further_objectives,
     hypervolume,
     is_feasible,
     latency_of,
@@ -21,6 +22,7 @@ from autotune.search.front import (
 )
 from autotune.search.portability import Cell, Row
 from autotune.search.targets import as_searched, on_worst_target, views, worst_target
+from autotune.service import progress
 from autotune.spec import JobSpec, parse_job
 from device_agents.protocol import LatencyReport, Outcome, Profile
 from storage.records import (
@@ -38,9 +40,6 @@ if TYPE_CHECKING:
 
 ONLINE_HEARTBEATS = 3
 """A device is online while it was seen within this many heartbeats."""
-
-_PACE_TRIALS = 8
-"""The pace is that of the last trials: baselines and warm-up say little about the rest."""
 
 
 def trial_view(
@@ -82,7 +81,7 @@ def trial_view(
         fp32_ratio=_ratio(latency),
         latency_samples=latency.n_samples if latency else None,
         is_steady=latency.is_steady if latency else None,
-        is_feasible=is_feasible(seen, job.latency_budget_ns) if latency else None,
+        is_feasible=is_feasible(seen, limits_of(job)) if latency else None,
         is_on_front=trial.id in set(front),
         held_out_accuracy=_accuracy(trial.held_out_accuracy),
         held_out_accuracy_drop=_drop(trial.held_out_accuracy),
@@ -101,12 +100,13 @@ def trial_view(
         device_id=worst.device_id if worst else job.device_id,
         created_at=trial.created_at,
         finished_at=trial.finished_at,
-        targets=[_on_target(stored, target) for target in job.targets] if stored.further else [],
+        targets=[_on_target(job, stored, t) for t in job.targets] if stored.further else [],
     )
 
 
-def _on_target(trial: TrialRecord, target: JobTarget) -> api_types.TrialOnTarget:
+def _on_target(job: JobRecord, trial: TrialRecord, target: JobTarget) -> api_types.TrialOnTarget:
     there = trial.on(target.device_id)
+    limits = replace(limits_of(job), latency_ns=target.latency_budget_ns)
     return api_types.TrialOnTarget(
         device_id=target.device_id,
         outcome=there.outcome.value if there.outcome else None,
@@ -119,7 +119,7 @@ def _on_target(trial: TrialRecord, target: JobTarget) -> api_types.TrialOnTarget
         latency_ns=_latency(there.latency),
         fp32_ratio=_ratio(there.latency),
         is_steady=there.latency.is_steady if there.latency else None,
-        is_feasible=is_feasible(there, target.latency_budget_ns) if there.latency else None,
+        is_feasible=is_feasible(there, limits) if there.latency else None,
         latency_samples=there.latency.n_samples if there.latency else None,
         held_out_accuracy=_accuracy(there.held_out_accuracy),
         held_out_accuracy_drop=_drop(there.held_out_accuracy),
@@ -156,7 +156,7 @@ def trial_views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[api_types
 def front_of(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials that none other beats, fastest first; on several devices on the worst one."""
     by_id = {trial.id: trial for trial in trials}
-    seen = non_dominated(as_searched(job, trials), by_size=counts_size(job.spec))
+    seen = non_dominated(as_searched(job, trials), beside=further_objectives(job.spec))
     return [by_id[trial.id] for trial in seen]
 
 
@@ -214,10 +214,15 @@ def job_view(
     *,
     devices: Sequence[api_types.Device],
     targets: Sequence[api_types.JobTarget],
-    notices: Sequence[EventRecord],
+    events: Sequence[EventRecord],
     now: datetime,
 ) -> api_types.Job:
-    """A job with its progress; `devices` are those that it measures on or waits for."""
+    """A job with its progress; `devices` are those that it measures on or waits for.
+
+    `events` are the job's, in order: its notices and its model's errors are among them.
+    """
+    model = next((event for event in reversed(events) if event.kind == "model"), None)
+    notices = [event for event in events if event.kind == "notice"]
     return api_types.Job(
         id=job.id,
         name=job.name,
@@ -229,7 +234,7 @@ def job_view(
         latency_budget_ns=job.latency_budget_ns,
         fp32_latency_ns=job.reference_latency_ns,
         targets=list(targets),
-        progress=_progress(job, trials, devices=devices, now=now),
+        progress=_progress(job, trials, devices=devices, model=model, now=now),
         result=None if job.result is None else api_types.JobResult(**job.result),
         notices=[str(event.payload.get("message", "")) for event in notices],
         created_at=job.created_at,
@@ -297,10 +302,12 @@ def _progress(
     trials: Sequence[TrialRecord],
     *,
     devices: Sequence[api_types.Device],
+    model: EventRecord | None,
     now: datetime,
 ) -> api_types.Progress:
     spec = _spec(job)
     front = front_of(job, trials)
+    left = progress.time_left(job, trials, spec=spec, elapsed_s=_elapsed_s(job, now))
     named = [device.name for device in devices] or [name for name in spec.targets if name]
     finished = [trial for trial in trials if trial.state is TrialState.FINISHED]
     return api_types.Progress(
@@ -308,9 +315,14 @@ def _progress(
         trials_finished=len(finished),
         trials_total=max(spec.search.trials, len(trials)),
         elapsed_s=_elapsed_s(job, now),
-        time_left_s=_time_left_s(job, finished, spec=spec, now=now),
+        time_left_s=left.estimate_s,
+        time_left_error_s=left.error_s,
+        device_s=sum(progress.screening_s(t) + progress.confirming_s(t) for t in trials),
         front_size=len(front),
         hypervolume=hypervolume(as_searched(job, trials)) if front else None,
+        hypervolume_history=progress.hypervolume_history(as_searched(job, trials)),
+        model_error=api_types.ModelError(**model.payload) if model and model.payload else None,
+        proposers=progress.proposers(trials, {trial.id for trial in front}),
         best_trial=_best(job, trials, spec=spec, front=[trial.id for trial in front]),
         device_name=", ".join(named) or None,
         device_online=all(device.is_online for device in devices) if devices else None,
@@ -331,31 +343,6 @@ def _elapsed_s(job: JobRecord, now: datetime) -> float:
         return 0.0
     end = job.finished_at if job.state.is_final and job.finished_at is not None else now
     return max((end - job.started_at).total_seconds(), 0.0)
-
-
-def _time_left_s(
-    job: JobRecord, finished: Sequence[TrialRecord], *, spec: JobSpec, now: datetime
-) -> float | None:
-    """From the pace of the last trials, at most what the time budget leaves; None if unknown."""
-    if job.state.is_final:
-        return 0.0
-    limit = None
-    if spec.search.time_s is not None and job.started_at is not None:
-        limit = max(spec.search.time_s - _elapsed_s(job, now), 0.0)
-    pace = _pace_s(finished)
-    if pace is None:
-        return limit
-    left = max(spec.search.trials - len(finished), 0) * pace
-    return left if limit is None else min(left, limit)
-
-
-def _pace_s(finished: Sequence[TrialRecord]) -> float | None:
-    """Seconds per trial over the last ones; None before there are three."""
-    ends = sorted(trial.finished_at for trial in finished if trial.finished_at is not None)
-    ends = ends[-_PACE_TRIALS:]
-    if len(ends) < 3:
-        return None
-    return (ends[-1] - ends[0]).total_seconds() / (len(ends) - 1)
 
 
 def _spec(job: JobRecord) -> JobSpec:

@@ -10,18 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotune.search.feasibility import Limits
 from autotune.search.front import (
     REFERENCE_DROP,
     REFERENCE_RATIO,
     answer,
-    blocking_groups,
     hypervolume,
     is_feasible,
     latency_of,
     non_dominated,
     select,
 )
-from search_spaces import Layer, LayerGroup, LayerInventory, LayerKind
 from storage.records import TrialOutcome, TrialRecord
 from tests.unit.records import accuracy, latency, trial
 
@@ -97,38 +96,38 @@ def test_the_hypervolume_equals_a_grid_count(figures: list[tuple[float, float]])
 def test_an_empty_set_has_no_front_no_volume_and_no_answer() -> None:
     assert non_dominated([]) == []
     assert hypervolume([]) == 0.0
-    assert answer([], latency_budget_ns=1e6, max_accuracy_drop=None) is None
+    assert answer([], limits=Limits(latency_ns=1e6), max_accuracy_drop=None) is None
 
 
 def test_feasible_asks_the_upper_bound_of_the_interval() -> None:
     wide = trial(0, 0.99, 0.9, half_width=0.05)
-    assert not is_feasible(wide, 1e6)
-    assert is_feasible(trial(0, 0.94, 0.9, half_width=0.05), 1e6)
+    assert not is_feasible(wide, Limits(latency_ns=1e6))
+    assert is_feasible(trial(0, 0.94, 0.9, half_width=0.05), Limits(latency_ns=1e6))
 
 
 def test_a_confirmed_latency_replaces_the_screened_one() -> None:
     lucky = trial(0, 0.9, 0.9, confirmed_latency=latency(1.1))
     assert latency_of(lucky) == lucky.confirmed_latency
-    assert not is_feasible(lucky, 1e6)
+    assert not is_feasible(lucky, Limits(latency_ns=1e6))
 
 
 def test_with_a_drop_the_fastest_trial_inside_both_wins() -> None:
     trials = [trial(0, 4.0, 0.95), trial(1, 1.0, 0.945), trial(2, 0.5, 0.90)]
-    found = answer(trials, latency_budget_ns=2e6, max_accuracy_drop=0.01)
+    found = answer(trials, limits=Limits(latency_ns=2e6), max_accuracy_drop=0.01)
     assert found is not None
     assert (found.winner.number, found.verdict) == (1, "within_budget")
 
 
 def test_without_a_drop_the_most_accurate_trial_inside_wins() -> None:
     trials = [trial(0, 4.0, 0.95), trial(1, 1.9, 0.94), trial(2, 1.0, 0.93)]
-    found = answer(trials, latency_budget_ns=2e6, max_accuracy_drop=None)
+    found = answer(trials, limits=Limits(latency_ns=2e6), max_accuracy_drop=None)
     assert found is not None
     assert found.winner.number == 1
 
 
 def test_an_impossible_budget_is_answered_with_the_fastest_and_the_distance() -> None:
     trials = [trial(0, 4.0, 0.95), trial(1, 1.0, 0.945)]
-    found = answer(trials, latency_budget_ns=0.5e6, max_accuracy_drop=0.01)
+    found = answer(trials, limits=Limits(latency_ns=0.5e6), max_accuracy_drop=0.01)
     assert found is not None
     assert (found.winner.number, found.verdict) == (1, "impossible_budget")
     assert found.missed_by_ns == pytest.approx(1.01e6 - 0.5e6)
@@ -144,13 +143,13 @@ def test_an_impossible_budget_is_answered_with_the_fastest_and_the_distance() ->
 )
 def test_an_impossible_budget_says_which_drop_was_kept(drop: float | None, words: str) -> None:
     trials = [trial(0, 4.0, 0.945), trial(1, 1.0, 0.945)]
-    found = answer(trials, latency_budget_ns=0.5e6, max_accuracy_drop=drop)
+    found = answer(trials, limits=Limits(latency_ns=0.5e6), max_accuracy_drop=drop)
     assert found is not None
     assert words in found.explanation
 
 
 def test_a_drop_that_nothing_keeps_is_said() -> None:
-    found = answer([trial(0, 1.0, 0.80)], latency_budget_ns=2e6, max_accuracy_drop=0.01)
+    found = answer([trial(0, 1.0, 0.80)], limits=Limits(latency_ns=2e6), max_accuracy_drop=0.01)
     assert found is not None
     assert found.misses_drop
 
@@ -158,7 +157,7 @@ def test_a_drop_that_nothing_keeps_is_said() -> None:
 def test_luck_on_the_search_data_does_not_survive_the_held_out_data() -> None:
     lucky = trial(0, 0.5, 0.95, held_out_accuracy=accuracy(0.90, split="held_out"))
     solid = trial(1, 1.0, 0.945)
-    found = answer([lucky, solid], latency_budget_ns=2e6, max_accuracy_drop=0.01)
+    found = answer([lucky, solid], limits=Limits(latency_ns=2e6), max_accuracy_drop=0.01)
     assert found is not None
     assert found.winner is solid
 
@@ -166,7 +165,7 @@ def test_luck_on_the_search_data_does_not_survive_the_held_out_data() -> None:
 def test_without_a_drop_luck_on_the_search_data_does_not_win_either() -> None:
     lucky = trial(0, 2.9, 0.96, held_out_accuracy=accuracy(0.94, split="held_out"))
     solid = trial(1, 1.6, 0.955, held_out_accuracy=accuracy(0.955, split="held_out"))
-    found = answer([lucky, solid], latency_budget_ns=3e6, max_accuracy_drop=None)
+    found = answer([lucky, solid], limits=Limits(latency_ns=3e6), max_accuracy_drop=None)
     assert found is not None
     assert found.winner is solid
 
@@ -178,21 +177,3 @@ def test_the_knee_is_the_bend_of_the_front() -> None:
     assert knee.number == 1
     with pytest.raises(ValueError, match="knee, fastest or most-accurate"):
         select(front, "best")
-
-
-def test_the_groups_that_hold_a_latency_up_are_those_with_most_work_left() -> None:
-    def group(name: str, macs: int) -> LayerGroup:
-        layer = Layer(
-            name=name,
-            kind=LayerKind.CONV,
-            op_type="Conv",
-            macs=macs,
-            parameters=1,
-            weight_shape=(1,),
-            input_shape=(1,),
-            output_shape=(1,),
-        )
-        return LayerGroup(name=name, layers=(layer,), nodes=(name,), precisions=("fp32",))
-
-    inventory = LayerInventory(model_digest="x", groups=(group("a", 10), group("b", 99)))
-    assert blocking_groups(trial(0, 1.0, 0.9), inventory) == ["b", "a"]

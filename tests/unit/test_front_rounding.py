@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from autotune.search.feasibility import Limits
 from autotune.search.front import answer
 from search_spaces import INT8, Candidate
 from storage.records import TrialRecord
@@ -26,7 +27,7 @@ def learned_pair(**changes: Any) -> list[TrialRecord]:
 
 
 def winner_of(trials: list[TrialRecord], budget_ns: float = 2.5e6) -> int:
-    found = answer(trials, latency_budget_ns=budget_ns, max_accuracy_drop=0.02)
+    found = answer(trials, limits=Limits(latency_ns=budget_ns), max_accuracy_drop=0.02)
     assert found is not None
     return found.winner.number
 

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.search.front import counts_size, non_dominated
+from autotune.search.front import further_objectives, non_dominated
 from storage.records import TrialRecord
 from tests.unit.records import trial
 
@@ -42,7 +42,7 @@ def test_nothing_on_the_front_is_beaten_in_all_three(
         trial(n, ms, value, artifact_size_bytes=size) for n, (ms, value, size) in enumerate(figures)
     ]
     naive = {figures_of(t) for t in trials if not any(dominates(other, t) for other in trials)}
-    front = non_dominated(trials, by_size=True)
+    front = non_dominated(trials, beside=("size",))
     assert {figures_of(t) for t in front} == naive
     assert len(front) == len(naive), "of equal ones the first stays"
 
@@ -51,11 +51,11 @@ def test_a_small_file_that_is_slower_stays_only_where_size_counts() -> None:
     fast = trial(0, 1.0, 0.95, artifact_size_bytes=40)
     small = trial(1, 2.0, 0.94, artifact_size_bytes=10)
     assert non_dominated([fast, small]) == [fast]
-    assert non_dominated([fast, small], by_size=True) == [fast, small]
+    assert non_dominated([fast, small], beside=("size",)) == [fast, small]
 
 
 def test_size_counts_where_the_job_says_so() -> None:
-    assert counts_size({"search": {"objectives": ["accuracy", "latency", "size"]}})
-    assert not counts_size({"search": {"objectives": ["accuracy", "latency"]}})
-    assert not counts_size({"search": {}})
-    assert not counts_size({})
+    named = ["energy", "accuracy", "latency", "size"]
+    assert further_objectives({"search": {"objectives": named}}) == ("size", "energy")
+    assert further_objectives({"search": {"objectives": ["accuracy", "latency"]}}) == ()
+    assert further_objectives({"search": {}}) == further_objectives({}) == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from autotune.search.feasibility import Limits
 from autotune.search.landscape import Encoding
 from autotune.search.sampler import Sampler
 from search_spaces import Candidate
@@ -28,7 +29,7 @@ def _trials(n: int) -> list[TrialRecord]:
 
 def _sampler(budget_ns: float | None = 3e6) -> Sampler:
     encoding = Encoding(space=space(), bases=BASES)
-    return Sampler(encoding=encoding, seed=7, latency_budget_ns=budget_ns)
+    return Sampler(encoding=encoding, seed=7, limits=Limits(latency_ns=budget_ns))
 
 
 def test_proposals_lie_in_the_space_on_known_bases_and_are_new() -> None:
@@ -60,7 +61,7 @@ def test_the_study_holds_each_ranking_trial_with_its_constraint() -> None:
     for frozen, record in zip(study.trials, trials, strict=False):
         assert record.latency is not None and record.accuracy is not None
         assert frozen.values == [record.latency.p50_ns, record.accuracy.drop]
-        assert frozen.constraints == {"latency_budget": record.latency.p50_high_ns - 3e6}
+        assert frozen.constraints == {"latency": record.latency.p50_high_ns / 3e6 - 1}
 
 
 def test_a_trial_on_another_base_is_left_out_of_the_study() -> None:

@@ -71,20 +71,20 @@ def test_a_choice_of_unknown_damage_is_left_out() -> None:
 
 
 def test_size_proposals_come_only_where_size_counts_and_say_who_had_them() -> None:
-    def named(by_size: bool) -> dict[str, str]:
+    def named(*beside: str) -> dict[str, str]:
         proposals = Proposals(
-            space=space(), inventory=inventory(), bases=[], damage=DAMAGE, seed=0, by_size=by_size
+            space=space(), inventory=inventory(), bases=[], damage=DAMAGE, seed=0, beside=beside
         )
         return {p.candidate.digest: p.proposed_by for p in proposals.warm_start([])}
 
-    without, with_size = named(False), named(True)
+    without, with_size = named(), named("size")
     assert set(without.values()) == {"sensitivity"}
     assert set(with_size.values()) == {"sensitivity", "size"}
     assert without.keys() < with_size.keys()
 
 
 def test_the_sampler_has_a_third_objective_where_size_counts() -> None:
-    sampler = Sampler(encoding=Encoding(space=space(), bases=({},)), seed=0, by_size=True)
+    sampler = Sampler(encoding=Encoding(space=space(), bases=({},)), seed=0, beside=("size",))
     trials = [
         trial(n, 2.0, 0.9, candidate=c, artifact_size_bytes=predicted(c) if n else None)
         for n, c in enumerate(itertools.islice(_all(), 6))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from autotune.errors import InvalidJob, JobNotReady, NotFoundError
+from autotune.search.feasibility import Limits
 from autotune.search.front import answer, is_feasible, non_dominated
 from autotune.search.portability import portability, ratio
 from autotune.search.targets import job_on, on_worst_target, views, worst_target
@@ -39,6 +40,10 @@ from tests.unit.test_tuning import Bench
 BUDGETS = {"gateway": "4.5ms", "pi4": "25ms"}
 ON_ARM = b" "
 """What the fake workers add to an artifact for Arm: other bytes, the same candidate."""
+
+
+def within(latency_ns: float | None) -> Limits:
+    return Limits(latency_ns=latency_ns)
 
 
 def gateway_ms(candidate: Candidate) -> float:
@@ -186,7 +191,7 @@ def test_within_the_budget_means_within_it_on_every_device(bench: Bench) -> None
     assert [target.latency_budget_ns for target in job.targets] == [4.5e6, 25e6]
     winner = next(made for made in trials if made.id == job.result["winner"])
     for target in job.targets:
-        assert is_feasible(winner.on(target.device_id), target.latency_budget_ns)
+        assert is_feasible(winner.on(target.device_id), within(target.latency_budget_ns))
     assert "inside the budget on every device" in job.result["explanation"]
 
 
@@ -323,8 +328,10 @@ def on_two(number: int, ms: float, further_ms: float | None, value: float = 0.95
 @pytest.mark.parametrize("further_ms", [19.0, 19.8, 20.5])
 def test_inside_in_the_worst_view_is_inside_on_each_device(ms: float, further_ms: float) -> None:
     job, made = job_record(3e6, 20e6), on_two(1, ms, further_ms)
-    inside = all(is_feasible(made.on(t.device_id), t.latency_budget_ns) for t in job.targets)
-    assert is_feasible(on_worst_target(job, made), job.latency_budget_ns) == inside
+    inside = all(
+        is_feasible(made.on(t.device_id), within(t.latency_budget_ns)) for t in job.targets
+    )
+    assert is_feasible(on_worst_target(job, made), within(job.latency_budget_ns)) == inside
 
 
 def test_without_a_budget_the_worst_is_the_largest_share_of_fp32() -> None:
@@ -448,7 +455,7 @@ def test_figures_on_a_further_target_are_stored_and_read_back() -> None:
 def test_the_answer_on_every_device_says_so() -> None:
     found = answer(
         [trial(1, 2.0, 0.9)],
-        latency_budget_ns=3e6,
+        limits=within(3e6),
         max_accuracy_drop=None,
         on_every_device=True,
     )

@@ -9,7 +9,7 @@ ones, which is Bayesian ridge regression with one coefficient per (factor, optio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,6 +162,18 @@ class Features:
             found[:, -1] += effects[np.arange(len(own)), points[:, own]].sum(axis=1)
         return found
 
+    def of_links(self, rows: np.ndarray, links: Iterable[int]) -> np.ndarray:
+        """What those links alone make up of rows `(n, width)`; the rest of them is 0."""
+        found = np.zeros_like(rows)
+        for index in links:
+            where = self.slices[len(self.factors) + index]
+            found[:, where] = rows[:, where]
+            if self.links[index].is_boundary:
+                crossing = rows[:, where.start]
+                found[:, -2] += crossing
+                found[:, -1] += crossing * _relative_price(self.links[index])
+        return found
+
     def _arranged(self) -> tuple[list[slice], int]:
         """The columns of factors and links, and how many there are; tables of a shape together."""
         n, end = len(self.singles), 0
@@ -247,6 +259,7 @@ class Surrogate:
     ) -> None:
         self.features, self.base = features, base
         self._rows = features.rows(points)
+        self._values = values
         self._residuals = values - base - self._rows[:, -1]
         self._noise = noise
         grams = self._grams()
@@ -274,6 +287,20 @@ class Surrogate:
         """The standard deviation that such parts would have without any measurement, `(n,)`."""
         found: np.ndarray = np.sqrt((rows * rows) @ self._variances)
         return found
+
+    def told(self) -> np.ndarray:
+        """The figures of the measured points themselves: what was measured, less its noise.
+
+        Unlike `predict`, which knows sums alone, this has what sets a point apart from its sum.
+        """
+        correlated = np.linalg.solve(self._lower.T, np.linalg.solve(self._lower, self._residuals))
+        found: np.ndarray = self._values - self._noise**2 * correlated
+        return found
+
+    @property
+    def misfit(self) -> float:
+        """The standard deviation of what no sum of choices explains."""
+        return float(self.scales[3])
 
     def left_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Each measured figure less what the others predict for it, and that one's deviation.
@@ -313,6 +340,7 @@ class Surrogate:
         other.features, other.base, other.scales = self.features, self.base, self.scales
         other._rows = np.vstack([self._rows, row])
         other._residuals = np.append(self._residuals, row @ self._weights)
+        other._values = np.append(self._values, self.base + row[:, -1] + row @ self._weights)
         other._noise = np.append(self._noise, float(np.median(self._noise)))
         other._solve(other._grams())
         return other

@@ -139,3 +139,17 @@ def test_a_price_of_boundaries_is_expected_and_unlearned_like_any_prior() -> Non
     model = Surrogate(wider, points, truth(points), np.full(40, 0.002), base=1.0)
     assert model.energy().at(points) == pytest.approx(model.predict(points)[0])
     assert model.predict(alone)[0] == pytest.approx(truth(alone), abs=0.03)
+
+
+def test_links_and_the_rest_of_a_row_add_up_to_the_figure_prices_included() -> None:
+    factors = [Factor(n_options=2, effects=np.array([0.0, -0.1]), scale=0.1) for _ in range(N)]
+    links = [
+        Link(first=i, second=i + 1, scale=0.05, is_boundary=True, price=0.02) for i in range(N - 1)
+    ]
+    start = np.zeros((1, N), dtype=int)
+    model = Surrogate(Features(factors, links), start, np.ones(1), np.full(1, 0.01), base=1.0)
+    rows = model.features.rows(np.array([[0, 1, 1, 0, 0, 1]]))
+    at_links = model.features.of_links(rows, range(N - 1))
+    assert model.weigh(at_links)[0] == pytest.approx([3 * 0.02]), "three crossings"
+    assert model.weigh(rows - at_links)[0] == pytest.approx([-0.3])
+    assert model.weigh(model.features.of_links(rows, [0]))[0] == pytest.approx([0.02])

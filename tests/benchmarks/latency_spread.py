@@ -11,9 +11,7 @@ measured by the agent half as often. Keys:
 - `false_difference_rate`: FP32 against FP32, the share of stated intervals that leave out 1; at
   most 0.05, over both conditions;
 - `coverage`: the share of the agent's intervals that contain the long-run value of their
-  condition, which is the median over all its repeats; at least 0.9, over both conditions;
-- `iqr_ratio_equal_idle`, `iqr_ratio_equal_loaded`: the first two where the usual way times as
-  many runs as fit into the seconds that the agent took just before.
+  condition, which is the median over all its repeats; at least 0.9, over both conditions.
 """
 
 from __future__ import annotations
@@ -88,14 +86,10 @@ def int8_file(fp32: Path, size: int) -> Path:
 def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Repeats:
     """All repeats under one condition; each takes a turn of every way."""
     cap = QUICK_TIME_CAP_S if benchmark.quick else TIME_CAP_S
-    found: Repeats = {"agent": [], "usual": [], "usual_equal": [], "agent_same": []}
+    found: Repeats = {"agent": [], "usual": [], "agent_same": []}
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
-        ours = by_agent(int8, fp32, target=TARGET, time_cap_s=cap, seed=seed)
-        found["agent"].append(ours)
+        found["agent"].append(by_agent(int8, fp32, target=TARGET, time_cap_s=cap, seed=seed))
         found["usual"].append(by_fixed_runs(int8, fp32, runs=USUAL_RUNS, seed=seed))
-        found["usual_equal"].append(
-            by_fixed_runs(int8, fp32, runs=USUAL_RUNS, device_s=ours.device_s, seed=seed)
-        )
         if seed % 2 == 0:
             same = by_agent(fp32, fp32, target=TARGET, time_cap_s=cap, seed=seed)
             found["agent_same"].append(same)
@@ -109,14 +103,12 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
 def figures(found: Mapping[str, Repeats]) -> dict[str, Figure]:
     """The keys from the repeats of each condition."""
     iqr = {c: iqr_ratio(ways["agent"], ways["usual"]) for c, ways in found.items()}
-    equal = {c: iqr_ratio(ways["agent"], ways["usual_equal"]) for c, ways in found.items()}
     differs = [not x.claims(1.0) for ways in found.values() for x in ways["agent_same"]]
     covered = [hit for ways in found.values() for hit in covers(ways["agent"])]
     return {
         **{f"iqr_ratio_{condition}": figure for condition, figure in iqr.items()},
         "false_difference_rate": share(differs),
         "coverage": share(covered),
-        **{f"iqr_ratio_equal_{condition}": figure for condition, figure in equal.items()},
     }
 
 

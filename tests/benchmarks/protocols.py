@@ -99,19 +99,16 @@ def from_report(report: LatencyReport) -> Measured:
     )
 
 
-def by_fixed_runs(
-    candidate: Path, reference: Path, *, runs: int, device_s: float = 0.0, seed: int
-) -> Measured:
+def by_fixed_runs(candidate: Path, reference: Path, *, runs: int, seed: int) -> Measured:
     """10 warm-up runs and `runs` timed ones of each model; the ratio of the means.
 
-    More runs than that where the whole would take less than `device_s`. An odd seed takes the
-    reference first.
+    An odd seed takes the reference first.
     """
     pair = [candidate, reference]
     order = [1, 0] if seed % 2 else [0, 1]
-    request = {"models": [str(pair[i]) for i in order], "runs": runs, "device_s": device_s}
+    request = {"models": [str(pair[i]) for i in order], "runs": runs, "seed": seed}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.protocols", json.dumps(request | {"seed": seed})],
+        [sys.executable, "-m", "tests.benchmarks.protocols", json.dumps(request)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -195,16 +192,14 @@ def _run_fixed(request: dict[str, Any]) -> dict[str, Any]:
     default = RuntimeRequest()
     runtime = load_runtime(default.runtime)
     options = RuntimeOptions(provider=default.provider, threads=default.threads)
-    n_models = len(request["models"])
     samples_ns: list[list[int]] = []
-    for number, path in enumerate(request["models"], start=1):
+    for path in request["models"]:
         session = runtime.load(Path(path), options)
         call = session.bind(make_feeds(session.inputs, seed=request["seed"]))
         for _ in range(WARM_UP_RUNS):
             call()
-        ends = started + request["device_s"] * number / n_models
         taken: list[int] = []
-        while len(taken) < request["runs"] or time.perf_counter() < ends:
+        for _ in range(request["runs"]):
             before = time.perf_counter_ns()
             call()
             taken.append(time.perf_counter_ns() - before)

@@ -58,7 +58,6 @@ def spreads():
     turns = {
         "agent": spread_of(0.01),
         "usual": spread_of(0.05),
-        "usual_equal": spread_of(0.02),
         "agent_same": [
             measured(1.005),
             measured(0.98),
@@ -74,7 +73,6 @@ def test_spreads_are_compared_within_a_condition(spreads):
     found = latency_spread.figures(spreads)
     assert found["iqr_ratio_idle"].value == pytest.approx(0.2, rel=0.01)
     assert found["iqr_ratio_loaded"].value == pytest.approx(0.4, rel=0.01)
-    assert found["iqr_ratio_equal_idle"].value == pytest.approx(0.5, rel=0.01)
 
 
 def test_intervals_are_held_against_the_median_of_their_condition(spreads):

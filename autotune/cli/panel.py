@@ -305,7 +305,9 @@ _EVENT_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "trial_finished": _trial_text,
     "trial_confirmed": lambda payload: f"trial #{payload.get('number')} measured again to confirm",
     "base_prepared": _base_text,
-    "model": lambda payload: f"model: {model_error_text(ModelError.model_validate(payload))}",
+    "model": lambda payload: (
+        f"model: {model_error_text(ModelError.model_validate(payload)) if payload else 'fitted'}"
+    ),
     "verified": lambda payload: (
         f"bundle measured again on {payload.get('device_name')}: {payload.get('outcome')}"
     ),

@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from autotune.api_types import Portability, Verification
+from autotune.api_explanation import Explanation
+from autotune.api_types import BlockingGroup, Portability, Verification
 from autotune.export import figures
 from autotune.export.front_plot import inline_front
 from autotune.export.heat_map import inline_heat_map
@@ -46,12 +47,13 @@ def render_report(
     *,
     verification: Verification | None = None,
     portability: Portability | None = None,
+    explanation: Explanation | None = None,
 ) -> str:
     """The page as text; a job without an answer yet gets a page that says so.
 
     `verification` is the exported bundle measured again; its figures stand beside the winner's.
     Of a job on several devices job and trials are as they are on `device`, and `portability` is
-    what the winner on each costs on the others.
+    what the winner on each costs on the others. `explanation` is the winner's.
     """
     result = job.result or {}
     by_id = {trial.id: trial for trial in trials}
@@ -69,6 +71,8 @@ def render_report(
         compared=_compared(fp32, int8, winner),
         verification=verification,
         portability=portability,
+        explanation=explanation,
+        blocking=[BlockingGroup.model_validate(g) for g in result.get("blocking_groups") or ()],
         device_names={t.device_id: t.device_name for t in portability.targets}
         if portability
         else {},

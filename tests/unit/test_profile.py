@@ -12,7 +12,6 @@ from onnx import helper, numpy_helper
 from autotune.cli.output import print_rows
 from autotune.cli.views.trials import GROUPS as GROUP_ROWS
 from autotune.compression.layer_times import with_groups
-from autotune.search.front import blocking_groups
 from autotune.service.views import trial_view
 from device_agents.cli import main
 from device_agents.measurement import Measurement
@@ -24,7 +23,6 @@ from device_agents.runtimes.simulated import SimulatedModel
 from search_spaces import LayerGroup
 from tests.unit import fabricated_job as fabricated
 from tests.unit.records import latency, trial
-from tests.unit.spaces import inventory
 
 ONE_THREAD = RuntimeOptions(provider="CPUExecutionProvider", threads=1)
 
@@ -172,7 +170,3 @@ def test_a_trial_shows_what_each_groups_kernels_take_and_what_lies_between():
     table = io.StringIO()
     print_rows(GROUP_ROWS, shown.groups, output_format="table", to=table)
     assert "0.4" in next(line for line in table.getvalue().splitlines() if "stem" in line)
-
-
-def test_the_groups_that_hold_a_trial_up_are_those_of_its_profile():
-    assert blocking_groups(profiled_trial(), inventory()) == ["stem"]

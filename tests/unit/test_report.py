@@ -12,8 +12,9 @@ from autotune.export import figures
 from autotune.export.front_plot import COLOURS, front_figure, inline_front
 from autotune.export.layer_picture import layer_cells
 from autotune.export.report import render_report
+from autotune.search.explanation import explain
 from autotune.search.front import non_dominated
-from search_spaces import INT8, Candidate
+from search_spaces import FP32, INT8, Candidate, SearchSpace
 from storage.records import JobState
 from tests.unit import fabricated_job as fabricated
 
@@ -130,6 +131,37 @@ def test_an_impossible_budget_says_by_how_much_and_what_blocks(job, trials) -> N
     text = text_of(page)
     assert "No candidate is inside the budget. Trial 7 comes closest, 338.0 µs above it" in text
     assert text.count("hold it back") == 1  # the explanation names them; nothing repeats it
+
+
+def test_what_blocks_a_budget_stands_there_with_what_it_costs(job, trials) -> None:
+    blocking = [
+        {"group": "features.0.0", "cost_ns": 612_000.0, "share": 0.54, "is_profiled": True},
+        {"group": "classifier.1", "cost_ns": 101_000.0, "share": 0.09, "is_profiled": True},
+    ]
+    result = {**job.result, "verdict": "impossible_budget", "blocking_groups": blocking}
+    text = text_of(render_report(replace(job, result=result), trials, fabricated.device()))
+    assert "2 layer groups that must cost less for the budget to be kept" in text
+    assert "features.0.0 612.0 µs 54.0 % classifier.1 101.0 µs 9.0 %" in text
+    assert "By the profile that the device took of the trial" in text
+
+
+def test_a_baseline_that_wins_is_said_to_be_one(job, trials) -> None:
+    result = {**job.result, "winner": "trial-0001", "beats_baseline": False}
+    text = text_of(render_report(replace(job, result=result), trials, fabricated.device()))
+    assert "A baseline wins: nothing that was searched is better than it" in text
+    assert "A baseline wins" not in text_of(render_report(job, trials, fabricated.device()))
+
+
+def test_the_winners_groups_are_explained_with_their_alternatives(job, trials) -> None:
+    space = SearchSpace.build(job.inventory, precisions=(FP32, INT8), prune_ratios=(0.25, 0.5))
+    asked = replace(job, space=space)
+    winner = next(t for t in trials if t.number == 7)
+    found = explain(asked, trials, winner, fabricated.device().description)
+    text = text_of(render_report(asked, trials, fabricated.device(), explanation=found))
+    assert "Why these choices INT8 is faster than FP32 here" in text
+    assert f"Each of {found.model_error.n} trials predicted from the others" in text
+    assert "36 layer groups with their choices" in text and "features.1.conv.0.0 w8a8" in text
+    assert "Why these choices" not in text_of(render_report(job, trials, fabricated.device()))
 
 
 def test_a_job_without_an_answer_says_in_which_state_it_is(job) -> None:

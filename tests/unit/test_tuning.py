@@ -152,7 +152,9 @@ def test_an_impossible_budget_ends_with_the_fastest_the_distance_and_the_blocker
     assert job.result is not None
     assert job.result["verdict"] == "impossible_budget"
     assert job.result["missed_by_ns"] > 0
-    assert job.result["blocking_groups"][0] == "body"
+    first = job.result["blocking_groups"][0]
+    assert first["group"] == "body" and 0 < first["cost_ns"] < 4e6 and not first["is_profiled"]
+    assert "the groups that hold it back: body (" in job.result["explanation"]
     assert job.reason is not None and "misses it by" in job.reason
 
 

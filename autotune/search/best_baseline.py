@@ -134,5 +134,5 @@ def _compared(trial: TrialRecord, baseline: TrialRecord, *, shares: bool = False
         f"{100 * r.drop:.2f} [{100 * r.drop_low:.2f}, {100 * r.drop_high:.2f}]"
         for r in _same_samples(trial, baseline) or ()
     ]
-    latencies = "" if shares else f"{' against '.join(ms)} ms; "
+    latencies = "" if shares else f"{' against '.join(ms)} ms, "
     return f"{latencies}{' against '.join(points)} points lost"

@@ -88,7 +88,12 @@ def test_time_left_follows_the_pace_of_the_last_trials(service: RunningService) 
     for trial in service.repository.list_trials(job.id):
         made = fabricated_job.trials(fabricated_job.inventory())[trial.number]
         service.repository.update_trial(trial.id, finished_at=made.finished_at)
-    assert service.client.job(job.id).progress.time_left_s == pytest.approx(10 * 10.0)
+    progress = service.client.job(job.id).progress
+    # Ten more trials, and two of the five confirmations, which have taken 3.4 s each.
+    assert progress.time_left_s == pytest.approx(10 * 10.0 + 2 * 3.4)
+    assert progress.time_left_error_s == pytest.approx(3.4)
+    assert progress.hypervolume_history[-1].hypervolume == pytest.approx(progress.hypervolume)
+    assert progress.proposers["baseline"].trials == 2
 
 
 def test_the_time_budget_bounds_the_time_left(service: RunningService) -> None:
@@ -166,6 +171,10 @@ def test_an_impossible_budget_gets_the_fastest_trial_and_the_distance(
     assert front.answer is not None
     assert "misses it by" in front.explanation
     assert front.answer.id == front.trials[0].id
+    assert front.verdict == "impossible_budget" and (front.missed_by_ns or 0) > 0
+    costs = [group.cost_ns or 0.0 for group in front.blocking_groups]
+    assert costs == sorted(costs, reverse=True) and costs[-1] > 0
+    assert f"the groups that hold it back: {front.blocking_groups[0].group} (" in front.explanation
 
 
 def test_a_budget_that_cannot_be_read_is_an_invalid_job(

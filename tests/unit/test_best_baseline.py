@@ -101,4 +101,4 @@ def test_the_best_baseline_answers_the_same_question(max_drop: float | None, num
 def test_a_winner_is_set_beside_the_best_baseline_with_both_intervals() -> None:
     text = comparison(trial(2, 1.0, 0.941), INT8)
     assert text.startswith("the best baseline is trial 1: the winner takes 0.5 of its latency")
-    assert "1 [0.99, 1.01] against 2 [1.98, 2.02] ms; 0.90 [-0.10, 1.90] against 0.20" in text
+    assert "1 [0.99, 1.01] against 2 [1.98, 2.02] ms, 0.90 [-0.10, 1.90] against 0.20" in text

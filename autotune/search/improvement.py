@@ -116,6 +116,10 @@ class Landscape:
         (m1, s1), (m2, s2) = self.first.predict(points), self.second.predict(points)
         return np.column_stack([m1, m2]), np.column_stack([s1, s2])
 
+    def told(self) -> np.ndarray:
+        """The measured points' figures without their noise, `(n, 2)`."""
+        return np.column_stack([self.first.told(), self.second.told()])
+
     def believing(self, point: np.ndarray) -> Landscape:
         """Both models after the point gave what they predict."""
         return Landscape(self.first.believing(point), self.second.believing(point))
@@ -133,13 +137,13 @@ def most_promising(
     """Up to `n` new points, each the best once those before it are believed.
 
     `points` `(m, n_factors)` were measured; nor is any of `excluded` proposed. The front that
-    counts is that of the predicted means at the measured points, so that a lucky measurement
-    hides nothing.
+    counts is that of the measured figures less their noise, so that a lucky measurement hides
+    little.
     """
     chosen: list[Promise] = []
     known = {_key(row) for row in (*points, *excluded)}
     energies = landscape.first.energy(), landscape.second.energy()
-    means = np.column_stack([energy.at(points) for energy in energies])
+    means = landscape.told()
     front = front_of(means)
     pool = [
         (point, origin)

@@ -297,11 +297,6 @@ class Surrogate:
         found: np.ndarray = self._values - self._noise**2 * correlated
         return found
 
-    @property
-    def misfit(self) -> float:
-        """The standard deviation of what no sum of choices explains."""
-        return float(self.scales[3])
-
     def left_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Each measured figure less what the others predict for it, and that one's deviation.
 

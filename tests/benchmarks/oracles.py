@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from autotune.search.landscape import INT8_SAVING
+from autotune.search.minima import minima
 from autotune.search.priors import (
     LEAST_SHARE,
     boundary_links,
@@ -271,6 +272,32 @@ class Simulated:
         found: np.ndarray = own.sum(axis=1)
         found += 0.3 * np.sqrt(own[:, 1:] * own[:, :-1]).sum(axis=1)
         return found
+
+    def optima(self, weights: np.ndarray) -> np.ndarray:
+        """Per weight the point that minimizes latency + weight x joint damage, exactly.
+
+        A group's precision and prune ratio together bear on those of the next group alone.
+        """
+        n, ratios = self.n_groups, self.ratios or (0.0,)
+        grid = np.stack(np.meshgrid(range(self.speeds.shape[1]), range(len(ratios)), indexing="ij"))
+        precision, pruned = grid.reshape(2, -1)
+        left = 1 - 0.85 * np.asarray(ratios)[pruned]
+        own = self.true_damages[:, precision]
+        if self.ratios:
+            own = own + self.prune_damages[:, pruned]
+        work = self.time_shares[:, None] * self.speeds[:, precision] * left
+        converted = (precision[:, None] > 0) != (precision > 0)
+        pairs = {
+            (i, i + 1): left[:, None] * (work[i + 1] + self.boundaries[i] * converted)
+            + self.hidden[i][np.ix_(precision, precision)]
+            + weights[:, None, None] * 0.3 * np.sqrt(np.outer(own[i], own[i + 1]))
+            for i in range(n - 1)
+        }
+        singles = [weights[:, None] * damage for damage in own]
+        singles[0] = singles[0] + work[0]
+        chosen = minima(singles, pairs, range(n))
+        parts = (precision[chosen], pruned[chosen])
+        return np.hstack(parts if self.ratios else parts[:1])
 
     def measure(self, point: np.ndarray, rng: np.random.Generator) -> Run:
         """A noisy ratio, the drop as the search counts it, and the divergence behind it."""

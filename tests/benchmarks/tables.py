@@ -82,7 +82,8 @@ class Table:
 
     def index(self, points: np.ndarray) -> np.ndarray:
         """Where points `(n, n_groups)` stand, `(n,)`."""
-        return np.ravel_multi_index(tuple(points.T), self.sizes)
+        found: np.ndarray = np.ravel_multi_index(tuple(points.T), self.sizes)
+        return found
 
     def save(self, folder: Path = FOLDER) -> Path:
         """Write it; some 100 kB."""

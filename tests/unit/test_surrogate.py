@@ -153,3 +153,16 @@ def test_links_and_the_rest_of_a_row_add_up_to_the_figure_prices_included() -> N
     assert model.weigh(at_links)[0] == pytest.approx([3 * 0.02]), "three crossings"
     assert model.weigh(rows - at_links)[0] == pytest.approx([-0.3])
     assert model.weigh(model.features.of_links(rows, [0]))[0] == pytest.approx([0.02])
+
+
+def test_of_a_measured_point_it_believes_the_figure_as_far_as_that_is_sure() -> None:
+    points = np.random.default_rng(0).integers(0, 3, (30, N))
+    points[0] = 0
+    values = truth(points)
+    values[7] += 0.2  # what no sum explains
+    told = [
+        Surrogate(features(), points, values, np.full(30, noise), base=1.0).told()
+        for noise in (1e-4, 0.3)
+    ]
+    assert told[0] == pytest.approx(values, abs=1e-3)
+    assert values[7] - told[1][7] > 0.1

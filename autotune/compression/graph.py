@@ -47,6 +47,8 @@ class GraphView:
         self.input_name = model.graph.input[0].name
         self.output_name = model.graph.output[0].name
         self._shapes = {value.name: shape_of(value) for value in self._values()}
+        noted = {value.name: _noted_sample_shape(value) for value in self._values()}
+        self._sample_shapes = {name: shape for name, shape in noted.items() if shape is not None}
         self._types = {v.name: int(v.type.tensor_type.elem_type) for v in self._values()}
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -91,6 +93,9 @@ class GraphView:
         An axis that holds the batch times something else stays, with one sample's extent:
         `(17 * N, 768)` is `(17, 768)`.
         """
+        noted = self._sample_shapes.get(tensor)
+        if noted is not None:
+            return noted
         single, double = (shapes.get(tensor, ()) for shapes in self._shapes_of_batches)
         if len(single) != len(double):
             return ()
@@ -99,7 +104,11 @@ class GraphView:
 
     @functools.cached_property
     def _shapes_of_batches(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
-        """Every shape for one sample and for two."""
+        """Every shape for one sample and for two.
+
+        ONNX's inference fills its tables of operators at first use, 6 MB of them, and walks the
+        whole graph: it is asked only for a shape that the graph does not note.
+        """
         light = _without_large_constants(self.model)
         return tuple(_shapes_for(light, batch) for batch in (1, 2))
 
@@ -153,6 +162,13 @@ def _shapes_for(light: onnx.ModelProto, batch: int) -> dict[str, tuple[int, ...]
 def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
     """The shape with its batch axis; a symbolic or unknown extent is 0."""
     return tuple(int(d.dim_value) for d in value.type.tensor_type.shape.dim)
+
+
+def _noted_sample_shape(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
+    """The shape without the batch axis; None where an extent is unknown."""
+    axes = value.type.tensor_type.shape.dim
+    extents = tuple(int(axis.dim_value) for axis in axes if axis.dim_param != BATCH_AXIS)
+    return extents if axes and all(extents) else None
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

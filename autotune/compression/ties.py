@@ -88,7 +88,9 @@ def find_owners(view: GraphView, layers: Sequence[WeightedNode]) -> dict[str, st
         if constant_operand(view, node) is not None:
             continue
         made = [name for name in view.data_inputs(node) if name in owners]
-        if made:
+        if len(made) == 1:
+            owners[node.output[0]] = owners[made[0]]
+        elif made:
             largest = max(made, key=lambda name: math.prod(view.sample_shape(name)))
             owners[node.output[0]] = owners[largest]
     return owners

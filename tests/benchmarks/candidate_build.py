@@ -10,9 +10,7 @@
   group's weights quantized for the first time; at most 20;
 - `MODEL.peak_memory_ratio`: what a fresh process that loads the FP32 file and builds all the
   candidates needs at its peak beyond what it needs with everything imported, over the FP32
-  file's size; at most 2.5. The peak is the kernel's (`VmHWM`), so nothing escapes it. Some
-  libraries fill their tables at first use (8 MB of ONNX operator schemas and code): everything is
-  imported once a model of one layer was built. `raw` has that part as `first_use_bytes`.
+  file's size; at most 2.5. The peak is the kernel's (`VmHWM`), so nothing escapes it.
 
 A candidate leaves each group in FP32 or takes it to 8 bits; both sides get the same plan
 (`nodes_to_quantize`), u8s8, per channel. The three builders take turns, one candidate at a
@@ -41,7 +39,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from search_spaces import FP32, INT8, Precision
 from tests.benchmarks.harness import ROOT, Benchmark, Figure, described, median_figure, start
@@ -266,9 +263,7 @@ def build_alone() -> int:
 
     request = json.load(sys.stdin)
     calibration = Calibration.from_text(request["calibration"])
-    imported = _memory_bytes("VmRSS")
-    _build_one_layer()
-    # What that left free must not serve the build that is measured.
+    # What reading the request left free must not serve the build that is measured.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of the imports
     before = _memory_bytes("VmRSS")
@@ -276,7 +271,6 @@ def build_alone() -> int:
     loaded = _memory_bytes("VmRSS")
     sizes = [len(graph.emit(dict.fromkeys(groups, INT8))) for groups in request["plans"]]
     document = {
-        "first_use_bytes": before - imported,
         "before_bytes": before,
         "loaded_bytes": loaded,
         "held_bytes": _memory_bytes("VmRSS"),
@@ -285,25 +279,6 @@ def build_alone() -> int:
     }
     print(json.dumps(document))
     return 0
-
-
-def _build_one_layer() -> None:
-    """Has every library on the way from a file to a candidate used once."""
-    from autotune.compression.calibration import Calibration, Range
-    from autotune.compression.quantization import QuantizableGraph
-
-    weight = numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "layer.weight")
-    ends = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *shape])
-        for name, shape in (("x", (3, 8, 8)), ("y", (4, 6, 6)))
-    ]
-    node = helper.make_node("Conv", ["x", "layer.weight"], ["y"], name="layer")
-    graph = helper.make_graph([node], "one layer", ends[:1], ends[1:], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    ranges = {end.name: Range(low=-1.0, high=1.0) for end in ends}
-    one = QuantizableGraph(model, Calibration(ranges=ranges, n_samples=1))
-    one.view.sample_shape("y")
-    one.emit(dict.fromkeys(one.units, INT8))
 
 
 def _memory_bytes(key: str) -> int:

@@ -4,8 +4,9 @@ Owns the loop of the work, and when it is tried again. Crash-only: killed at any
 the running measurement and nothing else, and starts again from its state folder. Beats with
 `heartbeat.py`, sends over `connection.py`, measures with `measurement.py`, never loads a runtime.
 
-Two threads beside the caller's: one works (lease, download, measure, upload), one beats. The
-caller's only waits, so that a signal ends the agent at once, wherever the others are.
+Two threads beside the caller's: one works (enrol, describe the device, lease, download, measure,
+upload), one beats. The caller's only waits, so that a signal ends the agent at once, wherever the
+others are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from device_agents.backoff import Backoff
 from device_agents.cache import DEFAULT_MAX_BYTES, ArtifactCache
 from device_agents.connection import PATIENT, Acknowledgement, ServiceConnection, Timeouts
-from device_agents.device import describe_device
+from device_agents.device import describe_device, environment
 from device_agents.errors import (
     ArtifactCorrupt,
     ArtifactMissing,
@@ -32,7 +33,7 @@ from device_agents.errors import (
     ServiceUnreachable,
 )
 from device_agents.heartbeat import INSTANCE, HeldLease, Pulse, heartbeat_of
-from device_agents.identity import Identity, StateFolder
+from device_agents.identity import Described, Identity, StateFolder
 from device_agents.measurement import Measurement, MeasurementOutcome
 from device_agents.outbox import Outbox
 from device_agents.protocol import (
@@ -40,6 +41,7 @@ from device_agents.protocol import (
     ArtifactReference,
     DeviceDescription,
     EnrolRequest,
+    LatencyReport,
     Lease,
     MeasurementRequest,
     MeasurementResult,
@@ -75,7 +77,9 @@ class Agent:
     Args:
         settings: where the service and the state folder are.
         say: gets one plain line per event, for people.
-        describe: finds out what the device is; asked once, when the agent enrols.
+        describe: finds out what the device is; asked when the agent enrols, when it starts in
+            another `environment` than it described, and when a runtime turns out to be another.
+        environment: a digest that changes where `describe` may find something else.
         backoff: a fresh back-off for each thread and each series of tries.
     """
 
@@ -85,17 +89,20 @@ class Agent:
         *,
         say: Callable[[str], None],
         describe: Callable[[], DeviceDescription] = describe_device,
+        environment: Callable[[], str] = environment,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self._settings = settings
         self._say = say
         self._describe = describe
+        self._environment = environment
         self._backoff = backoff
         self._stop = threading.Event()
         self._came_back = threading.Event()
-        self._fatal: DeviceAgentError | None = None
+        self._fatal: Exception | None = None
         self._held: HeldLease | None = None
-        self._is_asking = False
+        self._may_be_left = False
+        self._threads: list[threading.Thread] = []
         self._request_id = new_request_id()
         self._users = 0
         self._users_guard = threading.Lock()
@@ -133,27 +140,15 @@ class Agent:
         """
         self._enter()
         try:
-            identity = self._identify()
-            self._pulse.interval_s = identity.heartbeat_s
-            self._outbox.redeem()
-            threads = [
-                threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
-                for name, loop in (
-                    ("heartbeat", partial(self._pulse.run, self._stop)),
-                    ("work", self._work),
-                )
-            ]
-            for thread in threads:
-                self._enter()
-                thread.start()
+            self._start("work", self._live)
             self._stop.wait()
             held = self._held
             if held is not None:
                 held.drop()
             deadline = time.monotonic() + STOP_PATIENCE_S
-            while any(t.is_alive() for t in threads) and time.monotonic() < deadline:
-                if self._is_asking:
-                    break  # a thread in a long poll is a daemon and holds nothing
+            while any(t.is_alive() for t in self._threads) and time.monotonic() < deadline:
+                if self._may_be_left:
+                    break  # a thread that waits for work or looks at the device holds nothing
                 time.sleep(STOP_POLL_S)
         finally:
             self._leave()
@@ -161,10 +156,27 @@ class Agent:
         if self._fatal is not None:
             raise self._fatal
 
+    def _start(self, name: str, loop: Callable[[], None]) -> None:
+        self._enter()
+        thread = threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _live(self) -> None:
+        """From the identity to the work; beating begins in between."""
+        identity = self._identify()
+        self._pulse.interval_s = identity.heartbeat_s
+        self._outbox.redeem()
+        self._start("heartbeat", partial(self._pulse.run, self._stop))
+        described = self._state.described()
+        if described is None or described.environment != self._environment():
+            self._announce()
+        self._work()
+
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
             loop()
-        except DeviceAgentError as error:
+        except Exception as error:  # noqa: BLE001 - the caller's thread raises it
             if not self._stop.is_set():
                 self._fatal = error
         finally:
@@ -220,7 +232,7 @@ class Agent:
             protocol_version=PROTOCOL_VERSION,
             token=self._settings.token,
             name=self._settings.name,
-            device=self._describe(),
+            device=self._look(),
             instance=INSTANCE,
         )
         backoff = self._backoff()
@@ -233,7 +245,38 @@ class Agent:
                     raise
         identity = Identity.model_validate(reply.model_dump())
         self._state.save(identity)
+        self._note(request.device)
         return identity
+
+    def _look(self) -> DeviceDescription:
+        """What the device is; it may take a minute, and an agent that is to end does not wait."""
+        self._may_be_left = True
+        try:
+            device = self._describe()
+        finally:
+            self._may_be_left = False
+        if self._stop.is_set():
+            raise DeviceAgentError("the agent was stopped while it looked at its device")
+        return device
+
+    def _announce(self) -> None:
+        """Say what the device is by now, before anything is measured on it.
+
+        The agent, a runtime or the board may be another than when it enrolled.
+        """
+        device, backoff = self._look(), self._backoff()
+        while not self._stop.is_set():
+            try:
+                self._connection.describe(device)
+                self._note(device)
+                return
+            except ServiceUnreachable:
+                self._came_back.clear()
+                self._came_back.wait(0 if self._stop.is_set() else backoff.next_s())
+
+    def _note(self, device: DeviceDescription) -> None:
+        versions = {build.name: build.version for build in device.runtimes}
+        self._state.note_described(Described(environment=self._environment(), versions=versions))
 
     def _rotate(self) -> None:
         """Get a new key. It is kept before it is used, because its first use ends the old one."""
@@ -269,13 +312,13 @@ class Agent:
                 self._stop.wait(PROMPT_ANSWER_S)  # a service that does not hold the request
 
     def _ask(self) -> Lease | None:
-        self._is_asking = True
+        self._may_be_left = True
         try:
             # Anything down to half: a fleet that was answered together does not ask together.
             wait_s = self._settings.long_poll_s * random.uniform(0.5, 1)  # noqa: S311
             lease = self._connection.lease(wait_s=wait_s, request_id=self._request_id)
         finally:
-            self._is_asking = False
+            self._may_be_left = False
         self._request_id = new_request_id()  # until here a lost answer is asked for again
         return lease
 
@@ -291,8 +334,16 @@ class Agent:
             self._say(f"dropped {sha8}: {ended.reason}")
             return
         self._say(f"{'measured' if ended.report else 'failed'} {sha8}: {describe_outcome(ended)}")
+        if ended.report is not None and self._is_news(ended.report):
+            self._announce()  # a runtime was updated meanwhile; the service takes the lease back
         self._keep(_result(held, lease.request, ended))
         self._outbox.withdraw()
+
+    def _is_news(self, report: LatencyReport) -> bool:
+        """It was measured with another build of the runtime than the service knows of."""
+        described = self._state.described()
+        known = described and described.versions.get(report.runtime.runtime)
+        return bool(known) and known != report.runtime_version
 
     def _fetch_and_measure(
         self, request: MeasurementRequest, held: HeldLease

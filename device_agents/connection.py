@@ -27,6 +27,7 @@ from device_agents.errors import (
 from device_agents.protocol import (
     PROTOCOL_VERSION,
     ArtifactSegments,
+    DeviceDescription,
     EnrolReply,
     EnrolRequest,
     Heartbeat,
@@ -147,6 +148,12 @@ class ServiceConnection:
     def enrol(self, request: EnrolRequest) -> EnrolReply:
         """Trade a one-use token for an identity."""
         return _parse(EnrolReply, self._post("/v1/agent/enrol", request))
+
+    def describe(self, device: DeviceDescription) -> None:
+        """Say what the device is by now; a service that is too old to hear it is left alone."""
+        response = self._send("/v1/agent/description", device)
+        if response.status_code not in (404, 405):
+            _require_success(response)
 
     def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatReply:
         """Say that the agent is alive."""

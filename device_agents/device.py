@@ -98,6 +98,24 @@ def fingerprint(**fields: Any) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def environment(root: Path = ROOT) -> str:
+    """A digest of what a description follows from, found without loading a runtime.
+
+    While it stays (the board, the kernel, every installed Python package) a description made
+    before holds; a runtime that is no such package shows in its next measurement.
+    """
+    processor = Processor(root=root)
+    # Names and versions by the folders that say them: to read what is in them takes far longer.
+    packages = {found.name for place in sys.path for found in Path(place).glob("*.dist-info")}
+    return fingerprint(
+        host=host_id(root),
+        hostname=socket.gethostname(),
+        cpu=(processor.model(), processor.kernel_flags(), _usable_cpus(), _memory_bytes(root)),
+        system=(platform.release(), platform.python_version(), _operating_system(root)),
+        packages=sorted(packages),
+    )
+
+
 def describe_device(
     root: Path = ROOT,
     *,

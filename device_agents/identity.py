@@ -1,7 +1,8 @@
 """The agent's state folder: its identity, its lock, and where cache and outbox live.
 
-Owns `agent.json` (mode 600: it holds the agent's key) and the lock that keeps two agents from
-sharing one identity. The key is all that a second start needs.
+Owns `agent.json` (mode 600: it holds the agent's key), `described.json` (what the service knows
+of the device) and the lock that keeps two agents from sharing one identity. The key is all that
+a second start needs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,20 @@ class Identity(BaseModel):
     device_name: str
     agent_key: str
     heartbeat_s: float
+
+
+DESCRIBED_VERSION = 1
+# Version 1 (2026-11-21): environment, versions.
+
+
+class Described(BaseModel):
+    """What the service was told: the `device.environment` of then, and the runtimes' versions."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: int = DESCRIBED_VERSION
+    environment: str
+    versions: dict[str, str]
 
 
 class StateFolder:
@@ -69,6 +84,18 @@ class StateFolder:
         """Keep the identity for the next start, readable by this user alone."""
         with durable_file(self.path / "agent.json", mode=0o600) as file:
             file.write(identity.model_dump_json(indent=2).encode())
+
+    def described(self) -> Described | None:
+        """What the service knows of the device; None if that is not known here."""
+        try:
+            return Described.model_validate_json((self.path / "described.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def note_described(self, described: Described) -> None:
+        """Keep what the service was told."""
+        with durable_file(self.path / "described.json") as file:
+            file.write(described.model_dump_json(indent=2).encode())
 
     def forget(self) -> None:
         """Drop an identity that the service no longer knows."""

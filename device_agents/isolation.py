@@ -1,4 +1,4 @@
-"""A network of its own, with no way out, for the process that runs a stranger's model.
+"""What a process that runs a model is kept from: the network, and outliving its parent.
 
 Owns the system calls. Who is confined, and when, is `measurement_child.py`'s choice. Run as
 `python -m device_agents.isolation`: exit code 0 where the kernel allows it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 
@@ -24,6 +25,13 @@ def leave_network() -> bool:
         return False
     unshare = ctypes.CDLL(None).unshare
     return any(unshare(flags) == 0 for flags in (CLONE_NEWNET, CLONE_NEWUSER | CLONE_NEWNET))
+
+
+def die_with_parent() -> None:
+    """End when the thread that started this process does, where the kernel can arrange it."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def can_leave_network() -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from device_agents.files import durable_file
+from device_agents.isolation import die_with_parent
 from device_agents.protocol import KernelSpeed, RuntimeBuild
 
 MODELS = Path(__file__).parent / "kernel_models"
@@ -142,7 +143,8 @@ def _variants(runtime: str) -> Iterator[tuple[str, str, Path]]:
 
 
 def main(runtimes: Sequence[str]) -> int:
-    """Write the figures of these runtimes."""
+    """Write the figures of these runtimes, for as long as somebody waits for them."""
+    die_with_parent()
     for runtime in runtimes:
         for operator, precision, path in _variants(runtime):
             figures = _compare(runtime, path, MODELS / f"{operator}.fp32.onnx")

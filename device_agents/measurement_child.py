@@ -11,12 +11,10 @@ reference's are pinned for a job, whatever a candidate runs with.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ from device_agents.conditions import cpu_ticks, read_conditions
 from device_agents.energy import ACCELERATED, EnergyMeter, NoEnergySensor, open_meter
 from device_agents.errors import RuntimeUnavailable
 from device_agents.feeds import make_feeds
-from device_agents.isolation import leave_network
+from device_agents.isolation import die_with_parent, leave_network
 from device_agents.latency import energy_per_inference, summarize
 from device_agents.profile import profile
 from device_agents.quantiles import upper_bounds
@@ -98,9 +96,7 @@ def confine(job: ChildJob) -> None:
     with contextlib.suppress(OSError):  # not Linux, or not permitted: the kernel chooses
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     leave_network()  # before the next line: a new user namespace takes that signal back
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # prctl(2)
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != job.parent_pid:
         raise SystemExit("the agent that started this measurement is gone")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -33,6 +33,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-21: `graph_level`, `memory_arena` and `spinning` of `RuntimeRequest`, and
 # `RuntimeBuild.options`, which names what an agent understands of them: one that names none is
 # asked for the usual ones alone, which mean what they did.
+# 2026-11-21: the route that takes a `DeviceDescription` anew; a service without it answers 404.
 # 2026-11-21: `MeasurementPlan.quantile`; `p90_high_ns` and `p99_high_ns` of `LatencyReport`, which
 # the service computes from the samples of an agent that does not; `energy_source` and
 # `energy_missing` of `DeviceDescription`, both None where an agent says neither.

@@ -16,7 +16,7 @@ from device_agents.protocol import DeviceDescription
 from storage import agents, drains, identifiers
 from storage.errors import InvalidToken
 from storage.records import AgentRecord, DeviceRecord, DrainCause
-from storage.rows import locked, referred, take_turns, to_record
+from storage.rows import locked, locked_by_id, referred, take_turns, to_record
 from storage.tables import AgentRow, DeviceRow, EnrolmentTokenRow, UserTokenRow
 
 
@@ -48,9 +48,12 @@ def enrol(
     token = _use(session, token_hash, instance=instance, now=now)
     take_turns(session, "enrolment")
     wanted = name or description.hostname
+    # Two devices come to be alike where one was changed (`describe`): the one seen last is meant.
     row = session.scalars(
         select(DeviceRow)
         .where(DeviceRow.fingerprint == description.fingerprint, DeviceRow.enrolled_as == wanted)
+        .order_by(DeviceRow.last_seen_at.desc())
+        .limit(1)
         .with_for_update(key_share=True)
     ).one_or_none()
     if row is None:
@@ -84,6 +87,47 @@ def enrol(
     session.add(agent)
     session.flush()
     return to_record(DeviceRecord, row), agents.record_of(agent, row)
+
+
+def describe(session: Session, device_id: str, description: DeviceDescription) -> bool:
+    """What the device is by now; whether that is another fingerprint than before.
+
+    Latencies belong to a fingerprint: with another one, what was measured there for jobs that
+    are not over is to be measured again. Speeds of kernels that were not measured anew stay
+    while the fingerprint does.
+    """
+    row = locked_by_id(session, DeviceRow, "device", device_id)
+    was = row.description
+    if description.fingerprint == was.fingerprint:
+        kept = description.kernel_speeds or was.kernel_speeds
+        row.description = description.model_copy(update={"kernel_speeds": kept})
+        return False
+    row.description, row.fingerprint = description, description.fingerprint
+    because = f"device {row.name} is not what it was: {differences(was, description)}"
+    drains.end_leases(session, device_id, because)
+    drains.outdate_open_jobs(session, device_id, because=because)
+    row.canary = row.canary_at = row.canary_passed_at = None
+    if row.drained_by is DrainCause.CANARY:  # it was about the device before
+        drains.resume(session, device_id)
+    return True
+
+
+def differences(was: DeviceDescription, now: DeviceDescription) -> str:
+    """What of two descriptions decides about latency and differs, for people."""
+    then, today = (
+        {build.name: build.version for build in described.runtimes} for described in (was, now)
+    )
+    found = [
+        f"{name} {then.get(name, 'not there')} before, {today.get(name, 'not there')} now"
+        for name in sorted({*then, *today})
+        if then.get(name) != today.get(name)
+    ]
+    found += [
+        f"{name} {getattr(was, name)} before, {getattr(now, name)} now"
+        for name in ("architecture", "cpu_model", "logical_cpus", "memory_bytes")
+        if getattr(was, name) != getattr(now, name)
+    ]
+    return "; ".join(found) or "other CPU features"
 
 
 def touch(session: Session, device_ids: Collection[str], *, now: datetime) -> None:

@@ -1,7 +1,8 @@
 """Drained devices, canaries, and results that are not trusted any more, as rows.
 
 Owns what a drain takes with it: the device's leases go back to the queue, and what it measured
-since it was last known to be in line is opened again, to be measured elsewhere. When to drain
+since it was last known to be in line is opened again, to be measured elsewhere; so is what was
+measured on a device that has another runtime by now, to be measured again there. When to drain
 is decided above: `autotune/search/canary.py` compares the members of a pool, the service's
 `identities.py` watches for copies.
 """
@@ -102,11 +103,57 @@ def distrust(session: Session, device_id: str, *, since: datetime, because: str)
         .with_for_update(key_share=True, of=MeasurementRow)
     ).all()
     for row in rows:
-        row.distrusted_because = because
-        if row.trial_id is not None:
-            _reopen(locked_by_id(session, TrialRow, "trial", row.trial_id), row)
+        _doubt(session, row, because)
     crashes = delete(CrashRow).where(CrashRow.device_id == device_id, CrashRow.created_at >= since)
     session.execute(crashes)
+
+
+def outdate(session: Session, job_id: str, device_id: str, *, because: str) -> None:
+    """Open again what was measured for a job's target that is not what it was.
+
+    The target's calibrated reference latency goes with it, and a budget that is a share of it.
+    What the device's pool measured for it counts with the device's own.
+    """
+    job = locked_by_id(session, JobRow, "job", job_id)
+    own = locked_by_id(session, DeviceRow, "device", device_id)
+    mates = select(DeviceRow.id).where(DeviceRow.pool == own.pool, DeviceRow.pool.is_not(None))
+    targets = {job.device_id, *(target.device_id for target in job.further_targets or ())}
+    measured_by = (set(session.scalars(mates)) - targets) | {device_id}
+    rows = session.scalars(
+        select(MeasurementRow)
+        .where(
+            MeasurementRow.job_id == job_id,
+            MeasurementRow.device_id.in_(measured_by),
+            MeasurementRow.state == MeasurementState.DONE,
+            MeasurementRow.distrusted_because.is_(None),
+            MeasurementRow.is_canary.is_(False),
+        )
+        .order_by(MeasurementRow.serial)
+        .with_for_update(key_share=True)
+    ).all()
+    for row in rows:
+        _doubt(session, row, because)
+    if job.device_id == device_id:
+        job.reference_latency_ns = job.latency_budget_ns = None
+    job.further_targets = tuple(
+        replace(target, reference_latency_ns=None, latency_budget_ns=None)
+        if target.device_id == device_id
+        else target
+        for target in job.further_targets or ()
+    )
+
+
+def outdate_open_jobs(session: Session, device_id: str, *, because: str) -> None:
+    """`outdate` for every job that is not over and has the device as a target."""
+    for job in session.scalars(select(JobRow).where(JobRow.state.not_in(_FINAL))).all():
+        if device_id in {job.device_id, *(t.device_id for t in job.further_targets or ())}:
+            outdate(session, job.id, device_id, because=because)
+
+
+def _doubt(session: Session, row: MeasurementRow, because: str) -> None:
+    row.distrusted_because = because
+    if row.trial_id is not None:
+        _reopen(locked_by_id(session, TrialRow, "trial", row.trial_id), row)
 
 
 def _reopen(trial: TrialRow, measured: MeasurementRow) -> None:

@@ -12,6 +12,7 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
+from device_agents.protocol import DeviceDescription
 from storage import agents, devices, drains, quarantine
 from storage.database import Database
 from storage.errors import NotFound
@@ -66,6 +67,27 @@ class FleetRepository:
         """
         with self._writing() as session:
             agents.offer_key(session, agent_id, key_hash)
+
+    def describe(self, device_id: str, description: DeviceDescription) -> bool:
+        """What the device is by now; whether that decides about latency.
+
+        Where it does, what it is at goes back to the queue, and what was measured there for jobs
+        that are not over is opened again, with the reference latency that it was scaled by.
+
+        Raises:
+            NotFound: there is no such device.
+        """
+        with self._writing() as session:
+            return devices.describe(session, device_id, description)
+
+    def outdate(self, job_id: str, device_id: str, *, because: str) -> None:
+        """What was measured for one of a job's targets is to be measured again.
+
+        Raises:
+            NotFound: there is no such job or device.
+        """
+        with self._writing() as session:
+            drains.outdate(session, job_id, device_id, because=because)
 
     def drain(
         self, device_id: str, *, cause: DrainCause, because: str, distrust_since: datetime

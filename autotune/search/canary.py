@@ -22,6 +22,7 @@ from autotune.errors import DeviceUnavailable
 from autotune.search.evaluation import Evaluation
 from autotune.search.fleet import UNTIMED_RUNTIMES, is_shared, runtime_request
 from autotune.search.interruption import DeviceAway, Stopped
+from autotune.search.renewal import require_unchanged
 from autotune.search.targets import target_on
 from device_agents.protocol import MeasurementPlan, MeasurementRequest, Outcome
 from storage.records import (
@@ -112,9 +113,10 @@ def check_pools(evaluation: Evaluation, *, notice: Callable[[str], None]) -> Poo
 
     Raises:
         Stopped: the user or the service asked to stop.
-        DeviceAway: every member went offline.
+        DeviceAway: every member went offline, or a device is not what it was.
         DeviceUnavailable: no member can measure the model, so that the job cannot begin.
     """
+    require_unchanged(evaluation.repository, evaluation.devices)
     latencies: dict[str, float] = {}
     drained: list[str] = []
     for device in evaluation.devices:

@@ -19,6 +19,7 @@ from autotune.search.fleet import ONLINE_WITHIN_S, Fleet, QuietWindow
 from autotune.search.host import Host
 from autotune.search.interruption import Stopped
 from autotune.search.proposals import Proposals
+from autotune.search.renewal import forget_outdated
 from autotune.search.tuning import Tuning
 from autotune.search.verification import VerificationOutcome, verify
 from autotune.search.workers import WorkerPool, WorkerStarter, start_ray, stop_ray
@@ -229,7 +230,7 @@ class Runner:
     def _run(self, job: JobRecord, devices: tuple[DeviceRecord, ...]) -> None:
         self._reserve.hold()
         try:
-            Tuning(self._host, job, devices).run()
+            Tuning(self._host, forget_outdated(self._repository, job, devices), devices).run()
         except Stopped:
             return
         except Exception as error:  # noqa: BLE001 - the loop outlives any one job

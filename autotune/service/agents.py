@@ -1,4 +1,4 @@
-"""Routes of agents: enrol, heartbeat, new key, lease, download, result.
+"""Routes of agents: enrol, describe, heartbeat, new key, lease, download, result.
 
 Owns holding a request for work open until there is some. Exactly-once acceptance is the
 repository's; the messages are `device_agents.protocol`'s.
@@ -28,6 +28,7 @@ from autotune.service.security import (
 from autotune.service.versions import require_version
 from device_agents.protocol import (
     ArtifactSegments,
+    DeviceDescription,
     EnrolReply,
     EnrolRequest,
     Heartbeat,
@@ -76,6 +77,17 @@ async def enrol(context: Context, request: EnrolRequest) -> EnrolReply:
         agent_key=key,
         heartbeat_s=context.settings.heartbeat_s,
     )
+
+
+@router.post("/description", operation_id="describe_device", responses=problem_responses(401))
+async def describe(context: Context, agent: Agent, device: DeviceDescription) -> dict[str, bool]:
+    """What the agent's device is by now; an agent that starts says it where that may be news.
+
+    With another runtime or processor than before (`changed`) what was measured there for jobs
+    that are not over is measured again.
+    """
+    changed = await run_in_threadpool(context.repository.fleet.describe, agent.device_id, device)
+    return {"changed": changed}
 
 
 @router.post("/heartbeat", operation_id="heartbeat", responses=problem_responses(401, 426))

@@ -111,6 +111,8 @@ class FakeService:
                 return 404, {}  # a service that cannot tell
             if name == "artifacts":
                 return (200, self.artifacts[rest]) if rest in self.artifacts else (404, {})
+            if name == "description":
+                return 200, {"changed": False}
             return {"heartbeat": self.beat, "lease": self.lease, "results": self.accept}[name](body)
 
     def enrol(self, request):
@@ -218,14 +220,15 @@ def fake_service():
 class RunningAgent:
     """An agent in a thread of this process; what it said is in `lines`."""
 
-    def __init__(self, url, state_dir, **settings):
+    def __init__(self, url, state_dir, *, describe=lambda: DEVICE, environment="e", **settings):
         self.lines = []
         self.error = None
         settings = {"token": TOKEN, "name": "pi", "long_poll_s": 0.1} | settings
         self.agent = Agent(
             AgentSettings(service_url=url, state_dir=state_dir, **settings),
             say=self.lines.append,
-            describe=lambda: DEVICE,
+            describe=describe,
+            environment=lambda: environment,
             backoff=lambda: Backoff(first_s=0.01, longest_s=0.05),
         )
         self.thread = threading.Thread(target=self._run)

@@ -147,7 +147,7 @@ def description(
         python="3.11",
         agent_version="0.1.0",
         runtimes=tuple(
-            RuntimeBuild(name=name, version="1", providers=("CPUExecutionProvider",))
+            RuntimeBuild(name=name, version="1.31.1", providers=("CPUExecutionProvider",))
             for name in runtimes
         ),
         fingerprint="f" * 64,

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -15,9 +16,14 @@ from device_agents.errors import (
     ServiceUnreachable,
 )
 from device_agents.outbox import Outbox
-from device_agents.protocol import ArtifactReference, MeasurementResult, Outcome
+from device_agents.protocol import (
+    ArtifactReference,
+    MeasurementResult,
+    Outcome,
+    RuntimeBuild,
+)
 from device_agents.runtimes.simulated import SimulatedModel
-from tests.unit.agent_service import PATIENCE_S, TOKEN, RunningAgent, fake_service
+from tests.unit.agent_service import DEVICE, PATIENCE_S, TOKEN, RunningAgent, fake_service
 
 
 @pytest.fixture
@@ -219,6 +225,66 @@ def test_a_stranger_at_the_address_is_not_taken_for_the_service(service, tmp_pat
     service.answers["enrol"] = [200] * 10
     with RunningAgent(service.url, tmp_path) as running:
         assert "is not an edge-autotune service" in str(running.join())
+
+
+def test_an_agent_in_another_environment_says_what_its_device_is_before_it_works(service, tmp_path):
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.heartbeats)
+    with RunningAgent(service.url, tmp_path, environment="upgraded"):
+        service.wait_for(lambda s: s.calls["lease"] > 2)
+    assert [sent["hostname"] for sent in service.sent["description"]] == ["pi"]
+
+
+def test_an_agent_in_the_same_environment_does_not_look_at_its_device_again(service, tmp_path):
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.calls["lease"] > 0)
+    with RunningAgent(service.url, tmp_path, describe=lambda: pytest.fail("looked")):
+        service.wait_for(lambda s: s.calls["lease"] > 2)
+    assert service.calls["description"] == 0
+
+
+def test_a_description_is_sent_until_it_is_heard(service, tmp_path):
+    service.answers["description"] = [500, 503]
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.heartbeats)
+    with RunningAgent(service.url, tmp_path, environment="upgraded"):
+        service.wait_for(lambda s: s.calls["description"] == 3)
+
+
+def test_a_service_of_an_older_release_is_left_without_a_description(service, tmp_path):
+    service.answers["description"] = [404]
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.heartbeats)
+    with RunningAgent(service.url, tmp_path, environment="upgraded"):
+        service.wait_for(lambda s: s.calls["lease"] > 2)
+    assert service.calls["description"] == 1
+
+
+def test_a_runtime_that_was_updated_under_the_agent_is_told_before_the_result(service, tmp_path):
+    older = RuntimeBuild(name="simulated", version="0", providers=("CPUExecutionProvider",))
+    described = DEVICE.model_copy(update={"runtimes": (older,)})
+    service.offer(SimulatedModel(noise=0.01))
+    with RunningAgent(service.url, tmp_path, describe=lambda: described):
+        service.wait_for(lambda s: s.results)
+    assert service.calls["description"] == 1
+
+
+def test_an_agent_that_looks_at_its_device_ends_at_once_and_has_not_enrolled(service, tmp_path):
+    looking, done = threading.Event(), threading.Event()
+
+    def look():
+        looking.set()
+        done.wait(PATIENCE_S)
+        return DEVICE
+
+    with RunningAgent(service.url, tmp_path, describe=look) as running:
+        assert looking.wait(PATIENCE_S)
+        running.agent.stop()
+        running.thread.join(PATIENCE_S)
+        assert not running.thread.is_alive()
+        done.set()
+    assert running.error is None
+    assert service.calls["enrol"] == 0
 
 
 def start_process(url, state_dir):

@@ -193,8 +193,8 @@ def estimates(model: Surrogate, rows: np.ndarray, *, scale: float) -> list[Estim
         found.append(
             Estimate(
                 value=value + 0.0,
-                low=value - half,
-                high=value + half,
+                low=value - half + 0.0,
+                high=value + half + 0.0,
                 measured_share=min(max(share, 0.0), 1.0),
             )
         )
@@ -411,7 +411,8 @@ def _effect(choice: Choice) -> str:
 
 def _at_boundaries(group: GroupExplanation) -> str:
     boundary, saved = group.boundary_ns, group.saved_ns
-    if abs(boundary.value) < _TOLD_BOUNDARY * abs(saved.value):
+    may_be_none = boundary.low <= 0 <= boundary.high
+    if may_be_none or abs(boundary.value) < _TOLD_BOUNDARY * abs(saved.value):
         return ""
     if boundary.value > 0:
         return f", {_ms(boundary)} of its own gain going to boundaries"

@@ -31,11 +31,12 @@ def choice_rows(groups: Sequence[GroupExplanation], *, with_fp32: bool) -> list[
 def with_error(figure: Estimate, *, scale: float = 1.0) -> str:
     """`value ± half width` of the 95 % interval, both times `scale`."""
     half = (figure.high - figure.low) / 2 * abs(scale)
-    # A choice against itself has no error; noise below a millionth is none, either.
+    # A choice against itself has no error.
     if half <= 0:
         return "0"
+    value = figures.number(figure.value * scale, spread=half)
     return (
-        f"{figures.number(figure.value * scale, spread=half)} ± {figures.number(half, spread=half)}"
+        f"{value.lstrip('-') if float(value) == 0 else value} ± {figures.number(half, spread=half)}"
     )
 
 

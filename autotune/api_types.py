@@ -117,14 +117,28 @@ class Trial(Shape):
         default=None, description="why `accuracy` is about fewer samples than the search data has"
     )
     latency_ns: Interval | None = None
-    latency_p90_ns: float | None = None
+    latency_p90_ns: float | None = Field(
+        default=None, description="of the confirmed measurement where there is one"
+    )
+    latency_p90_high_ns: float | None = Field(
+        default=None, description="what p90 does not pass; None where the samples are too few"
+    )
+    latency_p99_ns: float | None = None
+    latency_p99_high_ns: float | None = None
+    peak_memory_bytes: int | None = Field(
+        default=None, description="of a process that serves the artifact"
+    )
+    energy_joules: float | None = Field(
+        default=None, description="of one inference, idle share included"
+    )
     fp32_ratio: Interval | None = Field(
         default=None, description="latency over the FP32 model's; below 1 is faster"
     )
     latency_samples: int | None = None
     is_steady: bool | None = None
     is_feasible: bool | None = Field(
-        default=None, description="the interval's upper bound is inside the latency budget"
+        default=None,
+        description="every limit is kept; the latency's by its upper bound at the asked quantile",
     )
     is_on_front: bool = False
     held_out_accuracy: Interval | None = None
@@ -263,6 +277,9 @@ class JobResult(Shape):
     verdict: Verdict
     explanation: str
     missed_by_ns: float | None = None
+    missed: dict[str, float] = Field(
+        default={}, description="by what fraction of each limit the winner is past it"
+    )
     blocking_groups: list[BlockingGroup] = []
     best_baseline: str | None = None
     fp32_trial: str | None = None
@@ -309,19 +326,27 @@ class Job(Shape):
 class Front(Shape):
     """The non-dominated trials, fastest first, and the one that answers the question asked.
 
-    `verdict`, `missed_by_ns` and `blocking_groups` mean what they mean in a job's result.
+    The limits are those that the answer was held to. `verdict`, `missed_by_ns`, `missed` and
+    `blocking_groups` mean what they mean in a job's result.
     `device_id` is the device asked about; None in a job on several means the worst of them.
+    `answer_is_confirmed`: it was measured again in a fresh process, and judged on held-out data.
     """
 
     job_id: str
     device_id: str | None = None
+    answer_is_confirmed: bool | None = None
     latency_budget_ns: float | None
+    latency_at: str = "p50"
     max_accuracy_drop: float | None
+    max_size_bytes: float | None = None
+    max_memory_bytes: float | None = None
+    max_energy_joules: float | None = None
     trials: list[Trial]
     answer: Trial | None
     explanation: str
     verdict: Verdict | None = None
     missed_by_ns: float | None = None
+    missed: dict[str, float] = {}
     blocking_groups: list[BlockingGroup] = []
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx
@@ -41,6 +41,7 @@ from autotune.api_types import (
     Verification,
 )
 from autotune.bundle_download import write_bundle
+from autotune.limits import FurtherLimits
 from autotune.spec import JobSpec, map_files, upload_of
 
 FINAL_STATES: Final = frozenset({"finished", "cancelled", "failed"})
@@ -223,13 +224,15 @@ class Client:
         max_drop: float | None = None,
         *,
         device: str | None = None,
+        **limits: Unpack[FurtherLimits],
     ) -> Front:
         """The front and the answer under `budget` (`3ms`, `0.5x`) and accuracy drop (fraction).
 
         What is left out is the job's own; on several devices it is the worst one's front.
         """
-        asked = {"latency_budget": budget, "max_accuracy_drop": max_drop, "device": device}
-        params = {name: value for name, value in asked.items() if value is not None}
+        limits.setdefault("max_accuracy_drop", max_drop)
+        asked = {"latency_budget": budget, "device": device, **limits}
+        params = {k: v for k, v in asked.items() if v is not None}
         return self._get(f"/v1/jobs/{_quoted(reference)}/front", Front, params=params)
 
     def explain(
@@ -248,18 +251,19 @@ class Client:
         budget: str | None = None,
         select: str | None = None,
         device: str | None = None,
+        **limits: Unpack[FurtherLimits],
     ) -> Path:
         """Write a trial's bundle: a zip where `path` ends in `.zip`, else a folder.
 
-        The trial is the answer to `budget`, or `select` (`knee`, `fastest`, `most-accurate`,
-        a trial), or the job's winner; on `device` alone, in the file for it, where one of
-        several is named. An earlier bundle at `path` is replaced.
+        The trial is the answer to `budget` and the limits that `front` takes, or `select`
+        (`knee`, `fastest`, `most-accurate`, a trial), or the job's winner; on `device` alone, in
+        the file for it, where one of several is named. An earlier bundle at `path` is replaced.
 
         Raises:
             BundleError: something that is not a bundle is at `path`, or it cannot be written.
         """
-        asked = {"budget": budget, "select": select, "device": device}
-        body = {name: value for name, value in asked.items() if value is not None}
+        asked = {"budget": budget, "select": select, "device": device, **limits}
+        body = {k: v for k, v in asked.items() if v is not None}
         response = self._request("POST", f"/v1/jobs/{_quoted(reference)}/export", json=body)
         return write_bundle(Path(path), response.content)
 
@@ -281,13 +285,16 @@ class Client:
         params = {} if device is None else {"device": device}
         return self._request("GET", f"/v1/jobs/{_quoted(reference)}/report", params=params).text
 
-    def verify(self, reference: str, model: bytes, *, device: str | None = None) -> Verification:
+    def verify(
+        self, reference: str, model: bytes, *, device: str | None = None, trial: str | None = None
+    ) -> Verification:
         """Measure a bundle's model again, on the job's device and on held-out data."""
+        asked = {"device": device, "trial": trial}
         return self._send(
             "POST",
             f"/v1/jobs/{_quoted(reference)}/verify",
             Verification,
-            params={} if device is None else {"device": device},
+            params={key: value for key, value in asked.items() if value is not None},
             content=model,
             headers={"Content-Type": "application/octet-stream"},
             timeout=httpx.Timeout(self._timeout_s, read=VERIFY_TIMEOUT_S),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,6 +30,16 @@ _BYTES = {
     "GiB": 2.0**30,
 }
 _JOULES = {"uJ": 1e-6, "µJ": 1e-6, "mJ": 1e-3, "J": 1.0}
+
+
+class FurtherLimits(TypedDict, total=False):
+    """What may be asked of a job's trials beside a budget, by a job file's keys."""
+
+    latency_at: Quantile | None
+    max_accuracy_drop: float | None
+    max_size: str | None
+    max_memory: str | None
+    max_energy: str | None
 
 
 class LatencyBudget(BaseModel):

@@ -329,12 +329,18 @@ def _as_json(ended: MeasurementOutcome) -> str:
     return json.dumps(document, indent=2)
 
 
+def _tail(value_ns: float, high_ns: float | None) -> str:
+    """A quantile with its upper bound, where the samples suffice for one."""
+    return _ms(value_ns) if high_ns is None else f"{_ms(value_ns)} (at most {_ms(high_ns)})"
+
+
 def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str:
     rows = {
         "latency": (
             f"{_ms(report.p50_ns)} ms ({_ms(report.p50_low_ns)} to {_ms(report.p50_high_ns)}, "
-            f"{report.confidence_level:.0%} interval), p90 {_ms(report.p90_ns)}, "
-            f"p99 {_ms(report.p99_ns)}"
+            f"{report.confidence_level:.0%} interval), "
+            f"p90 {_tail(report.p90_ns, report.p90_high_ns)}, "
+            f"p99 {_tail(report.p99_ns, report.p99_high_ns)}"
         ),
         "ratio": (
             f"{report.ratio:.3f} ({report.ratio_low:.3f} to {report.ratio_high:.3f}) of "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -62,12 +63,12 @@ def upper_bounds(
     independent ones at least, p99 368.
     """
     candidate = [b for b in blocks if b.subject == "candidate"]
-    medians = [float(np.median(b.samples_ns)) for b in blocks if b.subject == "reference"]
+    medians = [float(median(b.samples_ns)) for b in blocks if b.subject == "reference"]
     if not candidate or not medians:
         return dict.fromkeys(QUANTILES)
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
-    reference = float(np.median(medians))
+    reference = float(median(medians))
     lowest = lower_median([np.asarray(medians)[part] for part in places])
     scale = 1.0 if reference_latency_ns is None else reference_latency_ns / reference
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
@@ -136,8 +137,10 @@ def independent(parts: Sequence[Floats], share: float) -> int:
     n, n_parts = samples.size, len(parts)
     above = [int((part > np.quantile(samples, share)).sum()) for part in parts]
     ratio = sum(above) / n
-    if n_parts < 2 or ratio == 0:
+    if n_parts < 2:
         return 0
+    if ratio == 0:  # the largest ones are equal: there is nothing to differ
+        return n
     sizes = np.array([part.size for part in parts])
     residuals = np.array(above) - sizes * ratio
     variance = n_parts / (n_parts - 1) * float(residuals @ residuals) / n**2

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from autotune.cli.parameters import BUDGET
+from autotune.cli.limits import further_limits, limit_options
 from autotune.cli.session import Session, shared_options
 
 
 @click.command()
 @click.argument("job", metavar="JOB")
-@click.option("--budget", type=BUDGET, help="The trial that answers this latency budget: 3ms.")
+@limit_options("budget")
 @click.option(
     "--select",
     metavar="knee|fastest|most-accurate|TRIAL",
@@ -32,21 +33,31 @@ from autotune.cli.session import Session, shared_options
 @click.pass_obj
 def export(
     session: Session,
+    /,
     job: str,
-    budget: str | None,
     select: str | None,
     device: str | None,
     out: Path | None,
+    **limits: Any,
 ) -> None:
     """Write a trial as a bundle: model, candidate, reports, and a program that runs it.
 
-    Without --budget or --select it is the job's winner: of a job on several devices the one on
+    With a budget or other limits it is the trial that answers them. Without them or --select it
+    is the job's winner: of a job on several devices the one on
     the worst of them, in the file for the first, unless --device names one. Prints the path.
     """
-    if budget is not None and select is not None:
-        raise click.UsageError("--budget and --select exclude each other: each names one trial")
+    if select is not None and any(limit is not None for limit in limits.values()):
+        raise click.UsageError("limits and --select exclude each other: each names one trial")
     client = session.client()
     named = [client.job(job).name, *([device] if device else []), "bundle"]
     target = out or Path("-".join(named))
     select = select.removeprefix("#") if select is not None else None
-    click.echo(str(client.export(job, target, budget=budget, select=select, device=device)))
+    written = client.export(
+        job,
+        target,
+        budget=limits["budget"],
+        select=select,
+        device=device,
+        **further_limits(limits),
+    )
+    click.echo(str(written))

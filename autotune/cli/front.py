@@ -6,11 +6,11 @@ With --portability what the winner on each of its devices costs on the others.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotune.cli.parameters import BUDGET, FRACTION
+from autotune.cli.limits import further_limits, limit_options
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -19,16 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job", metavar="JOB")
-@click.option(
-    "--budget",
-    type=BUDGET,
-    help="Latency budget to answer: 3ms, 800us, or 0.5x of FP32.  [default: the job's own]",
-)
-@click.option(
-    "--max-drop",
-    type=FRACTION,
-    help="Largest acceptable loss of accuracy against FP32: 1% or 0.01.  [default: the job's own]",
-)
+@limit_options("budget")
 @click.option(
     "--device",
     metavar="NAME",
@@ -43,25 +34,25 @@ if TYPE_CHECKING:
 @click.pass_obj
 def front(
     session: Session,
+    /,
     job: str,
-    budget: str | None,
-    max_drop: float | None,
     device: str | None,
     portability: bool,
+    **limits: Any,
 ) -> None:
     """Show a job's front and the trial that answers a budget.
 
-    A new budget is answered from what was measured; nothing runs again. Of a job on several
+    New limits are answered from what was measured; nothing runs again. Of a job on several
     devices it is the front on the worst of them: each trial where its latency is the largest
     share of the device's budget, or of FP32's where there is none.
     """
     client = session.client()
     if portability:
-        if budget is not None or max_drop is not None or device is not None:
+        if device is not None or any(limit is not None for limit in limits.values()):
             raise click.UsageError("--portability is about the winners; it takes no other question")
         _show_portability(session, client.portability(job))
         return
-    found = client.front(job, budget=budget, max_drop=max_drop, device=device)
+    found = client.front(job, limits["budget"], device=device, **further_limits(limits))
     from autotune.cli.output import print_rows, write_json
 
     if session.output_format == "json":

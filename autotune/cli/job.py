@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from autotune.cli.limits import limit_options, within
 from autotune.cli.parameters import SECONDS
 from autotune.cli.session import Session, shared_options
 
@@ -32,16 +33,19 @@ def job() -> None:
     help="Measure on this device instead of the file's; repeat it for several.",
 )
 @click.option("--watch", is_flag=True, help="Follow the job until it ends.")
+@limit_options("latency-budget")
 @shared_options
 @click.pass_obj
-def submit(session: Session, job_file: Path, devices: tuple[str, ...], watch: bool) -> None:
+def submit(
+    session: Session, /, job_file: Path, devices: tuple[str, ...], watch: bool, **limits: Any
+) -> None:
     """Submit the job of a job file; print its id.
 
     The files that the job names are uploaded where the service does not have them.
     """
     from autotune.spec import measured_on, read_job
 
-    spec = measured_on(read_job(job_file), devices)
+    spec = within(measured_on(read_job(job_file), devices), limits)
     client = session.client()
     submitted = client.submit(spec)
     if session.output_format == "table":

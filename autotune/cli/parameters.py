@@ -1,4 +1,4 @@
-"""Types of command-line values: a fraction, a latency budget, a length of time, an input shape.
+"""Types of command-line values: a fraction, a latency budget and other limits, a time, a shape.
 
 A mistake is a usage error that shows the value and what is allowed.
 """
@@ -42,6 +42,24 @@ class Budget(click.ParamType[str]):
 
         try:
             LatencyBudget.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value).strip()
+
+
+class Amount(click.ParamType[str]):
+    """One of a job file's `max_size`, `max_memory` (`3MB`) and `max_energy` (`5mJ`)."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.name = key.removeprefix("max_")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, once it is known to be readable."""
+        from autotune.limits import AMOUNTS
+
+        try:
+            AMOUNTS[self.key](str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
         return str(value).strip()

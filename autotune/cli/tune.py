@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import click
 
+from autotune.cli.limits import limit_options, within
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -64,10 +65,12 @@ _CANCEL_PATIENCE_S = 30.0
     help="Measure on this device of the service that runs, not on this machine; repeat it for "
     "several.",
 )
+@limit_options("latency-budget")
 @shared_options
 @click.pass_obj
 def tune(
     session: Session,
+    /,
     job_file: Path,
     data_dir: Path | None,
     out: Path | None,
@@ -76,6 +79,7 @@ def tune(
     workers: int | None,
     trust_job_code: bool,
     devices: tuple[str, ...],
+    **limits: Any,
 ) -> None:
     """Tune a model on this machine, from job file to bundle.
 
@@ -96,7 +100,7 @@ def tune(
 
     if devices and workers is not None:
         raise click.UsageError("--workers is for this machine; with --device the service has them")
-    spec = measured_on(read_job(job_file), devices)
+    spec = within(measured_on(read_job(job_file), devices), limits)
     require_runnable(spec, trust_job_code=trust_job_code, on_this_machine=not devices)
     data_dir = (data_dir or job_file.parent / ".autotune").resolve()
     out = out or Path(f"{spec.name}-bundle")

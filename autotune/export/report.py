@@ -23,6 +23,7 @@ from autotune.export.heat_map import inline_heat_map
 from autotune.export.layer_picture import layer_cells
 from autotune.export.provenance import provenance
 from autotune.export.sensitivity_table import in_order
+from autotune.limits import AMOUNTS
 from device_agents.protocol import LatencyReport
 from storage.records import DeviceRecord, JobRecord, TrialOutcome, TrialRecord
 
@@ -70,6 +71,12 @@ def render_report(
         winner=winner,
         compared=_compared(fp32, int8, winner),
         verification=verification,
+        at=job.spec.get("latency_at") or "p50",
+        limits=[
+            f"at most {job.spec[key]} of {key.removeprefix('max_')}"
+            for key in AMOUNTS
+            if job.spec.get(key)
+        ],
         portability=portability,
         explanation=explanation,
         blocking=[BlockingGroup.model_validate(g) for g in result.get("blocking_groups") or ()],

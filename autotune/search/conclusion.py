@@ -268,6 +268,7 @@ def conclude(
         verdict=found.verdict,
         explanation="; ".join(sentence for sentence in sentences if sentence),
         missed_by_ns=found.missed_by_ns,
+        missed=dict(found.missed),
         blocking_groups=blocking,
         best_baseline=baseline and baseline.id,
         fp32_trial=fp32.id if fp32 else None,

@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from autotune.api_explanation import Explanation
 from autotune.api_types import Front, Portability, Verification
 from autotune.errors import InvalidJob, JobNotReady, NotFoundError, ServiceError
-from autotune.limits import LatencyBudget
 from autotune.search import targets
 from autotune.search.blocking import in_words
 from autotune.search.conclusion import blocking_of
 from autotune.search.explanation import explain
+from autotune.search.feasibility import limits_of
 from autotune.search.front import select
 from autotune.search.interruption import Stopped
 from autotune.search.portability import portability
@@ -33,6 +32,7 @@ from autotune.service.context import Context, ServiceContext
 from autotune.service.jobs import devices_of
 from autotune.service.pools import as_measured
 from autotune.service.problems import Refusal, problem_responses
+from autotune.service.questions import Question, asked_of
 from storage.errors import NotFound
 from storage.records import DeviceRecord, JobRecord, TrialRecord
 
@@ -54,40 +54,41 @@ _REPORT_HEADERS = {
 }
 
 
-Named = Annotated[str | None, Query(description="name or id of one of the job's devices")]
+_NAMED = "name or id of one of the job's devices"
+Named = Annotated[str | None, Query(description=_NAMED)]
 
 
-class ExportRequest(BaseModel):
-    """Which trial: the answer to a budget, a place on the front, or any trial.
+class ExportRequest(Question):
+    """Which trial: the answer to a budget and other limits, a place on the front, or any trial.
 
-    `budget` is `3ms` or `0.5x`; `select` is `knee`, `fastest`, `most-accurate`, or a trial's
-    number or id. With neither it is the job's winner. `device` names one of a job's several
-    devices: the question is then about that one alone, and the file is the one for it.
+    `budget` is `3ms` or `0.5x`, limits are as in a job file; `select` is `knee`, `fastest`,
+    `most-accurate`, or a trial's number or id. With neither it is the job's winner. `device`
+    names one of a job's several devices: the question is then about that one alone, and the
+    file is the one for it.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     budget: str | None = None
     select: str | None = None
     device: str | None = None
 
 
+class FrontQuestion(Question):
+    """A question about the front."""
+
+    latency_budget: Annotated[str | None, Field(description="`3ms` or `0.5x`")] = None
+    device: Annotated[str | None, Field(description=_NAMED)] = None
+
+
 @router.get("/front", operation_id="get_front", responses=problem_responses(404, 409, 422))
 async def get_front(
-    context: Context,
-    job_id: str,
-    latency_budget: Annotated[str | None, Query(description="`3ms` or `0.5x`")] = None,
-    max_accuracy_drop: Annotated[float | None, Query(ge=0, le=1)] = None,
-    device: Named = None,
+    context: Context, job_id: str, question: Annotated[FrontQuestion, Query()]
 ) -> Front:
     """The trials that none other beats, and the answer to a question that is asked now.
 
-    What is left out is the job's own budget and drop. Of a job on several devices it is the
+    What is left out is the job's own limit. Of a job on several devices it is the
     front of the worst one, or that of `device`; a budget given here is each device's own.
     """
-    return await run_in_threadpool(
-        _front, context, job_id, latency_budget, max_accuracy_drop, device
-    )
+    return await run_in_threadpool(_front, context, job_id, question)
 
 
 @router.get("/portability", operation_id="get_portability", responses=problem_responses(404, 409))
@@ -142,27 +143,26 @@ async def get_report(context: Context, job_id: str, device: Named = None) -> HTM
     },
 )
 async def verify(
-    context: Context, job_id: str, request: Request, device: Named = None
+    context: Context,
+    job_id: str,
+    request: Request,
+    device: Named = None,
+    trial: Annotated[str | None, Query(description="whose model it is, if several have it")] = None,
 ) -> Verification:
     """Measure a bundle's model again: a fresh process on the device, and held-out data.
 
+    A trial of the job that was not confirmed there yet is from now on.
     On several devices it is `device`, else the first one that the file was written for.
     Answers when that is done, which takes as long as a confirmation.
     """
     model = await request.body()
-    return await run_in_threadpool(_verify, context, job_id, model, device)
+    return await run_in_threadpool(_verify, context, job_id, model, device, trial)
 
 
-def _front(
-    context: ServiceContext,
-    job_id: str,
-    budget: str | None,
-    max_drop: float | None,
-    device: str | None,
-) -> Front:
-    job, trials = _asked(context, job_id, device)
-    job = job if budget is None else _with_budget(job, budget)
-    drop = views.max_accuracy_drop(job) if max_drop is None else max_drop
+def _front(context: ServiceContext, job_id: str, question: FrontQuestion) -> Front:
+    job, trials = _asked(context, job_id, question.device)
+    job = asked_of(job, question, question.latency_budget)
+    drop, limits = views.max_accuracy_drop(job), limits_of(job)
     members = views.front_of(job, trials)
     ids = {trial.id for trial in members}
     found = targets.views(job, trials)[0].answer(max_accuracy_drop=drop)
@@ -171,16 +171,34 @@ def _front(
     return Front(
         job_id=job.id,
         device_id=None if job.further_targets else job.device_id,
-        latency_budget_ns=job.latency_budget_ns,
+        latency_budget_ns=limits.latency_ns,
+        latency_at=limits.at,
         max_accuracy_drop=drop,
+        max_size_bytes=limits.size_bytes,
+        max_memory_bytes=limits.memory_bytes,
+        max_energy_joules=limits.energy_joules,
         trials=[views.trial_view(job, t, front=ids) for t in members],
         answer=None if winner is None else views.trial_view(job, winner, front=ids),
+        answer_is_confirmed=found and found.winner.confirmed_latency is not None,
         explanation=_nothing_ranks(job)
         if found is None
-        else "; ".join(filter(None, (found.explanation, in_words(blocking)))),
+        else "; ".join(
+            filter(None, (found.explanation, in_words(blocking), _unconfirmed(job, found.winner)))
+        ),
         verdict=found and found.verdict,
         missed_by_ns=found and found.missed_by_ns,
+        missed=dict(found.missed) if found else {},
         blocking_groups=blocking,
+    )
+
+
+def _unconfirmed(job: JobRecord, winner: TrialRecord) -> str:
+    """What an answer that was measured once lacks, and how it is had; empty where nothing."""
+    if winner.confirmed_latency is not None or not job.state.is_final:
+        return ""
+    return (
+        f"trial {winner.number} was not confirmed: measured once, and judged on the search data "
+        f"alone; `autotune trial confirm {job.id} {winner.number}` makes up for it"
     )
 
 
@@ -228,20 +246,21 @@ def choose_trial(
     """The trial that a request means.
 
     Raises:
-        InvalidJob: budget and selection at once, or a budget that cannot be read.
+        InvalidJob: limits and selection at once, or a limit that cannot be read.
         JobNotReady: nothing ranks yet.
         NotFound: there is no such trial.
     """
-    if request.budget is not None and request.select is not None:
-        raise InvalidJob("budget and select exclude each other: each names one trial")
+    is_asked = request.budget is not None or request.is_asked
+    if is_asked and request.select is not None:
+        raise InvalidJob("budget or limits and select exclude each other: each names one trial")
     if request.select in _SELECTIONS:
         chosen = select(targets.as_searched(job, trials), request.select)
     elif request.select is not None:
         return context.repository.find_trial(job.id, request.select)
-    elif request.budget is None and job.result is not None:
+    elif not is_asked and job.result is not None:
         return context.repository.get_trial(job.result["winner"])
     else:
-        job = job if request.budget is None else _with_budget(job, request.budget)
+        job = asked_of(job, request, request.budget)
         max_drop = views.max_accuracy_drop(job)
         found = targets.views(job, trials)[0].answer(max_accuracy_drop=max_drop)
         chosen = found.winner if found else None
@@ -286,7 +305,9 @@ def _explanation(
     return None
 
 
-def _verify(context: ServiceContext, job_id: str, model: bytes, device: str | None) -> Verification:
+def _verify(
+    context: ServiceContext, job_id: str, model: bytes, device: str | None, trial: str | None
+) -> Verification:
     job, trials = _asked(context, job_id, device)
     if job.further_targets:
         digest = hashlib.sha256(model).hexdigest()
@@ -297,7 +318,7 @@ def _verify(context: ServiceContext, job_id: str, model: bytes, device: str | No
         )
         job = targets.job_on(job, next(made_for, job.targets[0].device_id))
     try:
-        shown = views.verification_view(context.runner.verify(job, model))
+        shown = views.verification_view(context.runner.verify(job, model, trial=trial))
     except Stopped as error:
         stopping = ServiceError("the service is going down; verify again after its next start")
         raise Refusal(503, stopping) from error
@@ -336,30 +357,6 @@ def _on(
     if device_id is None:
         return job, trials
     return targets.job_on(job, device_id), [trial.on(device_id) for trial in trials]
-
-
-def _with_budget(job: JobRecord, text: str) -> JobRecord:
-    """The job with another budget, on each of its devices."""
-    try:
-        budget = LatencyBudget.parse(text)
-    except ValueError as error:
-        raise InvalidJob(str(error)) from error
-
-    def bound(reference_latency_ns: float | None) -> float:
-        if budget.absolute_ns is None and reference_latency_ns is None:
-            raise JobNotReady(
-                f"job {job.id} has not measured its FP32 model yet, so {text} of it is not known"
-            )
-        return budget.nanoseconds(fp32_latency_ns=reference_latency_ns or 0.0)
-
-    return replace(
-        job,
-        latency_budget_ns=bound(job.reference_latency_ns),
-        further_targets=tuple(
-            replace(target, latency_budget_ns=bound(target.reference_latency_ns))
-            for target in job.further_targets
-        ),
-    )
 
 
 def _last_verification(

@@ -23,6 +23,7 @@ from autotune.errors import (
     JobNotReady,
     UntrustedCode,
 )
+from autotune.search.feasibility import require_sensors
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
 from autotune.service.pools import as_measured
@@ -139,13 +140,15 @@ def check_spec(spec: JobSpec, context: ServiceContext) -> None:
         UntrustedCode: it names Python code and this service does not run a job's code.
         InvalidModel: a file of the model is not here.
         InvalidData: a file or folder of the data is not here.
-        InvalidJob: a path is relative: whose folder it counts from is not known here.
+        InvalidJob: a path is relative: whose folder it counts from is not known here; or a
+            device that it names cannot measure what it limits.
     """
     if runs_job_code(spec) and not context.settings.trust_job_code:
         raise UntrustedCode(
             "the job names Python code (python:...), and this service does not run a job's "
             "code; start it with --trust-job-code if you trust every user of it"
         )
+    require_sensors(spec.model_dump(mode="json"), _named_devices(spec, context))
     named: list[tuple[str, str | None, type[AutotuneError]]] = [
         ("model.source", _path_of(spec.model.source), InvalidModel),
         ("model.weights", spec.model.weights, InvalidModel),
@@ -163,6 +166,19 @@ def check_spec(spec: JobSpec, context: ServiceContext) -> None:
             raise InvalidJob(f"{key}: {path!r} is relative; the service needs an absolute path")
         elif not Path(path).exists():
             raise error(f"{key}: there is no {path}, neither uploaded nor on the service's host")
+
+
+def _named_devices(spec: JobSpec, context: ServiceContext) -> list[DeviceRecord]:
+    """The devices, and the members of the pools, that the job names and that are known."""
+    devices = context.repository.list_devices()
+    return [
+        device
+        for name in spec.targets
+        for device in (
+            [d for d in devices if name in (d.id, d.name)] or [d for d in devices if d.pool == name]
+        )
+        if name is not None
+    ]
 
 
 def _path_of(reference: str | None) -> str | None:

@@ -56,7 +56,7 @@ def trial_view(
         there = stored.on(worst.device_id)
         trial = replace(seen, latency=there.latency, confirmed_latency=there.confirmed_latency)
     compression = trial.compression or {}
-    latency, confirmed = trial.latency, trial.confirmed_latency
+    latency, confirmed, best = trial.latency, trial.confirmed_latency, latency_of(trial)
     profile = next((r.profile for r in (confirmed, latency) if r and r.profile), None)
     kernel_ns = profile.group_ns() if profile else {}
     return api_types.Trial(
@@ -77,7 +77,12 @@ def trial_view(
         accuracy_samples=trial.accuracy.n_samples if trial.accuracy else None,
         accuracy_stopped_early=trial.accuracy.stopped_early if trial.accuracy else None,
         latency_ns=_latency(latency),
-        latency_p90_ns=latency.p90_ns if latency else None,
+        latency_p90_ns=best.p90_ns if best else None,
+        latency_p90_high_ns=best.p90_high_ns if best else None,
+        latency_p99_ns=best.p99_ns if best else None,
+        latency_p99_high_ns=best.p99_high_ns if best else None,
+        peak_memory_bytes=best.peak_memory_bytes if best else None,
+        energy_joules=best.energy_joules if best else None,
         fp32_ratio=_ratio(latency),
         latency_samples=latency.n_samples if latency else None,
         is_steady=latency.is_steady if latency else None,

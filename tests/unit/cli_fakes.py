@@ -157,10 +157,13 @@ class FakeClient:
     device_list: list[Device] = field(default_factory=lambda: [make_device()])
     sensitivities: list[Sensitivity] = field(default_factory=list)
     calls: list[tuple[Any, ...]] = field(default_factory=list)
+    limits: list[dict[str, Any]] = field(default_factory=list)
+    submitted: list[JobSpec] = field(default_factory=list)
     url: str = "http://127.0.0.1:8577"
 
     def submit(self, spec: JobSpec) -> Job:
         self.calls.append(("submit", spec.name))
+        self.submitted.append(spec)
         return self.states[0]
 
     def jobs(self) -> list[Job]:
@@ -195,7 +198,10 @@ class FakeClient:
         max_drop: float | None = None,
         *,
         device: str | None = None,
+        **limits: Any,
     ) -> Front:
+        max_drop = limits.pop("max_accuracy_drop", max_drop)
+        self.limits.append(limits)
         self.calls.append(("front", reference, budget, max_drop, *([device] if device else [])))
         return Front(
             job_id="job-1",
@@ -217,7 +223,9 @@ class FakeClient:
         budget: str | None = None,
         select: str | None = None,
         device: str | None = None,
+        **limits: Any,
     ) -> Path:
+        self.limits.append(limits)
         named = [device] if device else []
         self.calls.append(("export", reference, str(path), budget, select, *named))
         return path
@@ -235,8 +243,10 @@ class FakeClient:
     def report(self, reference: str) -> str:
         return "<html>report</html>"
 
-    def verify(self, reference: str, model: bytes, *, device: str | None = None) -> Verification:
-        self.calls.append(("verify", reference, len(model)))
+    def verify(
+        self, reference: str, model: bytes, *, device: str | None = None, trial: str | None = None
+    ) -> Verification:
+        self.calls.append(("verify", reference, trial or len(model)))
         return make_verification()
 
     def devices(self) -> list[Device]:

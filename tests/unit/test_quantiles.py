@@ -107,3 +107,7 @@ def test_slow_spells_are_worth_fewer_independent_samples() -> None:
 def test_no_samples_and_a_single_part_have_no_bound() -> None:
     assert upper_bounds([], reference_latency_ns=None) == {"p90": None, "p99": None}
     assert upper_quantile([np.arange(1000.0)], 0.9) is None
+
+
+def test_a_clock_that_reads_the_same_each_time_is_its_own_bound() -> None:
+    assert upper_quantile([np.full(20, 5.0)] * 2, 0.9) == 5.0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from autotune.api_types import GroupPrecision, Interval, Trial
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
+from autotune.limits import joules_text
 from device_agents.protocol import RuntimeRequest
 
 
@@ -94,6 +95,20 @@ def latency_text(trial: Trial) -> str:
     return f"{text} unsteady" if trial.is_steady is False else text
 
 
+def _tail(value_ns: float | None, high_ns: float | None) -> str:
+    """A quantile with its upper bound."""
+    if value_ns is None:
+        return figures.MISSING
+    bound = (
+        "too few samples for a bound" if high_ns is None else f"at most {figures.latency(high_ns)}"
+    )
+    return f"{figures.latency(value_ns)} ({bound})"
+
+
+def _energy(joules: float | None) -> str:
+    return figures.MISSING if joules is None else joules_text(joules)
+
+
 def _samples(trial: Trial) -> str:
     return figures.MISSING if trial.latency_samples is None else str(trial.latency_samples)
 
@@ -139,6 +154,11 @@ TRIAL_FIELDS: list[Field[Trial]] = [
     Field(name="mean_kl_nats", value=lambda t: t.mean_kl),
     *_bounds("latency_ns", lambda t: t.latency_ns),
     Field(name="latency_p90_ns", value=lambda t: t.latency_p90_ns),
+    Field(name="latency_p90_high_ns", value=lambda t: t.latency_p90_high_ns),
+    Field(name="latency_p99_ns", value=lambda t: t.latency_p99_ns),
+    Field(name="latency_p99_high_ns", value=lambda t: t.latency_p99_high_ns),
+    Field(name="peak_memory_bytes", value=lambda t: t.peak_memory_bytes),
+    Field(name="energy_joules", value=lambda t: t.energy_joules),
     Field(name="latency_samples", value=lambda t: t.latency_samples),
     Field(name="is_steady", value=lambda t: t.is_steady),
     *_bounds("fp32_ratio", lambda t: t.fp32_ratio),
@@ -212,7 +232,14 @@ TRIAL: View[Trial] = View(
             title="latency p50",
             text=lambda t: figures.with_unit(latency_text(t), "ms", t.latency_samples),
         ),
-        Column(title="latency p90", text=lambda t: figures.latency(t.latency_p90_ns)),
+        Column(
+            title="latency p90",
+            text=lambda t: _tail(t.latency_p90_ns, t.latency_p90_high_ns),
+        ),
+        Column(
+            title="latency p99",
+            text=lambda t: _tail(t.latency_p99_ns, t.latency_p99_high_ns),
+        ),
         Column(
             title="confirmed in a fresh process",
             text=lambda t: figures.with_unit(
@@ -221,9 +248,11 @@ TRIAL: View[Trial] = View(
         ),
         Column(title="ratio to FP32", text=lambda t: figures.interval(t.fp32_ratio)),
         Column(title="profiled", text=profile_summary),
-        Column(title="inside the budget", text=lambda t: _claim(t.is_feasible)),
+        Column(title="inside the limits", text=lambda t: _claim(t.is_feasible)),
         Column(title="on the front", text=lambda t: _claim(t.is_on_front)),
         Column(title="size", text=lambda t: figures.size(t.artifact_size_bytes)),
+        Column(title="peak memory", text=lambda t: figures.size(t.peak_memory_bytes)),
+        Column(title="energy an inference", text=lambda t: _energy(t.energy_joules)),
         Column(title="runtime", text=runtime_text),
         Column(title="groups", text=group_counts),
         Column(title="pruned", text=prune_summary),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from autotune.api_types import Event, Job, ModelError, Proposer, Trial
+from autotune.api_types import Event, Job, ModelError, Progress, Proposer, Trial
 from autotune.cli import figures
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _course(job: Job) -> list[tuple[str, str]]:
     if progress.model_error is not None:
         lines.append(("model", model_error_text(progress.model_error)))
     if progress.proposers:
-        lines.append(("proposed by", _proposers_text(progress.proposers)))
+        lines.append(("proposed by", proposers_text(progress.proposers)))
     return lines
 
 
@@ -125,7 +125,8 @@ def model_error_text(error: ModelError) -> str:
     )
 
 
-def _proposers_text(proposers: Mapping[str, Proposer]) -> str:
+def proposers_text(proposers: Mapping[str, Proposer]) -> str:
+    """How many trials each proposer had the idea of, and how many of them are on the front."""
     return ", ".join(
         f"{name} {found.trials}" + (f" ({found.on_front} on the front)" if found.on_front else "")
         for name, found in proposers.items()
@@ -143,11 +144,13 @@ def _budget_text(job: Job) -> str:
 def _time_text(job: Job) -> str:
     left = job.progress.time_left_s
     text = f"{figures.seconds(job.progress.elapsed_s)} elapsed"
-    if left is None:
-        return text
-    error = job.progress.time_left_error_s
-    spread = f" ± {figures.seconds(error)}" if error else ""
-    return f"{text}, about {figures.seconds(left)}{spread} left"
+    return text if left is None else f"{text}, about {time_left_text(job.progress)} left"
+
+
+def time_left_text(progress: Progress) -> str:
+    """The time that is left, with the half width of its 95 % interval."""
+    error = progress.time_left_error_s
+    return figures.seconds(progress.time_left_s) + (f" ± {figures.seconds(error)}" if error else "")
 
 
 class LivePanel:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from autotune.api_types import Job, JobTarget
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View
+from autotune.cli.panel import model_error_text, proposers_text, time_left_text
 
 
 def _progress_text(job: Job) -> str:
@@ -48,6 +49,11 @@ def _on_each_device(job: Job) -> str:
     return "; ".join(f"{names[t.device_id]}: {t.explanation}" for t in found) or figures.MISSING
 
 
+def _model_error(job: Job) -> str:
+    error = job.progress.model_error
+    return figures.MISSING if error is None else model_error_text(error)
+
+
 _JOB_FIELDS: list[Field[Job]] = [
     Field(name="job", value=lambda j: j.id),
     Field(name="name", value=lambda j: j.name),
@@ -64,6 +70,13 @@ _JOB_FIELDS: list[Field[Job]] = [
     Field(name="winner", value=lambda j: j.result.winner if j.result else None),
     Field(name="verdict", value=lambda j: j.result.verdict if j.result else None),
     Field(name="elapsed_s", value=lambda j: j.progress.elapsed_s),
+    Field(name="time_left_s", value=lambda j: j.progress.time_left_s),
+    Field(name="time_left_error_s", value=lambda j: j.progress.time_left_error_s),
+    Field(name="device_s", value=lambda j: j.progress.device_s),
+    Field(
+        name="model_latency_error",
+        value=lambda j: None if (e := j.progress.model_error) is None else e.latency,
+    ),
     Field(name="created_at", value=lambda j: j.created_at.isoformat()),
 ]
 
@@ -106,7 +119,13 @@ JOB: View[Job] = View(
         Column(title="latency budget", text=_on_each(lambda target: target.latency_budget_ns)),
         Column(title="FP32 latency", text=_on_each(lambda target: target.fp32_latency_ns)),
         Column(title="elapsed", text=lambda j: figures.seconds(j.progress.elapsed_s)),
-        Column(title="time left", text=lambda j: figures.seconds(j.progress.time_left_s)),
+        Column(title="time left", text=lambda j: time_left_text(j.progress)),
+        Column(title="device time", text=lambda j: figures.seconds(j.progress.device_s)),
+        Column(title="model", text=_model_error),
+        Column(
+            title="proposed by",
+            text=lambda j: proposers_text(j.progress.proposers) or figures.MISSING,
+        ),
         Column(title="verdict", text=_verdict),
         Column(title="why", text=lambda j: j.result.explanation if j.result else figures.MISSING),
         Column(title="on each device", text=_on_each_device, secondary=True),

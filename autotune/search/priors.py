@@ -1,4 +1,4 @@
-"""What is thought of layer groups before anything is measured, as factors and links.
+"""What is thought before anything is measured: of groups, as factors and links; by earlier jobs.
 
 Owns the scales: how far effects may lie from what kernel times and sensitivities tell, and how
 strongly neighbours bear on each other. Knows groups as rows of numbers; what a job's candidates
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from autotune.search.surrogate import Factor, Link
+from storage.latency_model import LatencyModel
+from storage.records import TrialRecord
+from storage.sensitivity import Sensitivity
 
 EFFECT_SCALE = 0.5
 """How far a group's true effect may lie from the one thought of, as a share of its time."""
@@ -25,6 +29,36 @@ _BOUNDARY_SCALE = 0.5
 
 _DAMAGE_SCALE = 0.7
 _LEAST_DAMAGE = 1e-4
+
+
+def profiled(kernel_ns: np.ndarray, ratio: float) -> np.ndarray:
+    """Each group's time in a uniform file as a fraction of FP32's whole, `(n_groups,)`.
+
+    `kernel_ns` `(n_groups,)` is its profile, `ratio` its latency over FP32's. A profile says which
+    part is large and not how fast a file is: noting it costs every kernel the same few
+    microseconds, and 8-bit files have more kernels.
+    """
+    found: np.ndarray = kernel_ns * (ratio / max(float(kernel_ns.sum()), 1e-9))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """Results of earlier jobs that a job begins with; none is a trial of its own.
+
+    `latencies` are trials whose latency holds here, `drops` those of them whose accuracy does
+    too, `front` those that no other of them beat. `sensitivity` is of the same data. `taught` is
+    what jobs on this device taught about it, whatever their models were.
+    """
+
+    latencies: tuple[TrialRecord, ...] = ()
+    drops: tuple[TrialRecord, ...] = ()
+    front: tuple[TrialRecord, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
+    taught: LatencyModel | None = None
+
+
+NOTHING = Earlier()
 
 
 def time_scales(shares: np.ndarray) -> np.ndarray:

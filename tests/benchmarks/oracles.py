@@ -29,6 +29,7 @@ from autotune.search.priors import (
     boundary_links,
     damage_factors,
     damage_links,
+    profiled,
     time_factors,
     time_scales,
 )
@@ -97,8 +98,11 @@ class Oracle(Protocol):
     def damages(self) -> list[np.ndarray]:
         """Sensitivities: the divergence of each option alone in nats, with their error."""
 
-    def features(self, per_nat: float) -> tuple[Features, Features]:
-        """What a search knows before it measures, given the drop per nat of divergence."""
+    def features(self, per_nat: float, uniform: Sequence[float]) -> tuple[Features, Features]:
+        """What a search knows beside its runs.
+
+        Given the drop per nat of divergence and the ratios measured of the baselines.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +186,16 @@ class Measured:
             found.append(self.table.early_kl[self.table.index(alone)])
         return found
 
-    def features(self, per_nat: float) -> tuple[Features, Features]:
+    def features(self, per_nat: float, uniform: Sequence[float]) -> tuple[Features, Features]:
         """Kernel times of the uniform files' profiles, tensor sizes, sensitivities."""
-        times = self.table.kernel_ns
-        savings = [1 - times[:size, c] / times[0, c] for c, size in enumerate(self.sizes)]
+        ratios = np.array(uniform) / uniform[0]
+        times = [
+            profiled(own, ratio) for own, ratio in zip(self.table.kernel_ns, ratios, strict=True)
+        ]
+        savings = [
+            np.array([1 - times[option][c] / times[0][c] for option in range(size)])
+            for c, size in enumerate(self.sizes)
+        ]
         factors = time_factors(self.shares(), savings)
         damages = damage_factors([per_nat * damage for damage in self.damages()])
         return (
@@ -327,8 +337,8 @@ class Simulated:
         tables = [*self.known_damages, *(self.known_prune_damages if self.ratios else ())]
         return [table / DROP_PER_NAT for table in tables]
 
-    def features(self, per_nat: float) -> tuple[Features, Features]:
-        """Time shares, tensor sizes, sensitivities."""
+    def features(self, per_nat: float, uniform: Sequence[float]) -> tuple[Features, Features]:
+        """Time shares, tensor sizes, sensitivities; no profiles."""
         return self._latency_features(), self._drop_features(per_nat)
 
     def _left(self, points: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ from tests.benchmarks.tables import Table, distance_to_front
 N_GROUPS, SIZE = 10, 64
 TEST_IMAGES, EARLY_IMAGES = 300, 64
 ROUNDS, MOST_ROUNDS = 2, 6
-NARROW, MOST_REPLICATES = 0.006, 40
+NARROW, MOST_REPLICATES = 0.006, 30
 """Points near the front are measured until twice their mean's standard error is below this."""
 NEAR_FRONT = 0.03
 """Further from the front than this, plus twice the standard error, luck brings no point there."""
@@ -370,10 +370,13 @@ def replicate(bench: Bench) -> None:
     while True:
         index, ratios = _read(bench)
         logs = [np.log(ratios[index == i]) for i in range(len(bench.points))]
-        latency = np.exp([own.mean() for own in logs])
-        spread_of_all = np.sqrt(np.mean([own.var(ddof=1) for own in logs]))
         counts = np.array([len(own) for own in logs])
-        error = np.array([max(own.std(ddof=1), spread_of_all) for own in logs]) / np.sqrt(counts)
+        if counts.min() < 2:
+            first_rounds(bench)  # the usual state is now another one
+            continue
+        latency = np.exp([own.mean() for own in logs])
+        own_spread = np.array([own.std(ddof=1) for own in logs])
+        error = np.maximum(own_spread, np.sqrt((own_spread**2).mean())) / np.sqrt(counts)
         is_near = distance_to_front(latency * (1 - 2 * error), drop) < NEAR_FRONT
         open_ones = np.flatnonzero(is_near & (2 * error > NARROW) & (counts < MOST_REPLICATES))
         say(f"{bench.name}: {is_near.sum()} near the front, {len(open_ones)} uncertain")

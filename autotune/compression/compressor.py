@@ -289,8 +289,11 @@ class Compressor:
             "post_training": POST_TRAINING_VERSION,
         }
         if ratios:
+            from autotune.compression.recovery import RECOVERY_VERSION
+
             training = self._splits.training
             identity |= {
+                "recovery_version": RECOVERY_VERSION,
                 "prune_ratios": dict(ratios),
                 "importance": self._importance,
                 "channel_multiple": self.channel_multiple,

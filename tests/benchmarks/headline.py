@@ -53,7 +53,7 @@ SEARCH: dict[str, Any] = {
     "time_s": TIME_S,
     "max_pruned_bases": 8,
 }
-RECOVERY: dict[str, Any] = {"epochs": 20, "learning_rate": 0.1}
+RECOVERY: dict[str, Any] = {"epochs": 8, "learning_rate": 0.1}
 MEASUREMENT = {
     "target_half_width": 0.02,
     "time_cap_s": 2.0,

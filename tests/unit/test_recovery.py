@@ -13,7 +13,15 @@ from torch import nn
 
 from autotune.compression.data import LabelledData
 from autotune.compression.pruning import prune_module
-from autotune.compression.recovery import hold_back, logits, recover, reestimate_batch_norm
+from autotune.compression.recovery import (
+    MOST_PASSES,
+    count_macs,
+    hold_back,
+    logits,
+    passes,
+    recover,
+    reestimate_batch_norm,
+)
 from autotune.errors import CompressionError
 from autotune.spec import RecoverySpec
 
@@ -85,11 +93,30 @@ def test_a_pruned_net_comes_back_near_its_teacher(
     assert accuracy(teacher, unseen) > 0.9
     assert broken < accuracy(teacher, unseen) - 0.1
     assert accuracy(pruned, unseen) > accuracy(teacher, unseen) - 0.03
-    assert report.epochs == 3
+    assert report.epochs == passes(pruned, teacher, training.x[:1], 3) > 3
     assert report.samples + report.validation_samples == 800
     assert report.recovered_accuracy is not None
     assert report.recovered_accuracy > 0.9
     assert report.wall_s > 0.0
+
+
+def test_macs_are_those_of_the_convolutions_and_the_classifier(training: LabelledData) -> None:
+    expected = 64 * 32 * 9 + 16 * 32 * 32 * 9 + 128 * 10
+    assert count_macs(small_net(), training.x[:1]) == expected
+    assert count_macs(small_net(), training.x[:3]) == 3 * expected
+
+
+def test_a_smaller_student_passes_over_the_data_more_often_at_no_more_cost(
+    teacher: nn.Module, training: LabelledData
+) -> None:
+    x = training.x[:1]
+    for ratio in (0.25, 0.5, 0.75):
+        student = prune_module(teacher, SHAPE, {"0": ratio, "3": ratio})
+        n = passes(student, teacher, x, 10)
+        assert 10 < n <= 10 * MOST_PASSES
+        assert n * count_macs(student, x) <= 1.05 * 10 * count_macs(teacher, x)
+    assert passes(teacher, student, x, 10) == 10
+    assert passes(student, teacher, x, 0) == 0
 
 
 def test_the_same_seed_gives_the_same_weights(
@@ -109,7 +136,8 @@ def test_known_teacher_logits_replace_the_teacher(
     twin = copy.deepcopy(pruned)
     known = logits(teacher, training.x)
     recover(pruned, teacher, training, spec=SPEC, seed=0, threads=1)
-    recover(twin, nn.Identity(), training, spec=SPEC, seed=0, threads=1, teacher_logits=known)
+    untrained = small_net()
+    recover(twin, untrained, training, spec=SPEC, seed=0, threads=1, teacher_logits=known)
     for name, value in pruned.state_dict().items():
         torch.testing.assert_close(value, twin.state_dict()[name])
 
@@ -145,7 +173,7 @@ def test_no_batch_is_left_with_one_sample(
     report = recover(pruned, teacher, few, spec=spec, seed=0, threads=1)
     assert report.validation_samples == 0
     assert report.recovered_accuracy is None
-    assert report.kept_epoch == 1
+    assert report.kept_epoch == report.epochs
     assert np.isfinite(logits(pruned, few.x)).all()
 
 
@@ -236,7 +264,7 @@ def test_a_training_says_why_there_was_no_further_epoch(
         ).stopped_because
         for epochs, rate in ((2, 0.01), (0, 0.01), (2, 1e30))
     ]
-    assert reasons[0] == "all 2 epochs were run"
+    assert reasons[0] == f"all {passes(pruned, teacher, few.x[:1], 2)} epochs were run"
     assert "recovery.epochs is 0" in reasons[1]
     assert "no longer finite" in reasons[2]
 

@@ -57,6 +57,7 @@ class WaitingRunner:
         self.is_running = False
         self.topics: list[str] = []
         self.verified: list[bytes] = []
+        self.verified_as: list[str | None] = []
         self.verification: VerificationOutcome | None = None
         self.failure: Exception | None = None
 
@@ -72,8 +73,11 @@ class WaitingRunner:
     def end_cancelled(self, job_id: str) -> None:
         """No job ends here."""
 
-    def verify(self, job: JobRecord, model: bytes) -> VerificationOutcome:
+    def verify(
+        self, job: JobRecord, model: bytes, *, trial: str | None = None
+    ) -> VerificationOutcome:
         self.verified.append(model)
+        self.verified_as.append(trial)
         if self.failure is not None:
             raise self.failure
         assert self.verification is not None

@@ -62,3 +62,38 @@ def show(session: Session, job: str, reference: str) -> None:
     if pruned:
         click.echo()
         print_rows(PRUNING, pruned, output_format="table", to=sys.stdout)
+
+
+@trial.command("confirm")
+@click.argument("job", metavar="JOB")
+@click.argument("reference", metavar="TRIAL")
+@shared_options
+@click.pass_obj
+def confirm(session: Session, job: str, reference: str) -> None:
+    """Measure a trial again in a fresh process, and judge it on held-out data.
+
+    A job does so with its baselines, its winner and a part of its front; the answer to a budget
+    that is asked later may be another trial. Its figures are kept. TRIAL as in `trial show`.
+    """
+    from autotune.cli.confirmation import confirm_on
+    from autotune.cli.output import print_one
+    from autotune.cli.views.trials import TRIAL
+    from autotune.errors import DeviceUnavailable
+
+    client = session.client()
+    shown = client.trial(job, reference.removeprefix("#"))
+    devices: list[str | None] = [
+        target.device_id for target in shown.targets if target.confirmed_latency_ns is None
+    ]
+    if shown.confirmed_latency_ns is not None and not devices:
+        click.echo(f"trial {shown.number} is confirmed already", err=True)
+    else:
+        for device in devices or [None]:
+            confirm_on(client, job, shown, device=device)
+        shown = client.trial(job, shown.id)
+        if shown.confirmed_latency_ns is None:
+            raise DeviceUnavailable(
+                f"trial {shown.number} could not be confirmed: its measurement was not steady, or "
+                "the device was lost; try again when nothing else runs there"
+            )
+    print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)

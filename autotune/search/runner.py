@@ -118,11 +118,14 @@ class Runner:
         self._woken.set()
         self._fleet.wake()
 
-    def verify(self, job: JobRecord, model: bytes) -> VerificationOutcome:
+    def verify(
+        self, job: JobRecord, model: bytes, *, trial: str | None = None
+    ) -> VerificationOutcome:
         """Measure a bundle's model again; see `verification.verify`."""
         return verify(
             job,
             model,
+            trial=trial,
             repository=self._repository,
             artifacts=self._artifacts,
             fleet=self._fleet,

@@ -1,4 +1,7 @@
-"""A bundle's model measured again: the very bytes a user holds, on the device and held-out data."""
+"""A bundle's model measured again: the very bytes a user holds, on the device and held-out data.
+
+That is what a confirmation is, too: a trial that has none on that device keeps the figures.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from autotune.search.evaluation import measurement_plan
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.interruption import DeviceAway
 from autotune.spec import parse_job, resolve_uploads
-from device_agents.protocol import ArtifactReference
+from device_agents.protocol import ArtifactReference, Outcome
 from storage.artifacts import ArtifactStore
 from storage.records import (
     AccuracyReport,
     DeviceRecord,
     JobRecord,
     MeasurementRecord,
+    TrialOutcome,
     TrialRecord,
 )
 from storage.repository import Repository
@@ -38,6 +42,7 @@ def verify(
     job: JobRecord,
     model: bytes,
     *,
+    trial: str | None = None,
     repository: Repository,
     artifacts: ArtifactStore,
     fleet: Fleet,
@@ -47,8 +52,10 @@ def verify(
 ) -> VerificationOutcome:
     """Measure `model` on the job's device in a fresh process, and on the held-out data.
 
+    `trial` says whose artifact it is, where several have it (with other runtime options).
+
     Raises:
-        BundleError: the bytes are not one of this job's artifacts.
+        BundleError: the bytes are not one of this job's artifacts, or not that trial's.
         JobNotReady: the job has not measured anything yet.
         DeviceUnavailable: the device is offline.
     """
@@ -56,8 +63,8 @@ def verify(
     from autotune.compression.data import split_data
 
     digest = hashlib.sha256(model).hexdigest()
-    trial = _trial_of(job, digest, repository)
-    if trial is None:
+    made = _trial_of(job, digest, repository, asked=trial)
+    if made is None:
         raise BundleError(
             f"the model ({digest[:12]}) is not one that job {job.id} made; it was changed, or it "
             "belongs to another job. Export it again"
@@ -77,7 +84,7 @@ def verify(
         evaluator = AccuracyEvaluator(
             artifacts.read(reference.sha256), splits.held_out, split="held_out", threads=1
         )
-        held_out = evaluator.evaluate(model, runtime=trial.candidate.runtime.runtime)
+        held_out = evaluator.evaluate(model, runtime=made.candidate.runtime.runtime)
     plan = measurement_plan(
         spec.measurement,
         confirmation=True,
@@ -91,10 +98,10 @@ def verify(
             job,
             device,
             MeasurementOrder(
-                trial_id=trial.id,
+                trial_id=made.id,
                 artifact=ArtifactReference(sha256=digest, size_bytes=len(model)),
                 reference=reference,
-                runtime=trial.candidate.runtime,
+                runtime=made.candidate.runtime,
                 reference_runtime=job.space.runtimes[0],
                 plan=plan,
             ),
@@ -102,14 +109,48 @@ def verify(
         )
     except DeviceAway as away:
         raise DeviceUnavailable(str(away)) from away
+    keep_confirmation(repository, job, made, measurement, held_out)
     return VerificationOutcome(
         artifact_sha256=digest, device=device, measurement=measurement, held_out=held_out
     )
 
 
-def _trial_of(job: JobRecord, digest: str, repository: Repository) -> TrialRecord | None:
-    """The trial that made these bytes; the winner where several did (on other runtimes)."""
+def keep_confirmation(
+    repository: Repository,
+    job: JobRecord,
+    trial: TrialRecord,
+    measurement: MeasurementRecord,
+    held_out: AccuracyReport,
+) -> None:
+    """Confirm a trial that was measured well and has no confirmation on the job's device."""
+    report = measurement.report
+    if (
+        trial.outcome is not TrialOutcome.OK
+        or trial.confirmed_latency is not None
+        or measurement.outcome is not Outcome.OK
+        or report is None
+        or not report.is_steady
+    ):
+        return
+    is_primary = repository.get_job(job.id).device_id == job.device_id
+    repository.update_trial(
+        trial.id,
+        on=None if is_primary else job.device_id,
+        confirmed_latency=report,
+        held_out_accuracy=held_out,
+    )
+    payload = {"trial": trial.id, "number": trial.number}
+    repository.append_event(job.id, "trial_confirmed", payload)
+
+
+def _trial_of(
+    job: JobRecord, digest: str, repository: Repository, *, asked: str | None
+) -> TrialRecord | None:
+    """The trial that made these bytes; the winner where several did and none is asked for."""
     trials = [t.on(job.device_id or "") for t in repository.list_trials(job.id)]
     made = [t for t in trials if t.artifact_sha256 == digest]
+    if asked is not None:
+        wanted = repository.find_trial(job.id, asked).id
+        return next((t for t in made if t.id == wanted), None)
     winner = (job.result or {}).get("winner")
     return next((t for t in made if t.id == winner), made[0] if made else None)

@@ -38,7 +38,9 @@ class JobRunner(Protocol):
     def end_cancelled(self, job_id: str) -> None:
         """End a cancelled job that is not the one under way, which ends by itself."""
 
-    def verify(self, job: JobRecord, model: bytes) -> VerificationOutcome:
+    def verify(
+        self, job: JobRecord, model: bytes, *, trial: str | None = None
+    ) -> VerificationOutcome:
         """Measure a model of the job again, on its device and on held-out data."""
 
 

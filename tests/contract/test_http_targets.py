@@ -178,7 +178,7 @@ def test_a_model_is_verified_on_the_device_that_it_was_written_for(two: TwoDevic
     asked: list[str | None] = []
     runner, found = two.service.runner, two.service.verification(two.job, two.second)
     verify = runner.verify
-    runner.verify = lambda job, model: asked.append(job.device_id) or found  # type: ignore[method-assign,func-returns-value]
+    runner.verify = lambda job, model, **_: asked.append(job.device_id) or found  # type: ignore[method-assign,func-returns-value]
     try:
         two.service.client.verify(two.job.id, model_for_second())
         two.service.client.verify(two.job.id, fabricated_job.linear_model())
@@ -191,7 +191,7 @@ def test_a_model_is_verified_on_the_device_that_it_was_written_for(two: TwoDevic
 def test_each_devices_winner_is_handed_over_and_verified_there(
     two: TwoDevices, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def verify(job: JobRecord, model: bytes) -> VerificationOutcome:
+    def verify(job: JobRecord, model: bytes, *, trial: str | None = None) -> VerificationOutcome:
         found = two.service.verification(
             job, two.service.repository.get_device(job.device_id or "")
         )

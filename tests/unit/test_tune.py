@@ -335,7 +335,12 @@ def delivering(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
             )
 
         def verify(
-            self, reference: str, model: bytes, *, device: str | None = None
+            self,
+            reference: str,
+            model: bytes,
+            *,
+            device: str | None = None,
+            trial: str | None = None,
         ) -> Verification:
             super().verify(reference, model)
             return make_verification(artifact_sha256=self.measured or records[7].artifact_sha256)

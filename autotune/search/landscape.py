@@ -21,6 +21,7 @@ from autotune.search.priors import (
     boundary_links,
     damage_factors,
     damage_links,
+    profiled,
     time_factors,
     time_scales,
 )
@@ -122,11 +123,14 @@ class Knowledge:
     def told_by(self, space: SearchSpace, trials: Sequence[TrialRecord]) -> Knowledge:
         """The same with the kernel times that the profiles of the baselines tell."""
 
-        def group_ns(candidate: Candidate) -> Mapping[str, float]:
+        def group_ns(candidate: Candidate) -> dict[str, float]:
+            """Scaled so that the groups together take as long as was measured."""
             for trial in trials:
                 latency = trial.latency
                 if trial.candidate == candidate and latency is not None and latency.profile:
-                    return latency.profile.group_ns()
+                    told = latency.profile.group_ns()
+                    scaled = profiled(np.array(list(told.values())), latency.p50_ns)
+                    return dict(zip(told, scaled.tolist(), strict=True))
             return {}
 
         first = next((t for t in trials if t.candidate == space.fp32()), None)

@@ -31,14 +31,14 @@ _DAMAGE_SCALE = 0.7
 _LEAST_DAMAGE = 1e-4
 
 
-def profiled(kernel_ns: np.ndarray, ratio: float) -> np.ndarray:
-    """Each group's time in a uniform file as a fraction of FP32's whole, `(n_groups,)`.
+def profiled(kernel_ns: np.ndarray, latency: float) -> np.ndarray:
+    """Each group's part of a file's latency, in its unit, `(n_groups,)`.
 
-    `kernel_ns` `(n_groups,)` is its profile, `ratio` its latency over FP32's. A profile says which
-    part is large and not how fast a file is: noting it costs every kernel the same few
-    microseconds, and 8-bit files have more kernels.
+    `kernel_ns` `(n_groups,)` is the file's profile. It says which part is large and not how fast
+    the file is: noting it costs every kernel the same few microseconds, and 8-bit files have
+    more kernels.
     """
-    found: np.ndarray = kernel_ns * (ratio / max(float(kernel_ns.sum()), 1e-9))
+    found: np.ndarray = kernel_ns * (latency / max(float(kernel_ns.sum()), 1e-9))
     return found
 
 

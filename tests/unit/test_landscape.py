@@ -65,10 +65,13 @@ def test_shares_of_time_sum_to_one_and_a_profile_beats_the_count() -> None:
     assert told.saving("body", INT8) == INT8_SAVING
 
 
-def test_the_baselines_profiles_tell_what_each_group_takes() -> None:
+def test_the_baselines_profiles_tell_what_part_of_the_latency_is_each_groups() -> None:
     def profiled(ns: float) -> Profile:
-        kernel = KernelTime(name="n", operator="Conv", time_ns=ns, group="body")
-        return Profile(kernels=(kernel,), inference_ns=ns, n_runs=5)
+        times = {"body": ns, "head": 3 * ns}
+        kernels = [
+            KernelTime(name=g, operator="Conv", time_ns=t, group=g) for g, t in times.items()
+        ]
+        return Profile(kernels=tuple(kernels), inference_ns=ns, n_runs=5)
 
     told = [
         replace(t, latency=t.latency.model_copy(update={"profile": profiled(ns)}))
@@ -76,7 +79,8 @@ def test_the_baselines_profiles_tell_what_each_group_takes() -> None:
         if t.latency is not None
     ]
     found = knowledge().told_by(encoding().space, told)
-    assert (found.fp32_ns, found.int8_ns) == ({"body": 100.0}, {"body": 40.0})
+    assert found.fp32_ns == pytest.approx({"body": 1e6, "head": 3e6})
+    assert found.int8_ns == pytest.approx({"body": 0.5e6, "head": 1.5e6})
 
 
 def test_proposals_are_new_and_the_same_for_the_same_trials() -> None:

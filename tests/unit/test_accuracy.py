@@ -89,6 +89,20 @@ def test_the_report_is_about_the_artifact_itself() -> None:
     assert report.mean_kl > 0
 
 
+def test_a_drop_of_six_in_three_hundred_samples_is_two_points_and_not_a_rounding_more() -> None:
+    x = samples(300, seed=5)
+    fp32, artifact = tiny_source().fp32_bytes, against_half_of_the_answers()[1]
+    answers, others = (run(model, x).argmax(axis=1) for model in (fp32, artifact))
+    differing = np.flatnonzero(answers != others)
+    labels = answers.copy()
+    for index in differing[6:]:  # neither is right
+        labels[index] = ({0, 1, 2} - {answers[index], others[index]}).pop()
+    data = LabelledData(x=x, y=labels)
+    report = AccuracyEvaluator(fp32, data, split="search").evaluate(artifact)
+    assert len(differing) > 6
+    assert report.drop == 0.02 != report.fp32_value - report.value
+
+
 def test_read_only_samples_are_accepted() -> None:
     data = labelled(20)
     data.x.setflags(write=False)

@@ -120,8 +120,9 @@ class SearchSpec(_Section):
     bytes, and the precisions that make a file smaller without making it faster; `memory` adds
     the peak of a process that serves the model, `energy` the joules of one inference, on devices
     with a sensor."""
-    prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5)
-    """Shares of its channels that a prunable group may lose; `[0]` switches pruning off."""
+    prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5, 0.75)
+    """Shares of its channels that a prunable group may lose; `[0]` switches pruning off. Larger ones
+    cost little: which of them are trained depends on what the ones before have lost."""
     prune_importance: Importance = "taylor"
     """How pruning ranks channels: by the `l1` or `l2` norm of their weights, by the `taylor`
     expansion of the loss (gradients of training samples, or of calibration samples where there
@@ -190,7 +191,8 @@ class RecoverySpec(_Section):
     """
 
     epochs: int = Field(default=4, ge=0)
-    """Passes over the training data; 0 leaves recovery training out."""
+    """What recovering may cost, in passes of the unpruned model over the training data: a smaller
+    model passes more often, at most four times. 0 leaves recovery training out."""
     learning_rate: float = Field(default=0.03, gt=0)
     """Peak of the one-cycle schedule."""
     batch_size: int = Field(default=32, ge=2)

@@ -39,6 +39,8 @@ JOB_VERSION: Literal[1] = 1
 # the same.
 # 2026-11-21: latency_at (before it, p50), max_size, max_memory, max_energy; memory and energy as
 # objectives; a job without them means the same.
+# 2026-11-21: recovery.epochs counts passes of the unpruned model (before it, of the pruned one);
+# search.prune_ratios goes to 0.75 where left out (before it, 0.5).
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_FOLDER = Path("demo")
-RECOVERY_EPOCHS = {"mobilenet_v2": 4, "resnet18": 3}
+RECOVERY_EPOCHS = {"mobilenet_v2": 2, "resnet18": 1}
 TRAINING_FILE, EVALUATION_FILE = "training.npz", "evaluation.npz"
 
 

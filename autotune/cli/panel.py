@@ -144,7 +144,7 @@ def _budget_text(job: Job) -> str:
 def _time_text(job: Job) -> str:
     left = job.progress.time_left_s
     text = f"{figures.seconds(job.progress.elapsed_s)} elapsed"
-    return text if left is None else f"{text}, about {time_left_text(job.progress)} left"
+    return f"{text}, about {time_left_text(job.progress)} left" if left else text
 
 
 def time_left_text(progress: Progress) -> str:

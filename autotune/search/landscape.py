@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -52,7 +53,7 @@ _DROP_PER_NAT = 0.5
 samples whose answer is in doubt go either way. A choice; the trials' own ratio replaces it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoding:
     """Candidates as rows: one column per group with a choice, then the base, then the runtime.
 
@@ -75,20 +76,29 @@ class Encoding:
 
     def point(self, candidate: Candidate) -> np.ndarray | None:
         """Its row; None where it is not of this space and these bases."""
-        digests = [Candidate(prune_ratios=base).base_digest for base in self.bases]
-        if candidate.base_digest not in digests or candidate.runtime not in self.space.runtimes:
+        base = self._base_numbers.get(frozenset(candidate.prune_ratios.items()))
+        if base is None or candidate.runtime not in self.space.runtimes or candidate.rounding:
             return None
-        options = [self.space.precisions[g] for g in self.groups]
-        chosen = [candidate.precision(g) for g in self.groups]
-        if any(c not in o for c, o in zip(chosen, options, strict=True)) or candidate.rounding:
+        chosen = [
+            numbers.get(candidate.precision(group))
+            for group, numbers in self._option_numbers.items()
+        ]
+        if None in chosen:
             return None
-        return np.array(
-            [
-                *(o.index(c) for o, c in zip(options, chosen, strict=True)),
-                digests.index(candidate.base_digest),
-                self.space.runtimes.index(candidate.runtime),
-            ]
-        )
+        return np.array([*chosen, base, self.space.runtimes.index(candidate.runtime)], dtype=int)
+
+    @cached_property
+    def _base_numbers(self) -> dict[frozenset[tuple[str, float]], int]:
+        """By prune ratios as a candidate has them; of two equal bases the first."""
+        numbered = enumerate(Candidate(prune_ratios=base).prune_ratios for base in self.bases)
+        found: dict[frozenset[tuple[str, float]], int] = {}
+        for number, ratios in numbered:
+            found.setdefault(frozenset(ratios.items()), number)
+        return found
+
+    @cached_property
+    def _option_numbers(self) -> dict[str, dict[Precision, int]]:
+        return {g: {p: n for n, p in enumerate(self.space.precisions[g])} for g in self.groups}
 
     def candidate(self, point: Sequence[int] | np.ndarray) -> Candidate:
         """The candidate of a row."""

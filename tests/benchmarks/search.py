@@ -102,8 +102,9 @@ def compare(benchmark: Benchmark, oracle: Oracle, seeds: int) -> None:
             length = TPE_RUNS if name == "tpe" else TPE_RUNS // 2
         n = min(seeds, _SLOW_SEEDS) if name == "gp" and large else seeds
         points[name] = [method(oracle, length, seed) for seed in range(n)]
-    shares = attained(oracle, points, REFERENCE)
-    benchmark.raw[oracle.name] = {"runs": runs, "shares": shares}
+        shares = attained(oracle, points, REFERENCE)
+        benchmark.raw[oracle.name] = {"runs": runs, "shares": shares}
+        benchmark.save()
     for key, figure in regrets(shares, runs).items():
         benchmark.add(f"{oracle.name}.{key}", figure)
     for key, figure in regrets(attained(oracle, points, WIDE), runs).items():

@@ -68,8 +68,8 @@ NEAR_FRONT = 0.03
 
 PAIRS, BLOCK_NS = 8, 3e6
 SAME_STATE = 0.12
-"""How far FP32's time may be from its median over a table. A neighbour on the same physical core
-slows FP32 by half and INT8 by less: replicates from both states are not those of one device."""
+"""How far FP32's time may be from the middle of the state that holds most replicates. A neighbour
+that computes slows FP32 by half and INT8 by less: both states are not those of one device."""
 
 REFERENCES = 4
 """Sessions of FP32 that pairs take turns with: each is faster or slower for as long as it lives."""
@@ -408,7 +408,11 @@ def _read(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     ratios, reference_ns = (np.array([float(row[c]) for row in rows]) for c in (1, 2))
     if not len(rows):
         return index, ratios
-    is_usual = np.abs(reference_ns / np.median(reference_ns) - 1) <= SAME_STATE
+    ordered = np.sort(reference_ns)
+    within = np.searchsorted(ordered, ordered * (1 + SAME_STATE) ** 2, side="right")
+    first = int(np.argmax(within - np.arange(len(ordered))))
+    low, high = ordered[first], ordered[within[first] - 1]
+    is_usual = (reference_ns >= low) & (reference_ns <= high)
     return index[is_usual], ratios[is_usual]
 
 

@@ -41,6 +41,7 @@ JOB_VERSION: Literal[1] = 1
 # objectives; a job without them means the same.
 # 2026-11-21: recovery.epochs counts passes of the unpruned model (before it, of the pruned one);
 # search.prune_ratios goes to 0.75 where left out (before it, 0.5).
+# 2026-11-21: search.least_gain_per_minute and warm_start (before it, none).
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
@@ -108,8 +109,8 @@ class DataSpec(_Section):
 class SearchSpec(_Section):
     """The choices and the trial budget.
 
-    The search stops at `trials` finished trials or after `time_s` seconds, whichever comes
-    first. `prune_ratios` are fractions of a prunable group's channels.
+    The search stops at `trials` finished trials, after `time_s` seconds, or when little is left
+    to gain, whichever comes first. `prune_ratios` are fractions of a prunable group's channels.
     """
 
     precisions: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
@@ -151,6 +152,14 @@ class SearchSpec(_Section):
     """Finished trials after which the search stops."""
     time_s: float | None = Field(default=None, gt=0)
     """Seconds after which the search stops."""
+    least_gain_per_minute: float | None = Field(default=None, gt=0)
+    """The search stops when the next trials promise less than this share of hypervolume per minute
+    that the device measures: 0.001 is 0.1 % of what the front has. It spends its trials and its
+    time where left out."""
+    warm_start: str = Field(default="auto", min_length=1)
+    """Whose results the search begins with: those of an earlier job of the same model and devices
+    (`auto`, the newest one), of the job of this id or name, or of `none`. They are priors: what is
+    measured for this job alone counts for it."""
     max_pruned_bases: int = Field(default=4, ge=0)
     """Pruned and recovered versions of the model that are made at most; each is trained once."""
     allow_without_pruning: bool = True
@@ -388,6 +397,14 @@ def measured_on(spec: JobSpec, devices: Sequence[str]) -> JobSpec:
         return spec
     named = devices[0] if len(devices) == 1 else list(devices)
     return parse_job({**spec.model_dump(mode="json"), "device": named})
+
+
+def warm_started(spec: JobSpec, job: str | None) -> JobSpec:
+    """The same job that begins with that job's results; as it is where None is given."""
+    if job is None:
+        return spec
+    search = spec.search.model_copy(update={"warm_start": job})
+    return spec.model_copy(update={"search": search})
 
 
 def map_files(spec: JobSpec, change: Callable[[str], str]) -> JobSpec:

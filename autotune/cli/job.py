@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autotune.cli.limits import limit_options, within
-from autotune.cli.parameters import SECONDS
+from autotune.cli.parameters import SECONDS, WARM_START
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -32,20 +32,28 @@ def job() -> None:
     multiple=True,
     help="Measure on this device instead of the file's; repeat it for several.",
 )
+@click.option("--warm-start", metavar="JOB|none", help=WARM_START)
 @click.option("--watch", is_flag=True, help="Follow the job until it ends.")
 @limit_options("latency-budget")
 @shared_options
 @click.pass_obj
 def submit(
-    session: Session, /, job_file: Path, devices: tuple[str, ...], watch: bool, **limits: Any
+    session: Session,
+    /,
+    job_file: Path,
+    devices: tuple[str, ...],
+    warm_start: str | None,
+    watch: bool,
+    **limits: Any,
 ) -> None:
     """Submit the job of a job file; print its id.
 
     The files that the job names are uploaded where the service does not have them.
     """
-    from autotune.spec import measured_on, read_job
+    from autotune.spec import measured_on, read_job, warm_started
 
-    spec = within(measured_on(read_job(job_file), devices), limits)
+    spec = warm_started(measured_on(read_job(job_file), devices), warm_start)
+    spec = within(spec, limits)
     client = session.client()
     submitted = client.submit(spec)
     if session.output_format == "table":

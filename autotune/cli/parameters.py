@@ -109,3 +109,8 @@ FRACTION = Fraction()
 BUDGET = Budget()
 SECONDS = Seconds()
 SHAPE = Shape()
+
+WARM_START = (
+    "Begin with the results of this earlier job, as priors, or of none.  [default: the newest of "
+    "the same model and devices]"
+)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import click
 
 from autotune.cli.limits import limit_options, within
+from autotune.cli.parameters import WARM_START
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -49,7 +50,13 @@ _CANCEL_PATIENCE_S = 30.0
     type=click.Path(path_type=Path, dir_okay=False),
     help="The HTML report.  [default: NAME-report.html beside the bundle]",
 )
-@click.option("--fresh", is_flag=True, help="Start anew even where this job could be resumed.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Start anew: resume no job, and begin with nothing of earlier ones unless --warm-start "
+    "names one.",
+)
+@click.option("--warm-start", metavar="JOB|none", help=WARM_START)
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes.")
 @click.option(
     "--trust-job-code/--no-trust-job-code",
@@ -76,6 +83,7 @@ def tune(
     out: Path | None,
     report: Path | None,
     fresh: bool,
+    warm_start: str | None,
     workers: int | None,
     trust_job_code: bool,
     devices: tuple[str, ...],
@@ -96,11 +104,12 @@ def tune(
     from autotune.cli.panel import open_display
     from autotune.cli.preflight import require_runnable
     from autotune.cli.watching import require_finished
-    from autotune.spec import measured_on, read_job
+    from autotune.spec import measured_on, read_job, warm_started
 
     if devices and workers is not None:
         raise click.UsageError("--workers is for this machine; with --device the service has them")
-    spec = within(measured_on(read_job(job_file), devices), limits)
+    spec = warm_started(measured_on(read_job(job_file), devices), warm_start)
+    spec = within(spec, limits)
     require_runnable(spec, trust_job_code=trust_job_code, on_this_machine=not devices)
     data_dir = (data_dir or job_file.parent / ".autotune").resolve()
     out = out or Path(f"{spec.name}-bundle")
@@ -153,6 +162,7 @@ def _say(text: str) -> None:
 def _submit_or_resume(client: Client, spec: JobSpec, ledger: Ledger, *, fresh: bool) -> Job:
     """The job to wait for: an earlier one of the same spec that is not done, or a new one."""
     from autotune.errors import NotFoundError
+    from autotune.spec import warm_started
 
     earlier = None if fresh else ledger.undelivered(spec)
     if earlier is not None:
@@ -163,7 +173,9 @@ def _submit_or_resume(client: Client, spec: JobSpec, ledger: Ledger, *, fresh: b
                 "finished); --fresh starts anew"
             )
             return client.resume(job.id) if job.state in ("cancelled", "failed") else job
-    job = client.submit(spec)
+    # What is resumed goes by the file; that it was begun with nothing is its own business.
+    alone = fresh and spec.search.warm_start == "auto"
+    job = client.submit(warm_started(spec, "none" if alone else None))
     ledger.set_submitted(spec, job.id)
     _say(f"submitted job {job.id}")
     return job

@@ -72,8 +72,10 @@ def model_error(fitted: Fitted) -> ModelError | None:
         return None
     reports = [latency_of(trial) for trial in fitted.trials]
     ratios = np.array([report.ratio for report in reports if report is not None])[kept]
-    errors, deviations = (part[kept] for part in fitted.landscape.first.left_out())
-    drops = fitted.landscape.second.left_out()[0][kept]
+    # Behind the job's own trials come those of earlier jobs, if any.
+    n = len(fitted.points)
+    errors, deviations = (part[:n][kept] for part in fitted.landscape.first.left_out())
+    drops = fitted.landscape.second.left_out()[0][:n][kept]
     return ModelError(
         n=int(kept.sum()),
         latency=float(np.mean(np.abs(errors) / ratios)),

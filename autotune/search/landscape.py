@@ -19,6 +19,8 @@ from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, r
 from autotune.search.improvement import Landscape, Promise, most_promising
 from autotune.search.priors import (
     EFFECT_SCALE,
+    NOTHING,
+    Earlier,
     boundary_links,
     damage_factors,
     damage_links,
@@ -47,6 +49,10 @@ _PRUNED_DAMAGE = 0.02
 
 DROP_CEILING = 4 * REFERENCE_DROP
 """Larger drops count as this: how bad a useless candidate is must not bend the model."""
+
+_BETWEEN_JOBS = 0.015
+"""How far a ratio may lie from the one that an earlier job measured, beyond both intervals: two
+fresh sessions of one file differ by 1.5 % (interquartile) on an idle core."""
 
 _DROP_PER_NAT = 0.5
 """Accuracy drop per nat of divergence until trials tell: for small divergences half of the
@@ -227,8 +233,17 @@ class Fitted:
     points: np.ndarray
 
 
-def fit(encoding: Encoding, knowledge: Knowledge, trials: Sequence[TrialRecord]) -> Fitted | None:
-    """The models of latency (ratio to FP32) and accuracy drop; None before FP32 itself ranks."""
+def fit(
+    encoding: Encoding,
+    knowledge: Knowledge,
+    trials: Sequence[TrialRecord],
+    *,
+    earlier: Earlier = NOTHING,
+) -> Fitted | None:
+    """The models of latency (ratio to FP32) and accuracy drop; None before FP32 itself ranks.
+
+    They are fitted to `earlier` results, too, which come behind the job's own.
+    """
     seen = [(encoding.point(t.candidate), t) for t in trials if ranks(t)]
     measured = [(p, t) for p, t in seen if p is not None]
     if all(p.any() for p, _ in measured):
@@ -236,26 +251,47 @@ def fit(encoding: Encoding, knowledge: Knowledge, trials: Sequence[TrialRecord])
     knowledge = knowledge.told_by(encoding.space, trials)
     points = np.array([p for p, _ in measured])
     ranked = [t for _, t in measured]
-    figures, noise = _figures(ranked)
+    figures, _ = _figures(ranked)
+    own = {trial.candidate.digest for trial in ranked}
+    drops = [t for t in earlier.drops if t.candidate.digest not in own]
     landscape = Landscape(
         Surrogate(
             latency_features(encoding, knowledge),
-            points,
-            figures[:, 0],
-            noise[:, 0],
+            *_with_earlier(encoding, measured, earlier.latencies, column=0),
             base=float(figures[[not p.any() for p in points]][0, 0]),
         ),
         Surrogate(
-            drop_features(encoding, knowledge, drop_per_nat(ranked)),
-            points,
-            figures[:, 1],
-            noise[:, 1],
+            drop_features(encoding, knowledge, drop_per_nat([*ranked, *drops])),
+            *_with_earlier(encoding, measured, earlier.drops, column=1),
             base=0.0,
         ),
     )
     return Fitted(
         encoding=encoding, knowledge=knowledge, landscape=landscape, trials=ranked, points=points
     )
+
+
+def _with_earlier(
+    encoding: Encoding,
+    measured: Sequence[tuple[np.ndarray, TrialRecord]],
+    earlier: Sequence[TrialRecord],
+    *,
+    column: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, figures and noise: those of the job, then those of earlier ones that it has not."""
+    own = {trial.candidate.digest for _, trial in measured}
+    others = [
+        (point, trial)
+        for trial in earlier
+        if trial.candidate.digest not in own
+        and (point := encoding.point(trial.candidate)) is not None
+    ]
+    figures, noise = _figures([trial for _, trial in (*measured, *others)])
+    noise = noise[:, column]
+    if column == 0:
+        noise[len(measured) :] = np.hypot(noise[len(measured) :], _BETWEEN_JOBS)
+    points = np.array([point for point, _ in (*measured, *others)])
+    return points, figures[:, column], noise
 
 
 def propose(
@@ -265,13 +301,15 @@ def propose(
     *,
     n: int,
     seed: int,
+    earlier: Earlier = NOTHING,
     on_fitted: Callable[[Fitted], None] = lambda _: None,
 ) -> list[tuple[Candidate, Promise]]:
     """The `n` most promising candidates that no trial has, most promising first.
 
-    Empty where nothing ranks yet or nothing new is left. `on_fitted` gets the models.
+    Empty where nothing ranks yet or nothing new is left. `earlier` results teach the models;
+    what they measured may be proposed again. `on_fitted` gets the models.
     """
-    fitted = fit(encoding, knowledge, trials)
+    fitted = fit(encoding, knowledge, trials, earlier=earlier)
     if fitted is None:
         return []
     on_fitted(fitted)

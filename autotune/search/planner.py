@@ -27,10 +27,15 @@ _GAP, _TIME_LIMIT_S = 1e-4, 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A candidate and who had the idea."""
+    """A candidate and who had the idea.
+
+    `gain` is the hypervolume, ratio to FP32 times accuracy drop, that the fitted models expect
+    of it; None where nothing was predicted.
+    """
 
     candidate: Candidate
     proposed_by: str
+    gain: float | None = None
 
 
 def baselines(space: SearchSpace) -> list[Proposal]:

@@ -15,6 +15,7 @@ from autotune.search import landscape, planner
 from autotune.search.feasibility import ANY, Limits
 from autotune.search.landscape import Encoding, Fitted, Knowledge
 from autotune.search.planner import Proposal
+from autotune.search.priors import NOTHING, Earlier
 from autotune.search.sampler import Sampler
 from autotune.search.sizes import group_bytes
 from search_spaces import FP32, LayerInventory, SearchSpace
@@ -23,7 +24,7 @@ from storage.records import TrialRecord
 BATCH = 4
 """Proposals made at once: enough to keep two workers busy, few enough to learn from."""
 
-_WARM = ("sensitivity", "size")
+_WARM = ("earlier", "sensitivity", "size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +44,20 @@ class Proposals:
     limits: Limits = ANY
     max_accuracy_drop: float | None = None
     beside: tuple[str, ...] = ()
+    earlier: Earlier = NOTHING
     on_fitted: Callable[[Fitted], None] = lambda _: None
 
     def warm_start(self, trials: Sequence[TrialRecord]) -> list[Proposal]:
         """What structure suggests, most promising first; nothing that was tried.
 
+        Where earlier jobs have searched this model it is their front instead, fastest first.
         Where size counts or is limited, candidates for falling file sizes come between those
         for latency.
         """
         known = _digests(trials)
+        if self.earlier.front:
+            again = [t.candidate for t in self.earlier.front if t.candidate.digest not in known]
+            return [Proposal(candidate=c, proposed_by="earlier") for c in again]
         warm = planner.first_candidates(self.space, self.inventory, self.damage, self.bases)
         ladders = [[Proposal(candidate=c, proposed_by="sensitivity") for c in warm]]
         if self._seeks_small:
@@ -90,10 +96,11 @@ class Proposals:
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
         promising = landscape.propose(
             encoding,
-            Knowledge(inventory=self.inventory, damage=self.damage),
+            Knowledge(inventory=self.inventory, damage=self.damage, taught=self.earlier.taught),
             trials,
             n=size - size // (2 if self._has_further_figures else 4),
             seed=self.seed,
+            earlier=self.earlier,
             on_fitted=self.on_fitted,
         )
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
@@ -106,7 +113,10 @@ class Proposals:
         )
         asked = sampler.propose(trials, size - len(promising), is_known=lambda c: c.digest in known)
         return [
-            *(Proposal(candidate=c, proposed_by=promise.origin) for c, promise in promising),
+            *(
+                Proposal(candidate=c, proposed_by=promise.origin, gain=promise.gain)
+                for c, promise in promising
+            ),
             *(Proposal(candidate=c, proposed_by="optuna") for c in asked),
         ]
 

@@ -27,6 +27,7 @@ from autotune.search.conclusion import (
     news_of,
     nothing_ranks,
 )
+from autotune.search.earlier_jobs import take_over, teach
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.explanation import news_of_model
 from autotune.search.failures import in_users_terms
@@ -35,10 +36,12 @@ from autotune.search.front import REFERENCE_DROP, Answer, further_objectives, no
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
+from autotune.search.priors import NOTHING
 from autotune.search.proposals import BATCH
 from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier
 from autotune.search.runtimes import contending, require_judges, require_offered
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
+from autotune.search.stopping import Stopping
 from autotune.search.targets import (
     View,
     as_searched,
@@ -84,6 +87,8 @@ class Tuning:
         self._started = job.started_at or datetime.now(UTC)
         self._stopped_because = ""
         self._tried: set[str] = set()
+        self._earlier = NOTHING
+        self._stopping = Stopping(search=self._spec.search, started=self._started)
         self._pool: WorkerPool | None = None
 
     def run(self) -> JobRecord:
@@ -130,6 +135,9 @@ class Tuning:
         inspection = self._inspect(self._load())
         evaluation = self._baselines(inspection)
         if not self._is_over():
+            self._earlier = take_over(
+                self._repository, self._job, self._spec, self._devices, notice=self._notice
+            )
             entries = self._sensitivity(inspection.inventory)
             bases = self._prune(inspection.inventory, entries)
             self._search(evaluation, inspection.inventory, bases, damage(entries))
@@ -194,7 +202,7 @@ class Tuning:
         phase = SensitivityPhase(
             space=self._space,
             inventory=inventory,
-            known=self._job.sensitivity,
+            known=self._job.sensitivity or self._earlier.sensitivity,
             store=self._keep_sensitivity,
             notice=self._notice,
             limit_s=limit_s(self._spec.search, self._trials()),
@@ -219,9 +227,9 @@ class Tuning:
             limit=self._spec.max_accuracy_drop,
             at_most=self._spec.search.max_pruned_bases,
             worth=REFERENCE_DROP,
-            may_go_on=lambda: self._time_spent() < BASES_SHARE,
+            may_go_on=lambda: self._stopping.time_spent < BASES_SHARE,
         )
-        used = earlier(self._trials(), but=found)
+        used = earlier([*self._trials(), *self._earlier.front], but=found)
         made = self._make_bases(used) if used else []
         return found + [base for base, lost in zip(used, made, strict=True) if lost is not None]
 
@@ -261,6 +269,7 @@ class Tuning:
             limits=limits_of(self._job),
             max_accuracy_drop=self._spec.max_accuracy_drop,
             beside=further_objectives(self._job.spec),
+            earlier=self._earlier,
             on_fitted=lambda fitted: self._event("model", news_of_model(fitted)),
         )
         trials = self._trials()
@@ -273,10 +282,12 @@ class Tuning:
             if not batch:
                 batch = proposals.refine(self._trials(), size=size)
             queue = queue[size:]
-            if not batch:
-                self._stopped_because = "nothing new is left to propose"
+            idle = self._stopping.is_idle(batch, self._trials())
+            if idle or not batch:
+                self._stopped_because = idle or "nothing new is left to propose"
                 break
-            self._evaluate(evaluation, batch[: self._trials_left()])
+            self._evaluate(evaluation, batch[: self._stopping.trials_left(self._trials())])
+            teach(self._repository, self._job, bases=bases, taught=self._earlier.taught)
 
     def _confirm(self, evaluation: Evaluation) -> None:
         """Confirm baselines, front and winner; a winner that does not confirm gives way."""
@@ -412,26 +423,12 @@ class Tuning:
 
     # When to stop.
 
-    def _trials_left(self) -> int:
-        finished = sum(t.state is TrialState.FINISHED for t in self._trials())
-        return max(self._spec.search.trials - finished, 0)
-
     def _is_over(self) -> bool:
         if self._must_stop():
             raise Stopped
-        if self._trials_left() == 0:
-            self._stopped_because = f"all {self._spec.search.trials} trials are done"
-            return True
-        if self._time_spent() >= 1:
-            limit = self._spec.search.time_s
-            self._stopped_because = f"the {limit:g} s of the time budget are spent"
-            return True
-        return False
-
-    def _time_spent(self) -> float:
-        """Of the job's time budget, as a fraction; 0 where it has none."""
-        limit = self._spec.search.time_s
-        return (datetime.now(UTC) - self._started).total_seconds() / limit if limit else 0.0
+        spent = self._stopping.is_spent(self._trials())
+        self._stopped_because = spent or ""
+        return spent is not None
 
     def _must_stop(self) -> bool:
         return self._host.should_stop() or self._is_cancelled()

@@ -23,12 +23,20 @@ from autotune.errors import (
     JobNotReady,
     UntrustedCode,
 )
+from autotune.search.earlier_jobs import AUTO, NONE
 from autotune.search.feasibility import require_sensors
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
 from autotune.service.pools import as_measured
 from autotune.service.problems import problem_responses
-from autotune.spec import FILE_SCHEMES, JobSpec, parse_job, runs_job_code, upload_of
+from autotune.spec import (
+    FILE_SCHEMES,
+    JobSpec,
+    parse_job,
+    runs_job_code,
+    upload_of,
+    warm_started,
+)
 from storage.errors import NotFound
 from storage.records import DeviceRecord, EventRecord, JobRecord, JobState
 
@@ -40,8 +48,8 @@ _EVENTS_PER_READ = 1000
 class ResumeRequest(BaseModel):
     """How a job goes on.
 
-    `trials` are added to what it has tried; `time_s` is how long it may search from here on,
-    in place of the job's own `search.time_s`.
+    `trials` are added to what it has tried, however little they promise; `time_s` is how long
+    it may search from here on, in place of the job's own `search.time_s`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -189,6 +197,10 @@ def _path_of(reference: str | None) -> str | None:
 def _submit(context: ServiceContext, document: dict[str, Any]) -> Job:
     spec = parse_job(document)
     check_spec(spec, context)
+    if spec.search.warm_start not in (AUTO, NONE):
+        # By id from here on: a name may come to mean another job, this very one for example.
+        named = context.repository.get_job(spec.search.warm_start)
+        spec = warm_started(spec, named.id)
     job = context.repository.create_job(spec=spec.model_dump(mode="json"), name=spec.name)
     return show(context, job)
 
@@ -217,6 +229,9 @@ def _resume(context: ServiceContext, reference: str, asked: ResumeRequest) -> Jo
         raise JobNotReady(f"{_finished(job)}; say how many trials more, or for how long")
     done = len(context.repository.list_trials(job.id))
     search = spec.search
+    if asked.trials is not None and job.state is JobState.FINISHED:
+        # Whoever asks for more has seen what little was left to gain.
+        search = search.model_copy(update={"least_gain_per_minute": None})
     if asked.trials is not None:
         # From where the job is, not from a budget that it overshot or never reached.
         trials = max(search.trials, done) + asked.trials

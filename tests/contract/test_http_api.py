@@ -196,6 +196,23 @@ def test_a_finished_job_is_extended_by_trials_or_time_and_shows_its_answer_meanw
     assert resumed.result is not None and resumed.result.winner == (job.result or {})["winner"]
 
 
+def test_a_job_to_begin_with_is_found_when_a_job_is_submitted(service: RunningService) -> None:
+    earlier = service.submit()
+    job = service.submit(search={"warm_start": earlier.name})
+    assert job.spec["search"]["warm_start"] != earlier.name
+    assert service.client.job(job.spec["search"]["warm_start"]).name == earlier.name
+    with pytest.raises(NotFoundError, match="no-such-job"):
+        service.submit(search={"warm_start": "no-such-job"})
+
+
+def test_more_trials_of_a_finished_job_are_spent_however_little_they_promise(
+    service: RunningService,
+) -> None:
+    job = service.submit(search={"least_gain_per_minute": 0.01})
+    service.repository.update_job(job.id, state=JobState.FINISHED)
+    assert service.client.resume(job.id, 5).spec["search"]["least_gain_per_minute"] is None
+
+
 def test_an_ended_job_is_not_cancelled(service: RunningService) -> None:
     job = service.submit()
     service.repository.update_job(job.id, state=JobState.FAILED, reason="no data")

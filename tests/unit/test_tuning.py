@@ -252,59 +252,6 @@ def test_a_cancelled_job_keeps_its_trials_and_answers_with_them(bench: Bench) ->
     assert ended.result["stopped_because"] == "cancelled by hand"
 
 
-def test_an_extended_job_goes_on_with_what_it_learnt_and_keeps_its_answer_meanwhile(
-    bench: Bench,
-) -> None:
-    with _agent(bench):
-        job = bench.run(bench.job())
-        spec = {**job.spec, "search": {"trials": 18}}
-        waiting = bench.repository.resume_job(job.id, spec=spec)
-        assert (waiting.state, waiting.result) == (JobState.QUEUED, job.result)
-        again = bench.run(job)
-    assert again.state is JobState.FINISHED
-    assert again.result is not None and "18 trials" in again.result["stopped_because"]
-    assert bench.repository.get_trial(again.result["winner"]).confirmed_latency is not None
-    added = bench.repository.list_trials(job.id)[14:]
-    assert len(added) == 4
-    assert {t.proposed_by for t in added} <= {"program", "flip", "random", "optuna"}
-    assert not [c for c in bench.pools[1].calls if c.method in ("noise", "divergence", "pruning")]
-
-
-def test_a_job_that_fails_while_it_is_extended_still_has_its_answer(bench: Bench) -> None:
-    class Broken(FakePool):
-        def _inspect(self) -> Any:
-            return CallFailed(error="gone", exception=DiskFull("no room for the model"))
-
-    with _agent(bench):
-        job = bench.run(bench.job())
-        bench.repository.resume_job(job.id, spec={**job.spec, "search": {"trials": 18}})
-        bench.make_pool = Broken
-        failed = bench.run(job)
-    assert failed.state is JobState.FAILED
-    assert failed.result is not None and job.result is not None
-    assert failed.result["winner"] == job.result["winner"]
-
-
-@pytest.mark.parametrize("after", [3, 9])
-def test_a_restart_changes_no_proposal(bench: Bench, after: int) -> None:
-    def candidates(job: JobRecord) -> list[str]:
-        return [t.candidate.digest for t in bench.repository.list_trials(job.id)]
-
-    def enough() -> bool:
-        done = bench.repository.list_trials(job.id)
-        return sum(t.state is TrialState.FINISHED for t in done) >= after
-
-    with _agent(bench):
-        whole = bench.run(bench.job())
-        job = bench.job()
-        bench.should_stop = enough
-        with pytest.raises(Stopped):
-            bench.run(job)
-        bench.should_stop = lambda: False
-        bench.run(job)
-    assert candidates(job) == candidates(whole)
-
-
 def test_wrong_data_fails_the_job_with_the_reason(bench: Bench, tmp_path: Path) -> None:
     np.savez(tmp_path / "empty.npz", x=np.zeros((0, 1, 8, 8), np.float32), y=np.zeros(0, int))
     with _agent(bench):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autotune.api_types import Interval, Job, Trial, TrialOnTarget
 from autotune.errors import MissingPackage, StudyError
 from autotune.frames import choices_of
+from autotune.limits import amounts
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -25,6 +26,8 @@ _OBJECTIVES: dict[str, tuple[str, Callable[[Trial], float | None]]] = {
     "latency": ("latency_ns", lambda trial: _value(trial.latency_ns)),
     "accuracy": ("accuracy_drop", lambda trial: _value(trial.accuracy_drop)),
     "size": ("size_bytes", lambda trial: trial.artifact_size_bytes),
+    "memory": ("peak_memory_bytes", lambda trial: trial.peak_memory_bytes),
+    "energy": ("energy_joules", lambda trial: trial.energy_joules),
 }
 """A job's objectives: the study's name of each and its figure; all are minimized."""
 
@@ -212,15 +215,32 @@ def _constraints(job: Job, trial: Trial) -> dict[str, float]:
     of_device: dict[str, Trial | TrialOnTarget] = {t.device_id: t for t in trial.targets}
     for target in job.targets:
         seen = of_device.get(target.device_id, trial)
-        if target.latency_budget_ns is not None and seen.latency_ns is not None:
+        high_ns = _bound_ns(seen, job.spec.get("latency_at") or "p50")
+        if target.latency_budget_ns is not None and high_ns is not None:
             name = "latency_budget"
             if len(job.targets) > 1:
                 name += f":{target.device_name}"
-            found[name] = seen.latency_ns.high - target.latency_budget_ns
+            found[name] = high_ns - target.latency_budget_ns
     allowed = job.spec.get("max_accuracy_drop")
     if allowed is not None and trial.accuracy_drop is not None:
         found["max_accuracy_drop"] = trial.accuracy_drop.value - allowed
+    figures = {
+        "max_size": trial.artifact_size_bytes,
+        "max_memory": trial.peak_memory_bytes,
+        "max_energy": trial.energy_joules,
+    }
+    for key, limit in amounts(job.spec).items():
+        figure = figures[key]
+        if figure is not None:
+            found[key] = figure - limit
     return found
+
+
+def _bound_ns(seen: Trial | TrialOnTarget, at: str) -> float | None:
+    """What the latency does not pass at that quantile; None where it is not known."""
+    if at == "p50":
+        return seen.latency_ns and seen.latency_ns.high
+    return getattr(seen, f"latency_{at}_high_ns", None)
 
 
 def _distributions(

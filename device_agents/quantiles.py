@@ -26,6 +26,8 @@ from device_agents.latency import (
     MIN_SITTINGS,
     NORMAL_QUANTILE,
     Floats,
+    distinct,
+    quantiles,
 )
 
 TAIL = (1 - CONFIDENCE_LEVEL) / 2
@@ -60,19 +62,20 @@ def upper_bounds(
     quadrature of logarithms (Zou and Donner 2008, "Construction of confidence limits about
     effect measures", for a ratio), and so is the spread of sessions where there are fewer than
     `MIN_SITTINGS` to show it. None where the samples are too few for a bound: p90 takes 36
-    independent ones at least, p99 368.
+    independent ones at least, p99 368; and where blocks are no pairs of positive samples.
     """
     candidate = [b for b in blocks if b.subject == "candidate"]
-    medians = [float(median(b.samples_ns)) for b in blocks if b.subject == "reference"]
-    if not candidate or not medians:
+    paired = [b for b in blocks if b.subject == "reference"]
+    if not candidate or len(candidate) != len(paired) or min(map(_least, blocks)) <= 0:
         return dict.fromkeys(QUANTILES)
+    medians = [float(median(block.samples_ns)) for block in paired]
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
     reference = float(median(medians))
     lowest = lower_median([np.asarray(medians)[part] for part in places])
     scale = 1.0 if reference_latency_ns is None else reference_latency_ns / reference
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
-    n_sittings = np.unique(sittings).size
+    n_sittings = distinct(sittings).size
     spread = 0.0
     if n_sittings < MIN_SITTINGS:
         spread = NORMAL_QUANTILE * LARGEST_SESSION_SPREAD / math.sqrt(n_sittings)
@@ -82,7 +85,7 @@ def upper_bounds(
         if bound is None or lowest is None:
             found[name] = None
             continue
-        quantile = float(np.quantile(np.concatenate(samples), share))
+        quantile = float(quantiles(np.concatenate(samples), [share])[0])
         beside = math.log(reference / lowest)
         above = math.hypot(math.log(bound / quantile), beside, spread)
         found[name] = quantile * math.exp(above) * scale
@@ -135,7 +138,7 @@ def independent(parts: Sequence[Floats], share: float) -> int:
     """
     samples = np.concatenate(parts)
     n, n_parts = samples.size, len(parts)
-    above = [int((part > np.quantile(samples, share)).sum()) for part in parts]
+    above = [int((part > quantiles(samples, [share])[0]).sum()) for part in parts]
     ratio = sum(above) / n
     if n_parts < 2:
         return 0
@@ -146,6 +149,10 @@ def independent(parts: Sequence[Floats], share: float) -> int:
     variance = n_parts / (n_parts - 1) * float(residuals @ residuals) / n**2
     effect = max(1.0, variance / (ratio * (1 - ratio) / n))
     return int(n / effect)
+
+
+def _least(block: Timed) -> int:
+    return min(block.samples_ns, default=0)
 
 
 def _rank(n: int, share: float) -> int:
@@ -169,8 +176,8 @@ def _parts(sittings: np.ndarray) -> list[np.ndarray]:
 
     Whole sittings, because sessions differ; runs of blocks where there are too few sittings.
     """
-    names = np.unique(sittings)
+    names = distinct(sittings)
     if names.size >= MIN_SITTINGS:
         joined = np.array_split(names, min(MAX_PARTS, names.size))
-        return [np.flatnonzero(np.isin(sittings, part)) for part in joined]
+        return [np.flatnonzero((x[0] <= sittings) & (sittings <= x[-1])) for x in joined]
     return [part for part in np.array_split(np.arange(sittings.size), MAX_PARTS) if part.size]

@@ -181,9 +181,12 @@ def _without(figures: TargetFigures, measured: MeasurementRow) -> TargetFigures:
     return figures
 
 
+_MEASURED = (TrialOutcome.OK, TrialOutcome.MEASUREMENT_FAILED, TrialOutcome.UNCONFIRMED)
+
+
 def _screened(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bool:
     """The figures' outcome is this measurement's: the same report, or the same failure."""
-    if figures.outcome not in (TrialOutcome.OK, TrialOutcome.MEASUREMENT_FAILED):
+    if figures.outcome not in _MEASURED:
         return False
     if figures.artifact_sha256 != measured.request.artifact.sha256:
         return False

@@ -48,12 +48,16 @@ class TrialState(StrEnum):
 
 
 class TrialOutcome(StrEnum):
-    """How a finished trial ended. Only `OK` can enter the front."""
+    """How a finished trial ended. Only `OK` can enter the front.
+
+    `UNCONFIRMED` was measured once and could not be measured again. (2026-11-21)
+    """
 
     OK = "ok"
     COMPRESSION_FAILED = "compression_failed"
     ACCURACY_FAILED = "accuracy_failed"
     MEASUREMENT_FAILED = "measurement_failed"
+    UNCONFIRMED = "unconfirmed"
     CANCELLED = "cancelled"
 
 

@@ -91,7 +91,7 @@ def left_out(
 def _why_left_out(
     spec: JobSpec, group: LayerGroup, precision: Precision, kernels: Sequence[DeviceKernels]
 ) -> str | None:
-    if "size" in spec.search.objectives:
+    if "size" in spec.search.objectives or spec.max_size is not None:
         return None
     slow = [
         of_device.why_not_faster(precision, group, runtimes=spec.search.runtimes)

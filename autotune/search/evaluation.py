@@ -22,7 +22,8 @@ from autotune.compression.kernels import kernels_of
 from autotune.compression.layer_times import with_groups
 from autotune.compression.racing import Race
 from autotune.errors import CompressionError, DiskFull
-from autotune.search.feasibility import bounded, limits_of
+from autotune.search.best_baseline import BASELINE
+from autotune.search.feasibility import limits_of
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.front import REFERENCE_DROP, further_objectives, non_dominated
 from autotune.search.planner import Proposal
@@ -111,8 +112,9 @@ class Evaluation:
     def confirm(self, trial: TrialRecord) -> TrialRecord:
         """Measure an `OK` trial again: a fresh process, a narrower interval, held-out data.
 
-        On every target where it is `OK`. Returns the trial with what could be confirmed; a
-        measurement that did not succeed or was not steady leaves `confirmed_latency` None.
+        On every target where it is `OK`. Returns the trial with what could be confirmed; where
+        the measurement did not succeed or was not steady the trial ends as `UNCONFIRMED` and
+        leaves the front. A baseline stays: everything is compared with it.
         """
         if _has_raced(trial):
             self._complete([trial])
@@ -125,6 +127,9 @@ class Evaluation:
             if record.outcome is Outcome.OK and record.report and record.report.is_steady:
                 report = self._by_group(record.report, trial.on(devices[index].id))
                 self._note(trial, devices[index], confirmed_latency=report)
+            elif trial.proposed_by != BASELINE:
+                reason = f"it could not be measured again: {_ended(record)['reason'] or 'unsteady'}"
+                self._note(trial, devices[index], outcome=TrialOutcome.UNCONFIRMED, reason=reason)
         return self.repository.get_trial(trial.id)
 
     def unconfirmed_on(self, trial: TrialRecord) -> list[DeviceRecord]:
@@ -291,8 +296,7 @@ class Evaluation:
         )
 
     def _by_group(self, report: LatencyReport, trial: TrialRecord) -> LatencyReport:
-        """The report with the layer groups of its profile's kernels, and the tail's bounds."""
-        report = bounded(report)
+        """The report with the layer groups of its profile's kernels; itself without a profile."""
         inventory = self.job.inventory
         if report.profile is None or not report.profile.kernels or inventory is None:
             return report

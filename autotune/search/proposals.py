@@ -6,8 +6,9 @@ Owns the mixture and nothing else: the same trials give the same proposals. `pla
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -18,8 +19,10 @@ from autotune.search.planner import Proposal
 from autotune.search.priors import NOTHING, Earlier
 from autotune.search.sampler import Sampler
 from autotune.search.sizes import group_bytes
-from search_spaces import FP32, LayerInventory, SearchSpace
+from search_spaces import FP32, Candidate, LayerInventory, SearchSpace
 from storage.records import TrialRecord
+
+_log = logging.getLogger(__name__)
 
 BATCH = 4
 """Proposals made at once: enough to keep two workers busy, few enough to learn from."""
@@ -111,7 +114,7 @@ class Proposals:
             max_accuracy_drop=self.max_accuracy_drop,
             beside=self.beside,
         )
-        asked = sampler.propose(trials, size - len(promising), is_known=lambda c: c.digest in known)
+        asked = _sampled(sampler, trials, size - len(promising), known)
         return [
             *(
                 Proposal(candidate=c, proposed_by=promise.origin, gain=promise.gain)
@@ -142,6 +145,17 @@ class Proposals:
             return None
         weights = sum(group_bytes(group, FP32) for group in self.inventory.groups)
         return self.limits.size_bytes - max(file_bytes - weights, 0)
+
+
+def _sampled(
+    sampler: Sampler, trials: Sequence[TrialRecord], n: int, known: Set[str]
+) -> list[Candidate]:
+    """The sampler's proposals; none where it fails, for the model's own go on without it."""
+    try:
+        return sampler.propose(trials, n, is_known=lambda c: c.digest in known)
+    except Exception:  # noqa: BLE001 - whatever Optuna raises, it is one of two who propose
+        _log.warning("Optuna's sampler failed; the model alone proposes", exc_info=True)
+        return []
 
 
 def _digests(trials: Sequence[TrialRecord]) -> set[str]:

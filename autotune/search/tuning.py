@@ -27,6 +27,7 @@ from autotune.search.conclusion import (
     news_of,
     nothing_ranks,
 )
+from autotune.search.confirmation import MOST_CONFIRMED, next_to_confirm, reopen_unconfirmed
 from autotune.search.earlier_jobs import take_over, teach
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.explanation import news_of_model
@@ -67,12 +68,6 @@ from storage.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from autotune.compression.data import DataSplits
-
-_CONFIRMED_FRONT_MEMBERS = 3
-"""Front members confirmed beside the winner and the baselines."""
-
-_CONFIRM_ROUNDS = 4
-"""How often the winner may fail to confirm before the best confirmed trial is taken."""
 
 
 class Tuning:
@@ -180,6 +175,7 @@ class Tuning:
         self._check_pools(self._evaluation(reference))
         evaluation = self._evaluation(reference)
         self._reopen_fp32()
+        reopen_unconfirmed(self._repository, self._job)
         first, *others = planner.baselines(self._space)
         fp32 = self._evaluate(evaluation, [first])
         evaluation = self._calibrate(evaluation, fp32[0])
@@ -290,23 +286,22 @@ class Tuning:
             teach(self._repository, self._job, bases=bases, taught=self._earlier.taught)
 
     def _confirm(self, evaluation: Evaluation) -> None:
-        """Confirm baselines, front and winner; a winner that does not confirm gives way."""
+        """Confirm baselines, winner and front; what does not confirm gives way to the next."""
         self._enter("confirming")
         trials = self._trials()
         best = [v.best_baseline(self._spec.max_accuracy_drop) for v, _ in self._answers()]
         baselines = [t for t in (*baseline_trials(self._space, trials), *best) if t is not None]
-        front = self._front(trials)[:_CONFIRMED_FRONT_MEMBERS]
-        for trial in [*baselines, *front]:
+        for trial in baselines:
             self._confirm_trial(evaluation, trial)
-        for _ in range(_CONFIRM_ROUNDS):
-            winners = [found.winner for _, found in self._answers() if found is not None]
-            unconfirmed = {w.id: w for w in winners if w.confirmed_latency is None}
-            if not unconfirmed:
-                break
-            for winner in unconfirmed.values():
-                self._confirm_trial(evaluation, winner)
+        n_before = len(self._tried)
+        while (due := self._next_to_confirm()) and len(self._tried) - n_before < MOST_CONFIRMED:
+            self._confirm_trial(evaluation, due)
         if self._spec.rounding.adaround:
             self._learn_rounding(evaluation)
+
+    def _next_to_confirm(self) -> TrialRecord | None:
+        winners = [found.winner for _, found in self._answers() if found is not None]
+        return next_to_confirm(winners, self._front(self._trials()), tried=self._tried)
 
     def _learn_rounding(self, evaluation: Evaluation) -> None:
         """Round the winner's weights anew; `front.is_no_worse` says whether that replaces it."""
@@ -446,7 +441,8 @@ class Tuning:
         found = []
         for view in views(self._job, self._stored_trials()):
             # What could not be measured again is no answer.
-            asked = [t for t in view.trials if t.confirmed_latency or t.id not in self._tried]
+            sure = [t for t in view.trials if t.confirmed_latency or t.id not in self._tried]
+            asked = sure or view.trials  # where nothing could be: better than no answer
             confirmed = [t for t in asked if t.confirmed_latency]
             seen = replace(view, trials=confirmed if confirmed_only and confirmed else asked)
             found.append((view, seen.answer(max_accuracy_drop=self._spec.max_accuracy_drop)))

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, Response
 
+from autotune.search.feasibility import bounded
 from autotune.service.attendance import AttendanceBook
 from autotune.service.context import Context, ServiceContext
 from autotune.service.identities import Clash, IdentityWatch
@@ -185,6 +186,12 @@ async def segments(
     return await run_in_threadpool(_segments, context, sha256)
 
 
+def _with_bounds(result: MeasurementResult) -> MeasurementResult:
+    """The result of an agent of an earlier release with the tail's bounds that it lacks."""
+    report = None if result.report is None else bounded(result.report)
+    return result.model_copy(update={"report": report})
+
+
 @router.post(
     "/results",
     operation_id="report_result",
@@ -194,7 +201,7 @@ async def report(context: Context, agent: Agent, result: MeasurementResult) -> d
     """Accept a result while its lease is current; a late one is kept for audit (409)."""
     await run_in_threadpool(
         context.repository.accept_result,
-        result,
+        _with_bounds(result),
         agent_id=agent.id,
         max_attempts=context.settings.measurement_attempts,
     )

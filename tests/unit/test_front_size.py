@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.search.front import further_objectives, non_dominated
 from storage.records import TrialRecord
-from tests.unit.records import trial
+from tests.unit.records import latency, trial
 
 points = st.lists(
     st.tuples(
@@ -45,6 +46,39 @@ def test_nothing_on_the_front_is_beaten_in_all_three(
     front = non_dominated(trials, beside=("size",))
     assert {figures_of(t) for t in front} == naive
     assert len(front) == len(naive), "of equal ones the first stays"
+
+
+figures = st.one_of(st.none(), st.just(math.nan), st.sampled_from([1.0, 2.0, 3.0]))
+everything = st.lists(
+    st.tuples(
+        st.sampled_from([1.0, 2.0, math.nan]),
+        st.sampled_from([0.80, 0.90, math.nan]),
+        figures,
+        figures,
+    ),
+    max_size=12,
+)
+
+
+@given(everything, st.integers(0, 1000))
+def test_neither_order_nor_what_is_missing_changes_a_front_in_four_objectives(
+    points: list[tuple[float, float, float | None, float | None]], seed: int
+) -> None:
+    made = [
+        trial(
+            n,
+            ms,
+            value,
+            latency=latency(ms, peak_memory_bytes=None, energy_joules=joules),
+            artifact_size_bytes=None if size is None or math.isnan(size) else int(size),
+        )
+        for n, (ms, value, size, joules) in enumerate(points)
+    ]
+    front = non_dominated(made, beside=("size", "memory", "energy"))
+    shuffled = random.Random(seed).sample(made, len(made))
+    assert non_dominated(shuffled, beside=("size", "memory", "energy")) == front
+    assert all(math.isfinite(points[t.number][0] + points[t.number][1]) for t in front)
+    assert bool(front) == any(math.isfinite(ms + value) for ms, value, *_ in points)
 
 
 def test_a_small_file_that_is_slower_stays_only_where_size_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,13 @@ def test_slow_spells_are_worth_fewer_independent_samples() -> None:
 def test_no_samples_and_a_single_part_have_no_bound() -> None:
     assert upper_bounds([], reference_latency_ns=None) == {"p90": None, "p99": None}
     assert upper_quantile([np.arange(1000.0)], 0.9) is None
+
+
+def test_blocks_that_are_no_pairs_of_positive_samples_have_no_bound() -> None:
+    blocks, nothing = measured(0, pairs=80), {"p90": None, "p99": None}
+    assert upper_bounds(blocks[:-1], reference_latency_ns=2e6) == nothing
+    empty = replace(blocks[0], samples_ns=())
+    assert upper_bounds([empty, *blocks[1:]], reference_latency_ns=2e6) == nothing
 
 
 def test_a_clock_that_reads_the_same_each_time_is_its_own_bound() -> None:

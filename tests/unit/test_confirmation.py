@@ -1,133 +1,113 @@
-"""What is measured again before a job ends, and who takes the place of what does not confirm."""
+"""Confirming a trial after its job is over: what is kept, and the command for it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
-from autotune.search.confirmation import next_to_confirm, overlapping, reopen_unconfirmed
-from autotune.search.front import non_dominated
+from autotune.cli.root import run
+from autotune.cli.session import Session
+from autotune.export.bundle import write_bundle
+from autotune.search.verification import keep_confirmation
 from device_agents.protocol import Outcome
-from search_spaces import Candidate
-from storage.records import TrialOutcome, TrialRecord
-from tests.unit.fakes import FakeAgent
-from tests.unit.records import latency, trial
-from tests.unit.test_tuning import Bench
-from tests.unit.test_tuning import bench as bench
+from tests.unit import fabricated_job as fabricated
+from tests.unit.cli_fakes import FakeClient
+from tests.unit.records import accuracy, latency
+from tests.unit.test_tuning import bench  # noqa: F401 - a fixture
 
-
-def front_of(*ms: float) -> list[TrialRecord]:
-    """A front, 1 % to either side of each latency."""
-    return [trial(n, x, 0.90 + n / 100) for n, x in enumerate(ms)]
-
-
-def confirmed(one: TrialRecord) -> TrialRecord:
-    return replace(one, confirmed_latency=one.latency)
-
-
-def test_members_whose_intervals_touch_are_the_unclear_ones() -> None:
-    front = front_of(1.0, 1.015, 2.0, 3.0, 3.02)
-    assert [t.number for t in overlapping(front)] == [0, 1, 3, 4]
-    assert overlapping(front_of(1.0)) == overlapping([]) == []
-
-
-def test_the_winner_is_measured_again_first_then_what_is_unclear_then_the_fastest() -> None:
-    front = front_of(1.0, 2.0, 3.0, 4.0, 4.05, 9.0)
-    order, tried = [], set()
-    while (found := next_to_confirm([front[2]], front, tried=tried)) is not None:
-        order.append(found.number)
-        tried.add(found.id)
-    assert order == [2, 3, 4, 0, 1]
-
-
-def test_what_is_confirmed_is_not_measured_again() -> None:
-    front = [confirmed(one) for one in front_of(1.0, 1.01, 2.0)]
-    assert next_to_confirm([front[0]], front, tried=set()) is None
+HELD_OUT = accuracy(0.9, split="held_out")
 
 
 @pytest.fixture
-def agent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAgent]:
-    monkeypatch.setattr("autotune.search.fleet.Fleet.is_online", lambda self, device: True)
-    with bench.agent() as made:
-        yield made
+def unconfirmed(bench):  # noqa: F811
+    """A finished job and a trial of it that was measured once."""
+    with bench.agent():
+        job = bench.run(bench.job(search={"trials": 3, "prune_ratios": [0]}))
+    trial = bench.repository.list_trials(job.id)[0]
+    cleared = {"confirmed_latency": None, "held_out_accuracy": None}
+    return job, bench.repository.update_trial(trial.id, **cleared)
 
 
-def _unconfirmed(bench: Bench, job_id: str) -> list[TrialRecord]:
-    trials = bench.repository.list_trials(job_id)
-    return [t for t in trials if t.outcome is TrialOutcome.UNCONFIRMED]
+def measured(report, outcome=Outcome.OK):
+    return SimpleNamespace(outcome=outcome, report=report)
 
 
-def test_a_member_that_does_not_confirm_leaves_the_front_and_the_next_takes_its_place(
-    bench: Bench,
-    agent: FakeAgent,
-) -> None:
-    failing: set[str] = set()
-
-    def outcome(candidate: Candidate) -> tuple[Outcome, str | None]:
-        is_first = agent.now.kind == "confirmation" and candidate.prune_ratios and not failing
-        if is_first or candidate.digest in failing:
-            failing.add(candidate.digest)
-            return Outcome.TIMEOUT, "the device hung"
-        return Outcome.OK, None
-
-    agent.outcome_of = outcome
-    job = bench.run(bench.job(max_accuracy_drop=0.2))
-    (left,) = _unconfirmed(bench, job.id)
-    front = non_dominated(bench.repository.list_trials(job.id))
-    assert "the device hung" in (left.reason or "")
-    assert left.id not in {t.id for t in front}
-    assert job.result is not None
-    assert bench.repository.get_trial(job.result["winner"]).confirmed_latency is not None
-    assert all(t.confirmed_latency for t in front[:3])
+def test_a_second_measurement_confirms_a_trial_that_has_none(bench, unconfirmed):  # noqa: F811
+    job, trial = unconfirmed
+    report = latency(3.0)
+    keep_confirmation(bench.repository, job, trial, measured(report), HELD_OUT)
+    kept = bench.repository.get_trial(trial.id)
+    assert kept.confirmed_latency.p50_ns == report.p50_ns
+    assert kept.held_out_accuracy == HELD_OUT
+    last = bench.repository.list_events(job.id)[-1]
+    assert (last.kind, last.payload["number"]) == ("trial_confirmed", trial.number)
 
 
-def test_a_member_that_turns_out_slower_gives_its_place_to_the_next(
-    bench: Bench,
-    agent: FakeAgent,
-) -> None:
-    lucky: set[str] = set()
-
-    def report(candidate: Candidate) -> Any:
-        from tests.unit.fakes import fake_ms
-
-        is_again = agent.now.kind == "confirmation"
-        if is_again and candidate.prune_ratios and not lucky:
-            lucky.add(candidate.digest)
-        return latency(9.0 if candidate.digest in lucky and is_again else fake_ms(candidate))
-
-    agent.report_of = report
-    job = bench.run(bench.job(max_accuracy_drop=0.2))
-    trials = bench.repository.list_trials(job.id)
-    front = non_dominated(trials)
-    assert lucky and not lucky & {t.candidate.digest for t in front}
-    assert all(t.confirmed_latency for t in front[:3])
-    assert job.result is not None and job.result["verdict"] == "within_budget"
+@pytest.mark.parametrize(
+    "bad",
+    [
+        measured(None, Outcome.TIMEOUT),
+        measured(latency(3.0, is_steady=False)),
+        measured(latency(3.0, is_steady=False), Outcome.UNSTABLE),
+    ],
+)
+def test_a_measurement_that_went_wrong_confirms_nothing(bench, unconfirmed, bad):  # noqa: F811
+    job, trial = unconfirmed
+    keep_confirmation(bench.repository, job, trial, bad, HELD_OUT)
+    assert bench.repository.get_trial(trial.id).confirmed_latency is None
 
 
-def test_a_job_that_goes_on_gives_what_did_not_confirm_another_chance(
-    bench: Bench,
-    agent: FakeAgent,
-) -> None:
-    job = bench.run(bench.job())
-    (winner,) = [t for t in bench.repository.list_trials(job.id) if t.id == job.result["winner"]]  # type: ignore[index]
-    bench.repository.update_trial(
-        winner.id, outcome=TrialOutcome.UNCONFIRMED, reason="busy", confirmed_latency=None
-    )
-    reopen_unconfirmed(bench.repository, job)
-    found = bench.repository.get_trial(winner.id)
-    assert (found.outcome, found.reason) == (TrialOutcome.OK, None)
+def test_a_confirmed_trial_keeps_its_first_confirmation(bench, unconfirmed):  # noqa: F811
+    job, trial = unconfirmed
+    first = bench.repository.update_trial(trial.id, confirmed_latency=latency(2.0))
+    keep_confirmation(bench.repository, job, first, measured(latency(3.0)), HELD_OUT)
+    assert bench.repository.get_trial(trial.id).confirmed_latency == first.confirmed_latency
 
 
-def test_where_nothing_can_be_measured_again_there_is_still_an_answer(
-    bench: Bench,
-    agent: FakeAgent,
-) -> None:
-    agent.outcome_of = lambda c: (
-        (Outcome.TIMEOUT, "hung") if agent.now.kind == "confirmation" else (Outcome.OK, None)
-    )
-    job = bench.run(bench.job())
-    assert job.result is not None
-    assert bench.repository.get_trial(job.result["winner"]).latency is not None
+class Confirming(FakeClient):
+    """Exports a real bundle; a verification confirms the trial where `works`."""
+
+    works = True
+
+    def export(self, reference, path, **asked):
+        inventory = fabricated.inventory()
+        return write_bundle(
+            path,
+            job=fabricated.job(inventory),
+            trial=fabricated.trials(inventory)[7],
+            device=fabricated.device(),
+            model=fabricated.linear_model(),
+        )
+
+    def trial(self, reference, number):
+        shown = super().trial(reference, number)
+        is_confirmed = self.works and any(call[0] == "verify" for call in self.calls)
+        interval = shown.latency_ns if is_confirmed else None
+        return shown.model_copy(update={"confirmed_latency_ns": interval, "targets": []})
+
+
+def confirm(client):
+    session = Session(connect=lambda url, token: client)
+    return run(["--url", "http://s", "--token", "t", "trial", "confirm", "job-1", "#1"], session)
+
+
+def test_the_command_has_the_trials_own_bytes_measured_and_shows_it(capsys):
+    client = Confirming()
+    assert confirm(client) == 0
+    (call,) = [call for call in client.calls if call[0] == "verify"]
+    assert call[2] == client.trial("job-1", "1").id
+    assert "confirmed in a fresh process" in capsys.readouterr().out
+
+
+def test_a_trial_that_could_not_be_confirmed_ends_with_an_error(capsys):
+    client = Confirming()
+    client.works = False
+    assert confirm(client) != 0
+    assert "could not be confirmed" in capsys.readouterr().err
+
+
+def test_a_confirmed_trial_is_not_measured_again(capsys):
+    client = Confirming()
+    client.calls.append(("verify", "before", 0))
+    assert confirm(client) == 0
+    assert "is confirmed already" in capsys.readouterr().err
+    assert len([call for call in client.calls if call[0] == "verify"]) == 1

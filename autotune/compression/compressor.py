@@ -29,12 +29,16 @@ from autotune.compression.inventory import build_inventory, count_cost
 from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
 from autotune.compression.post_training import POST_TRAINING_VERSION, post_training
 from autotune.compression.quantization import QuantizableGraph
-from autotune.compression.shipped_runtime import BY_ONNXRUNTIME, executed_precisions
+from autotune.compression.shipped_runtime import (
+    BY_ONNXRUNTIME,
+    executed_precisions,
+    unseen_precisions,
+)
 from autotune.compression.source import SourceModel, export_module
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError, InvalidModel
 from autotune.spec import Importance, RecoverySpec, RoundingSpec
-from search_spaces import Candidate, PrunableGroup
+from search_spaces import USUAL_PROVIDER, Candidate, PrunableGroup
 
 if TYPE_CHECKING:
     from autotune.compression.adaround import LearnedRounding
@@ -213,12 +217,17 @@ class Compressor:
         """What the candidate's runtime makes of `data`, or here of what stands in for it."""
         units, runtime = graph.units.values(), candidate.runtime.runtime
         planned = candidate.precisions
+        if candidate.runtime.provider != USUAL_PROVIDER:
+            return unseen_precisions(units, planned)
         if runtime not in BY_ONNXRUNTIME:
             return executed_precisions(data, units, planned, runtime=runtime)
         checked, fused_here = data, as_checked_here(kernels)
         if fused_here != kernels:
             checked = graph.emit(planned, kernels=fused_here, rounding=rounding)
-        return effective_precisions(checked, units, planned=planned, kernels=kernels)
+        level = candidate.runtime.graph_level
+        return effective_precisions(
+            checked, units, planned=planned, kernels=kernels, graph_level=level
+        )
 
     def channel_scores(self) -> ChannelScores:
         """How much each prunable channel matters; judged once, good for every base.

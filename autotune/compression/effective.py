@@ -24,6 +24,7 @@ from autotune.compression.operators import WeightedNode
 from autotune.compression.units import Unit
 from autotune.compression.weight_only import is_blocked, packed_weight
 from autotune.errors import CompressionError
+from device_agents.runtimes.onnxruntime import LEVELS
 from search_spaces import FP32, INT8, Precision
 
 INTEGER_KERNELS = frozenset(
@@ -70,21 +71,23 @@ def effective_precisions(
     planned: Mapping[str, Precision],
     *,
     kernels: KernelClass = X86_VNNI,
+    graph_level: str = "all",
 ) -> tuple[GroupPrecision, ...]:
     """One entry per layer group, in graph order; groups not planned are FP32.
 
-    The graph is what this machine's onnxruntime makes of the artifact; `kernels` is the
-    device's class, for what that has and this machine has not.
+    The graph is what this machine's onnxruntime makes of the artifact at that graph level, on
+    its processor; `kernels` is the device's class, for what that has and this machine has not.
 
     Raises:
         CompressionError: onnxruntime does not load the artifact.
     """
-    executed = _Executed(optimized_graph(artifact), has_half=kernels.has_half)
+    graph = optimized_graph(artifact, graph_level=graph_level)
+    executed = _Executed(graph, has_half=kernels.has_half)
     return tuple(_compare(unit, planned.get(unit.name, FP32), executed) for unit in units)
 
 
-def optimized_graph(artifact: bytes) -> onnx.ModelProto:
-    """The graph that a plain onnxruntime CPU session with default options executes.
+def optimized_graph(artifact: bytes, *, graph_level: str = "all") -> onnx.ModelProto:
+    """The graph that an onnxruntime CPU session executes; a plain one's level is `all`.
 
     Raises:
         CompressionError: onnxruntime does not load the artifact.
@@ -94,6 +97,7 @@ def optimized_graph(artifact: bytes) -> onnx.ModelProto:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(path)
         options.intra_op_num_threads = 1
+        options.graph_optimization_level = LEVELS[graph_level]
         options.log_severity_level = 3  # it warns that the file fits this machine alone
         # Packing weights for the kernels comes after the graph is final; it is a third of the time.
         options.add_session_config_entry("session.disable_prepacking", "1")

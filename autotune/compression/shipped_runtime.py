@@ -84,7 +84,16 @@ def executed_precisions(
     executed = _in_file(artifact, runtime, look)
     makers = makers_of(artifact)  # a fused kernel may carry the name of what it makes
     by_name = executed and {makers.get(name, name): x for x in executed for name in x.names}
+    if by_name is None:
+        return unseen_precisions(units, planned)
     return tuple(_compare(unit, planned.get(unit.name, FP32), by_name) for unit in units)
+
+
+def unseen_precisions(
+    units: Iterable[Unit], planned: Mapping[str, Precision]
+) -> tuple[GroupPrecision, ...]:
+    """One entry per layer group, taken at its word: the device's provider is not here to look."""
+    return tuple(_compare(unit, planned.get(unit.name, FP32), None) for unit in units)
 
 
 def _compare(

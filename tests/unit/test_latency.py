@@ -1,6 +1,8 @@
 """The estimator, its interval and the rules, against naive code and by simulation."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -306,3 +308,25 @@ def test_a_single_step_is_no_drift():
 
 def test_too_few_blocks_show_no_drift():
     assert latency.reference_trend(references([1e6, 1.1e6, 1.2e6])) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 24])
+def test_medians_and_quantiles_are_numpys(n):
+    rows = np.random.default_rng(n).normal(size=(50, n))
+    assert np.array_equal(latency._medians(rows), np.median(rows, axis=1))
+    shares = [0.025, 0.9, 0.99]
+    assert latency.quantiles(rows[0], shares) == pytest.approx(np.quantile(rows[0], shares))
+
+
+def test_a_measurements_figures_need_no_masked_arrays():
+    code = """
+import sys, numpy as np
+from device_agents import latency, quantiles
+blocks = [latency.TimedBlock(subject=subject, samples_ns=(5.0, 6.0), median_ns=5.5, sitting=i // 2)
+          for i in range(12) for subject in ("candidate", "reference")]
+latency.summarize(blocks, seed=0, reference_latency_ns=None)
+quantiles.upper_bounds(blocks, reference_latency_ns=None)
+print("numpy.ma" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -210,7 +210,7 @@ class RecoverySpec(_Section):
     """Samples per step."""
     patience: int = Field(default=3, ge=1)
     """Epochs in a row without a smaller loss on the held-back tenth of the training data that
-    end the training; the weights of the best epoch are kept."""
+    end the training once its learning rate has come down to half; the best epoch is kept."""
     temperature: float = Field(default=4.0, gt=0)
     """Softens teacher and student; larger is softer."""
 

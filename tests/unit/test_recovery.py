@@ -218,7 +218,8 @@ def test_training_stops_when_so_many_epochs_bring_nothing(
 ) -> None:
     spec = RecoverySpec(epochs=30, learning_rate=0.5, batch_size=32, patience=patience)
     report = recover(copy.deepcopy(teacher), teacher, training, spec=spec, seed=0, threads=1)
-    assert report.epochs == report.kept_epoch + patience < 30
+    # At 18 of 30 epochs the learning rate has come down to half of its peak.
+    assert report.epochs == max(report.kept_epoch, 18) + patience < 30
     assert report.stopped_because.startswith(f"{patience} epochs in a row")
 
 
@@ -242,7 +243,7 @@ def test_what_is_kept_is_the_best_epoch_and_its_accuracy_is_the_one_reported(
     spec = RecoverySpec(epochs=9, learning_rate=1e-6, batch_size=48, patience=2)
     student = Spoiling(teacher, right_after=2 * len(train) // spec.batch_size)
     report = recover(student, teacher, training, spec=spec, seed=0, threads=1)
-    assert (report.kept_epoch, report.epochs) == (2, 4)
+    assert (report.kept_epoch, report.epochs) == (2, 8)
     judged = training.take(validation)
     assert accuracy(student, judged) == report.recovered_accuracy == report.teacher_accuracy
     assert report.reestimated_accuracy == 0.0

@@ -57,12 +57,10 @@ et al. 2019 (arXiv:1906.10771) see it ahead of weight norms on ImageNet too.
 
 Objective = Literal["accuracy", "latency", "size", "memory", "energy"]
 GraphLevel = Literal["all", "layout", "extended", "basic", "disabled"]
-"""Those of `search_spaces.GRAPH_LEVELS`. The defaults of the options of onnxruntime are what 25
-small models (64x64 and 224x224; FP32, INT8 and mixtures) say on one x86 core with onnxruntime
-1.31.1, time over that of `all` with arena: `extended` 1.15 to 3.8, `basic` 1.2 to 10, no arena
-0.96 to 1.06 (median 1.01); `layout`, on 9 of them, 0.98 to 1.01. With two threads on two virtual
-cores, spinning or not made no difference that could be told from noise (12 models, medians 0.94
-to 1.04)."""
+"""Those of `search_spaces.GRAPH_LEVELS`. Why `all` with arena is the default: 25 small models
+(FP32, INT8 and mixtures) on one x86 core, onnxruntime 1.31.1, time over its: `extended` 1.15 to
+3.8, `basic` 1.2 to 10, no arena 0.96 to 1.06; `layout`, on 9 of them, 0.98 to 1.01. With two
+threads spinning made no difference that could be told from noise (12 models, 0.94 to 1.04)."""
 
 _UPLOAD = re.compile(r"^sha256:([0-9a-f]{64})$")
 

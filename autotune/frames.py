@@ -6,15 +6,17 @@ Owns the columns. pandas comes with the extra `analysis`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from autotune.api_types import Interval, Job, Shape, Trial
 from autotune.errors import MissingPackage
+from search_spaces import RuntimeOptions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_UNCHANGED = {"precision": "fp32", "prune": 0.0, "runtime": "onnxruntime", "threads": 1}
+_UNCHANGED = {"precision": "fp32", "prune": 0.0, **asdict(RuntimeOptions())}
 """What a choice is where a candidate does not name it, as in `search_spaces.Candidate`."""
 
 
@@ -22,9 +24,9 @@ def trials_frame(job: Job, trials: Sequence[Trial]) -> pd.DataFrame:
     """One row per trial, in the given order, with the trial's number as the index.
 
     An interval is three columns (`latency_ns`, `latency_ns_low`, `latency_ns_high`); a choice
-    is a column of its name (`precision:GROUP`, `prune:GROUP`, `runtime`, `threads`). In a job on
-    several devices the figures on each stand in `DEVICE:latency_ns` and so on. Units are those
-    of `autotune.api_types`. What is not known is missing (None or NaN).
+    is a column of its name (`precision:GROUP`, `prune:GROUP`, `runtime` and its options). In a
+    job on several devices the figures on each stand in `DEVICE:latency_ns` and so on. Units are
+    those of `autotune.api_types`. What is not known is missing (None or NaN).
 
     Raises:
         MissingPackage: pandas is not installed.
@@ -58,7 +60,7 @@ def _choices(trial: Trial) -> dict[str, Any]:
     return {
         **{f"precision:{group}": name for group, name in precisions.items()},
         **{f"prune:{group}": ratio for group, ratio in candidate.get("prune_ratios", {}).items()},
-        **{name: runtime[name] for name in ("runtime", "threads") if name in runtime},
+        **runtime,
     }
 
 

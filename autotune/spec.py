@@ -39,9 +39,9 @@ JOB_VERSION: Literal[1] = 1
 # the same.
 # 2026-11-21: latency_at (before it, p50), max_size, max_memory, max_energy; memory and energy as
 # objectives; a job without them means the same.
+# 2026-11-21: search.least_gain_per_minute and warm_start (before it, none).
 # 2026-11-21: recovery.epochs counts passes of the unpruned model (before it, of the pruned one);
 # search.prune_ratios goes to 0.75 where left out (before it, 0.5).
-# 2026-11-21: search.least_gain_per_minute and warm_start (before it, none).
 # 2026-11-21: device may be a list, latency_budget a mapping; a single one of each means the same.
 
 FILE_SCHEMES = ("onnx", "npz", "imagefolder")
@@ -155,9 +155,8 @@ class SearchSpec(_Section):
     that the device measures: 0.001 is 0.1 % of what the front has. It spends its trials and its
     time where left out."""
     warm_start: str = Field(default="auto", min_length=1)
-    """Whose results the search begins with: those of an earlier job of the same model and devices
-    (`auto`, the newest one), of the job of this id or name, or of `none`. They are priors: what is
-    measured for this job alone counts for it."""
+    """Whose results the search begins with, as priors: those of the newest job of the same model
+    and devices (`auto`), of the job of this id or name, or `none`."""
     max_pruned_bases: int = Field(default=4, ge=0)
     """Pruned and recovered versions of the model that are made at most; each is trained once."""
     allow_without_pruning: bool = True

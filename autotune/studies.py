@@ -71,7 +71,7 @@ def study_of(
 
     Its directions are the job's objectives, each minimized, with their names. A parameter is
     the precision of a group (`precision:GROUP`), the share of channels it lost (`prune:GROUP`),
-    `runtime` or `threads`. A trial that ranks is COMPLETE, one that failed or is not steady
+    `runtime` or one of its options. A trial that ranks is COMPLETE, one that failed or is not steady
     FAIL, one that is not finished RUNNING. Constraints are feasible at or below 0: the upper
     bound of the latency minus its budget, and the accuracy drop minus the largest allowed.
     The user attributes are the trial's figures, an interval as [value, low, high].

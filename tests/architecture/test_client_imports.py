@@ -59,11 +59,14 @@ def test_the_client_draws_in_nothing_of_the_service(tmp_path: Path) -> None:
     own = {name for name in ran.stdout.split() if name.startswith(("autotune.", "storage."))}
     assert own == {
         "autotune.analysis",
+        "autotune.api_explanation",
         "autotune.api_types",
         "autotune.bundle_download",
         "autotune.client",
         "autotune.errors",
         "autotune.frames",
+        "autotune.limits",
         "autotune.spec",
+        "autotune.spec_errors",
         "autotune.studies",
     }

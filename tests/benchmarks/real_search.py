@@ -12,7 +12,7 @@ measured, until those are spent. Keys, per model:
 - `MODEL.device_s`: device seconds that each method of a seed was given, the mean over seeds.
 
 Latencies are those of the search's own measurements, alike for all methods. `--quick` is one
-seed of the quick job of `main_job`, in a few trials.
+seed of ours and of TPE on the quick job of `main_job`, in a few trials.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.benchmarks.harness import CACHE, Benchmark, Figure, start
 from tests.benchmarks.main_job import QUICK_MODEL, quick_job, records
 
 MODELS = ("mobilenet_v2", "mobilenet_v3_small")
-METHODS = ("ours", *rivals.SAMPLERS)
+METHODS, QUICK_METHODS = ("ours", *rivals.SAMPLERS), ("ours", "tpe")
 SEEDS, QUICK_SEEDS = 3, 1
 TRIALS, QUICK_TRIALS = 60, 5
 
@@ -76,7 +76,7 @@ def compare(benchmark: Benchmark, model: str, spec: JobSpec) -> None:
     found = []
     for seed in range(QUICK_SEEDS if benchmark.quick else SEEDS):
         courses: dict[str, Course] = {}
-        for method in METHODS:
+        for method in QUICK_METHODS if benchmark.quick else METHODS:
             benchmark.say(f"{model}, seed {seed}: {method}")
             folder = CACHE / "real_search" / f"{model}-{seed}-{method}"
             bases = folder.with_name(f"{model}-{seed}-{METHODS[0]}") / "bases"
@@ -94,8 +94,11 @@ def compare(benchmark: Benchmark, model: str, spec: JobSpec) -> None:
 
 def figures(found: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     """Means over seeds; the least and the largest as bounds."""
-    names = {**{f"{method}_hypervolume": method for method in METHODS}, "device_s": "device_s"}
-    return {key: _over_seeds([row[name] for row in found]) for key, name in names.items()}
+    names = [name for name in found[0] if name != "device_s"]
+    return {
+        **{f"{name}_hypervolume": _over_seeds([row[name] for row in found]) for name in names},
+        "device_s": _over_seeds([row["device_s"] for row in found]),
+    }
 
 
 def seeded(spec: JobSpec, *, seed: int, trials: int) -> JobSpec:

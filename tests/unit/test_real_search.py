@@ -74,5 +74,7 @@ def test_a_course_counts_what_fits_into_the_device_seconds() -> None:
 def test_the_figures_are_means_with_the_extremes_of_the_seeds() -> None:
     rows = [{"device_s": 10.0, "ours": 0.8, "tpe": 0.5, "nsga2": 0.4}]
     rows.append({"device_s": 12.0, "ours": 0.9, "tpe": 0.7, "nsga2": 0.4})
-    figure = real_search.figures(rows)["ours_hypervolume"]
+    found = real_search.figures(rows)
+    assert set(found) == {"ours_hypervolume", "tpe_hypervolume", "nsga2_hypervolume", "device_s"}
+    figure = found["ours_hypervolume"]
     assert (figure.value, figure.low, figure.high, figure.n) == (pytest.approx(0.85), 0.8, 0.9, 2)

@@ -122,8 +122,8 @@ class SearchSpec(_Section):
     the peak of a process that serves the model, `energy` the joules of one inference, on devices
     with a sensor."""
     prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5, 0.75)
-    """Shares of its channels that a prunable group may lose; `[0]` switches pruning off. Larger ones
-    cost little: which of them are trained depends on what the ones before have lost."""
+    """Shares of its channels that a prunable group may lose; `[0]` switches pruning off. Larger
+    ones cost little: which of them are trained depends on what the ones before have lost."""
     prune_importance: Importance = "taylor"
     """How pruning ranks channels: by the `l1` or `l2` norm of their weights, by the `taylor`
     expansion of the loss (gradients of training samples, or of calibration samples where there

@@ -71,8 +71,8 @@ def study_of(
 
     Its directions are the job's objectives, each minimized, with their names. A parameter is
     the precision of a group (`precision:GROUP`), the share of channels it lost (`prune:GROUP`),
-    `runtime` or one of its options. A trial that ranks is COMPLETE, one that failed or is not steady
-    FAIL, one that is not finished RUNNING. Constraints are feasible at or below 0: the upper
+    `runtime` or one of its options. A trial that ranks is COMPLETE, one that failed or is not
+    steady FAIL, one that is not finished RUNNING. Constraints are feasible at or below 0: the upper
     bound of the latency minus its budget, and the accuracy drop minus the largest allowed.
     The user attributes are the trial's figures, an interval as [value, low, high].
 
@@ -239,7 +239,7 @@ def _constraints(job: Job, trial: Trial) -> dict[str, float]:
 def _bound_ns(seen: Trial | TrialOnTarget, at: str) -> float | None:
     """What the latency does not pass at that quantile; None where it is not known."""
     if at == "p50":
-        return seen.latency_ns and seen.latency_ns.high
+        return None if seen.latency_ns is None else seen.latency_ns.high
     return getattr(seen, f"latency_{at}_high_ns", None)
 
 

@@ -13,11 +13,13 @@ import pytest
 from optuna.trial import TrialState
 
 from autotune.api_types import JobTarget, Trial, TrialOnTarget
+from autotune.cli.root import run
+from autotune.cli.session import Session
 from autotune.client import Client
 from autotune.errors import MissingPackage, ServiceError, StudyError
 from autotune.frames import trials_frame
 from autotune.studies import study_of, title
-from tests.unit.cli_fakes import NOW, interval, make_job, make_trial
+from tests.unit.cli_fakes import NOW, FakeClient, interval, make_job, make_trial
 
 SPEC = {"max_accuracy_drop": 0.01, "search": {"objectives": ["accuracy", "latency"]}}
 
@@ -158,3 +160,16 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackage, match=rf"{package} is not installed.*\[analysis\]"):
         make(make_job(), trials())
+
+
+def test_export_optuna_writes_a_study_and_prints_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    session = Session(connect=lambda url, token: FakeClient())
+    arguments = ["--url", "http://service", "--token", "secret", "export-optuna", "job-1", storage]
+    assert run(arguments, session) == 0
+    name = capsys.readouterr().out.strip()
+    assert optuna.load_study(study_name=name, storage=storage).trials
+    assert run(arguments, Session(connect=lambda url, token: FakeClient())) == StudyError.exit_code
+    assert "another name with --name" in capsys.readouterr().err

@@ -21,9 +21,9 @@ import torch
 
 from autotune.compression.accuracy import log_probabilities, mean_kl_divergence
 from autotune.compression.equalization import Stretched
-from autotune.compression.graph_writer import Plan
 from autotune.compression.layer_codes import needs_bias, offset_terms
 from autotune.compression.operators import WeightedNode, clip_bounds
+from autotune.compression.plan import Plan
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.recovery import torch_settings
 from autotune.compression.rounding import (

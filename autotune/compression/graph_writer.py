@@ -8,27 +8,26 @@ each made where it is first needed. What runs on which is decided by `placement.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import onnx
 
-from autotune.compression.calibration import Calibration, Range
-from autotune.compression.equalization import Stretched
+from autotune.compression.calibration import Range
 from autotune.compression.graph import GraphView, attribute
 from autotune.compression.histograms import LEVELS
 from autotune.compression.int8_constants import norm_arrays, operand_codes
-from autotune.compression.kernels import KernelClass
 from autotune.compression.layer_codes import layer_codes, needs_bias
 from autotune.compression.operators import (
     ELEMENTWISE,
     WeightedNode,
+    averaged_range,
     constant_operand,
     norm_as_convolution,
 )
 from autotune.compression.parts import Parts
-from autotune.compression.placement import Placement
-from autotune.compression.rounding import Rounding
+from autotune.compression.plan import Plan
 from autotune.compression.weight_only import (
     is_blocked,
     output_axis,
@@ -37,7 +36,6 @@ from autotune.compression.weight_only import (
     write_unpacked,
 )
 from autotune.compression.weights import INT8_MAX
-from autotune.compression.wide import WidePlacement
 from autotune.errors import CompressionError
 from search_spaces import INT8, Precision
 
@@ -57,22 +55,6 @@ class _Codes:
     zero_point: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """All that one candidate's file follows from."""
-
-    view: GraphView
-    layers: Mapping[str, WeightedNode]
-    calibration: Calibration
-    chosen: Mapping[str, Precision]
-    placement: Placement
-    wide: WidePlacement
-    kernels: KernelClass
-    stretched: Mapping[str, Stretched] = dataclasses.field(default_factory=dict)
-    """Tensors whose codes stand for stretched channels in this candidate."""
-    rounding: Rounding = dataclasses.field(default_factory=Rounding)
-
-
 def weight_codes(layer: str, precision: Precision) -> str:
     """The initializer that holds a layer's quantized weights in an artifact."""
     return f"{_weight_prefix(layer, precision)}/q"
@@ -89,7 +71,7 @@ class GraphWriter:
         self._made: set[str] = set()
         self._half_made: set[str] = set()
         self._meanings: dict[str, _Codes] = {}
-        self._symmetric = _symmetric_roots(plan)
+        self._symmetric = plan.symmetric_roots()
 
     def write(self) -> None:
         """Write every node."""
@@ -384,14 +366,27 @@ class GraphWriter:
     def _range(self, tensor: str) -> tuple[float, float]:
         """The least and the largest value of the tensor that matter."""
         held = self._held(tensor)
-        joined = [self._held(x) for x in self._placement.shared.get(tensor, ())]
-        if joined:
-            return min(x.low for x in joined), max(x.high for x in joined)
+        joined = [self._held(x) for x in self._placement.shared.get(tensor, ())] or [held]
+        low, high = min(x.low for x in joined), max(x.high for x in joined)
+        pool = self._view.producer.get(tensor)
+        if pool is not None and pool.op_type == "GlobalAveragePool":
+            return self._averaged(pool, (low, high), (held.low, held.high))
+        if tensor in self._placement.shared:
+            return low, high
         taker = self._view.only_consumer(tensor)
         if taker is not None and taker.op_type == "HardSwish":
             # HardSwish is 0 below -3: codes spent there are wasted.
             return max(held.low, -_HARD_SWISH_SHIFT), held.high
         return held.low, held.high
+
+    def _averaged(
+        self, pool: onnx.NodeProto, joint: tuple[float, float], own: tuple[float, float]
+    ) -> tuple[float, float]:
+        if pool.name not in self._placement.int8:
+            return joint
+        scale = self._meaning(pool.input[0]).scale
+        n_values = math.prod(self._view.shape(pool.input[0])[1:]) or 1
+        return averaged_range(joint, own, input_scale=scale, n_values=n_values)
 
     def _held(self, tensor: str) -> Range:
         """The tensor's own range, its channels stretched where they are in this candidate."""
@@ -443,27 +438,6 @@ class GraphWriter:
         if self._plan.kernels.signed_activations:
             return self._parts.constant(name, unsigned - _SIGN_SHIFT, np.int8)
         return self._parts.constant(name, unsigned, np.uint8)
-
-
-def _symmetric_roots(plan: Plan) -> set[str]:
-    """The tensors whose codes are symmetric around zero, because a layer wants them so.
-
-    A tensor without negative values has zero at the end of its codes all the same, which
-    wastes none; and a range that replaces an activation must end where the activation does.
-    """
-    roots: set[str] = set()
-    for name, precision in plan.chosen.items():
-        if precision.is_half or precision.activation_bits == 32 or not precision.is_symmetric:
-            continue
-        layer = plan.layers[name]
-        out = plan.placement.writes.get(layer.output, layer.output)
-        for tensor in (layer.input, out):
-            root = plan.placement.stored.get(tensor, tensor)
-            held, producer = plan.calibration.ranges.get(root), plan.view.producer.get(root)
-            is_bound = producer is not None and producer.name in plan.placement.absorbed
-            if held is not None and held.low < 0 and not is_bound:
-                roots.add(root)
-    return roots
 
 
 def _weight_prefix(layer: str, precision: Precision) -> str:

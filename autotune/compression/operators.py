@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from autotune.compression.graph import GraphView, attribute
+from autotune.compression.histograms import LEVELS
 from search_spaces import LayerKind
 
 ACTIVATIONS = frozenset({"Relu", "Clip", "HardSwish", "HardSigmoid", "LeakyRelu", "Sigmoid"})
@@ -29,6 +30,9 @@ ELEMENTWISE = frozenset({"Add", "Mul"})
 NORMS = frozenset({"BatchNormalization"})
 INT8_OPERATORS = SAME_SCALE | OWN_SCALE | ELEMENTWISE | ACTIVATIONS | NORMS | {"Concat"}
 SHAPE_KEEPING = SAME_SCALE | OWN_SCALE | ACTIVATIONS
+# QLinearGlobalAveragePool refuses to run where input scale / (output scale x values averaged) is
+# under 2**-32 or from 2**8 on (onnxruntime 1.31, MLAS); half of either is kept as a margin.
+_LEAST_POOL_RATIO, _LARGEST_POOL_RATIO = 2.0**-31, 2.0**7
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
@@ -201,3 +205,20 @@ def _bias_add(
     features = view.initializers[node.input[1]].dims[1]
     dims = view.initializers[bias].dims
     return taker if [*dims[-1:]] == [features] and math.prod(dims) == features else None
+
+
+def averaged_range(
+    joint: tuple[float, float], own: tuple[float, float], *, input_scale: float, n_values: int
+) -> tuple[float, float]:
+    """The range that an 8-bit GlobalAveragePool over `n_values` codes can write.
+
+    That of all whom its output is joined with; where that is too wide for the kernel, its own;
+    where the averages vanish beside one step of the input, the input's width.
+    """
+    low, high = joint
+    step = input_scale / n_values
+    if step < _LEAST_POOL_RATIO * (high - low) / LEVELS:
+        low, high = own
+    if step >= _LARGEST_POOL_RATIO * (high - low) / LEVELS:
+        return 0.0, LEVELS * input_scale
+    return low, high

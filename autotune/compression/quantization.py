@@ -34,10 +34,11 @@ from autotune.compression.calibration import Calibration
 from autotune.compression.equalization import Equalization
 from autotune.compression.fp32_file import Fp32File
 from autotune.compression.graph import GraphView, model_bytes
-from autotune.compression.graph_writer import GraphWriter, Plan
+from autotune.compression.graph_writer import GraphWriter
 from autotune.compression.kernels import X86_VNNI, KernelClass
 from autotune.compression.parts import CONTRIB_DOMAIN, KeptParts, Parts
 from autotune.compression.placement import place
+from autotune.compression.plan import Plan
 from autotune.compression.rounding import Rounding
 from autotune.compression.units import Unit, WeightedNode, find_units
 from autotune.compression.wide import place_wide

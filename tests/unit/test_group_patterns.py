@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import pytest
 
 from autotune.compression import placement
+from autotune.compression.calibration import Range
 from autotune.compression.effective import effective_precisions, optimized_graph
 from autotune.compression.graph import GraphView
 from autotune.compression.inventory import count_cost
@@ -17,7 +19,7 @@ from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError
 from search_spaces import FP32, INT8, LayerInventory, LayerPattern
-from tests.unit.compression_models import run
+from tests.unit.compression_models import run, tiny_source
 from tests.unit.sketches import Sketch, near
 
 
@@ -281,3 +283,37 @@ def test_an_inventory_of_an_earlier_version_is_read_without_patterns() -> None:
         "float_operators": [], "pruning_unavailable": None,
     }  # fmt: skip
     assert LayerInventory.from_json(document).groups[0].pattern is LayerPattern.LAYER
+
+
+def test_a_shape_that_the_graph_notes_is_the_one_that_inference_finds() -> None:
+    noted = tiny_source().graph
+    bare = onnx.ModelProto()
+    bare.CopyFrom(noted)
+    del bare.graph.value_info[:]
+    views = GraphView(noted), GraphView(bare)
+    tensors = [name for node in noted.graph.node for name in node.output]
+    shapes = [{name: view.sample_shape(name) for name in tensors} for view in views]
+    assert shapes[0] == shapes[1]
+    assert all(shapes[0].values())
+
+
+@pytest.mark.parametrize(
+    ("values", "averages", "beside"),
+    [(1.0, 0.5, 1e12), (1e-8, 0.0, 1.0), (1e3, 1e-6, 1e-6)],
+    ids=["joined with a huge range", "always zero", "vanishing"],
+)
+def test_averages_whose_range_the_kernel_refuses_run_in_one_that_it_takes(
+    values: float, averages: float, beside: float
+) -> None:
+    sketch = Sketch(3, 6, 6)
+    made = sketch.conv("x", "a", 4, 3, 1, 1)
+    pooled = sketch.node("GlobalAveragePool", made)
+    wide = sketch.conv("x", "b", 4, 3, 6, 6)
+    out = sketch.conv(sketch.node("Concat", pooled, wide, axis=1), "c", 4, 8, 1, 1)
+    graph = sketch.quantizable(out)
+    widths = {made: values, pooled: averages, wide: beside}
+    ranges = {name: Range(low=-width, high=width) for name, width in widths.items()}
+    held = dataclasses.replace(graph.calibration, ranges=graph.calibration.ranges | ranges)
+    artifact = int8(QuantizableGraph(graph.fp32, held))
+    assert operators(artifact)["QLinearGlobalAveragePool"] == 1
+    assert np.isfinite(run(artifact, sketch.samples())).all()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -59,7 +58,7 @@ _DROP_PER_NAT = 0.5
 samples whose answer is in doubt go either way. A choice; the trials' own ratio replaces it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
     """Candidates as rows: one column per group with a choice, then the base, then the runtime.
 
@@ -68,6 +67,23 @@ class Encoding:
 
     space: SearchSpace
     bases: tuple[Mapping[str, float], ...]
+    _base_numbers: Mapping[frozenset[tuple[str, float]], int] = field(
+        init=False, repr=False, compare=False
+    )
+    _option_numbers: Mapping[str, Mapping[Precision, int]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        offered = self.space.precisions
+        options = {group: {p: n for n, p in enumerate(offered[group])} for group in self.groups}
+        object.__setattr__(self, "_option_numbers", options)
+        numbers: dict[frozenset[tuple[str, float]], int] = {}
+        for number, base in enumerate(self.bases):
+            # As a candidate has its ratios; of two equal bases the first.
+            ratios = frozenset(Candidate(prune_ratios=base).prune_ratios.items())
+            numbers.setdefault(ratios, number)
+        object.__setattr__(self, "_base_numbers", numbers)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -92,19 +108,6 @@ class Encoding:
         if None in chosen:
             return None
         return np.array([*chosen, base, self.space.runtimes.index(candidate.runtime)], dtype=int)
-
-    @cached_property
-    def _base_numbers(self) -> dict[frozenset[tuple[str, float]], int]:
-        """By prune ratios as a candidate has them; of two equal bases the first."""
-        numbered = enumerate(Candidate(prune_ratios=base).prune_ratios for base in self.bases)
-        found: dict[frozenset[tuple[str, float]], int] = {}
-        for number, ratios in numbered:
-            found.setdefault(frozenset(ratios.items()), number)
-        return found
-
-    @cached_property
-    def _option_numbers(self) -> dict[str, dict[Precision, int]]:
-        return {g: {p: n for n, p in enumerate(self.space.precisions[g])} for g in self.groups}
 
     def candidate(self, point: Sequence[int] | np.ndarray) -> Candidate:
         """The candidate of a row."""

@@ -48,7 +48,7 @@ def test_a_tail_that_was_not_measured_has_no_answer_inside(
 def test_a_limit_that_nobody_meets_is_answered_with_the_nearest_and_the_distance(
     service: RunningService, finished: JobRecord
 ) -> None:
-    front = service.client.front(finished.id, "1x", 1.0, max_size="1kB")
+    front = service.client.front(finished.id, "1x", 1.0, max_size="1B")
     assert front.verdict == "impossible_budget"
     assert front.missed["size"] > 0 and front.answer is not None
 

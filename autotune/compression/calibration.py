@@ -226,7 +226,7 @@ def quantizable_tensors(view: GraphView) -> list[str]:
 def peaked_tensors(view: GraphView) -> dict[str, float]:
     """What a HardSwish takes and makes and the products of that, with the least value felt.
 
-    Their channels share one step as they are, which the peaks of a few images set.
+    The peaks of a few images in one channel would set the step of all of their channels.
     """
     found: dict[str, float] = {}
     for node in view.nodes:

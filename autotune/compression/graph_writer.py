@@ -16,8 +16,9 @@ import onnx
 
 from autotune.compression.calibration import Range
 from autotune.compression.graph import GraphView, attribute
+from autotune.compression.hard_swish import HARD_SWISH_SHIFT, gate_arrays
 from autotune.compression.histograms import LEVELS
-from autotune.compression.int8_constants import norm_arrays, operand_codes
+from autotune.compression.int8_constants import coded_constant, norm_arrays, operand_codes
 from autotune.compression.layer_codes import layer_codes, needs_bias
 from autotune.compression.operators import (
     ELEMENTWISE,
@@ -39,8 +40,6 @@ from autotune.compression.weights import INT8_MAX
 from autotune.errors import CompressionError
 from search_spaces import INT8, Precision
 
-# x * clip(x + 3, 0, 6) / 6 (Howard et al. 2019, "Searching for MobileNetV3", section 5.2).
-_HARD_SWISH_SHIFT = 3.0
 _SIGN_SHIFT = 128
 # Unsigned codes less 128 are the signed codes of the same values.
 _LEVELS_16 = 65535
@@ -203,28 +202,36 @@ class GraphWriter:
         if folded is None:
             raise CompressionError(f"norm {node.name!r} is not one of constants over images")
         out = self._placement.writes.get(node.output[0], node.output[0])
+        self._depthwise(node, folded, _raw(out), node.name)
+        self._quantize(_raw(out), out)
+
+    def _depthwise(
+        self, node: onnx.NodeProto, arrays: tuple[np.ndarray, np.ndarray], made: str, name: str
+    ) -> None:
+        """What a node makes of each channel, as a convolution with those weights and biases."""
         data, scale = self._as_codes(node.input[0]), self._meaning(node.input[0]).scale
         names = f"{node.name}.weight", f"{node.name}.bias"
         largest = self._plan.kernels.largest_weight_code
         self._parts.arrays(
             (names[0], scale),
-            lambda: norm_arrays(names, *folded, input_scale=scale, largest_code=largest),
+            lambda: norm_arrays(names, *arrays, input_scale=scale, largest_code=largest),
         )
-        for name in names:
-            self._dequantize_constant(name, 0, is_scalar=False)
-        inputs = [data, *(f"{name}/dq" for name in names)]
-        self._parts.node("Conv", inputs, [_raw(out)], node.name, group=len(folded[1]))
-        self._quantize(_raw(out), out)
+        constants = [self._dequantize_constant(n, 0, is_scalar=False) for n in names]
+        self._parts.node("Conv", [data, *constants], [made], name, group=len(arrays[1]))
 
     def _int8_hard_swish(self, node: onnx.NodeProto) -> None:
         x = self._as_codes(node.input[0])
         out = self._placement.writes.get(node.output[0], node.output[0])
         three, total, gate = (f"{out}/{part}" for part in ("three", "sum", "gate"))
-        self._code(f"{three}/q", LEVELS)
-        self._dequantize(three, three, _HARD_SWISH_SHIFT / LEVELS, 0)
-        self._parts.node("Add", [x, f"{three}/dq"], [total], f"{node.name}/add")
+        stretched = self._plan.stretched.get(node.input[0])
+        if stretched is not None:
+            self._depthwise(node, gate_arrays(stretched.factors), total, f"{node.name}/add")
+        else:
+            self._code(f"{three}/q", LEVELS)
+            self._dequantize(three, three, HARD_SWISH_SHIFT / LEVELS, 0)
+            self._parts.node("Add", [x, f"{three}/dq"], [total], f"{node.name}/add")
         # Codes of [0, 6] are read as [0, 1]: the division by 6 costs nothing.
-        self._quantize_as(total, gate, 2 * _HARD_SWISH_SHIFT / LEVELS, 0)
+        self._quantize_as(total, gate, 2 * HARD_SWISH_SHIFT / LEVELS, 0)
         self._dequantize(gate, gate, 1 / LEVELS, 0)
         self._parts.node("Mul", [x, f"{gate}/dq"], [_raw(out)], f"{node.name}/mul")
         self._quantize(_raw(out), out)
@@ -276,24 +283,25 @@ class GraphWriter:
                 after=after,
                 rounding=self._plan.rounding,
             )
-            arrays = _triple(names[0], found.weight.codes, found.weight.scale)
+            arrays = coded_constant(names[0], found.weight.codes, found.weight.scale)
             if found.bias is not None:
-                arrays |= _triple(names[1], *found.bias)
+                arrays |= coded_constant(names[1], *found.bias)
             return arrays
 
         stretches = before is not None, after is not None
         self._parts.arrays((names[0], input_scale, shift, largest, *stretches), make)
-        for name, channel_axis in zip(names, (axis, 0), strict=False):
-            self._dequantize_constant(
-                name, channel_axis, is_scalar=precision.granularity is not None
-            )
-        return [f"{name}/dq" for name in names]
+        is_scalar = precision.granularity is not None
+        return [
+            self._dequantize_constant(name, channel_axis, is_scalar=is_scalar)
+            for name, channel_axis in zip(names, (axis, 0), strict=False)
+        ]
 
-    def _dequantize_constant(self, name: str, axis: int, *, is_scalar: bool) -> None:
+    def _dequantize_constant(self, name: str, axis: int, *, is_scalar: bool) -> str:
         triple = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
         # The axis says nothing where there is one scale.
         at = 0 if is_scalar else axis
         self._parts.node("DequantizeLinear", triple, [f"{name}/dq"], f"{name}/dq", axis=at)
+        return f"{name}/dq"
 
     # -- tensors -------------------------------------------------------------------------
 
@@ -374,9 +382,10 @@ class GraphWriter:
         if tensor in self._placement.shared:
             return low, high
         taker = self._view.only_consumer(tensor)
-        if taker is not None and taker.op_type == "HardSwish":
+        is_whole = tensor not in self._plan.stretched
+        if is_whole and taker is not None and taker.op_type == "HardSwish":
             # HardSwish is 0 below -3: codes spent there are wasted.
-            return max(held.low, -_HARD_SWISH_SHIFT), held.high
+            return max(held.low, -HARD_SWISH_SHIFT), held.high
         return held.low, held.high
 
     def _averaged(
@@ -459,9 +468,3 @@ def _raw(tensor: str) -> str:
 def _dequantized(view: GraphView, tensor: str) -> str:
     """A DQ's output; the graph's own output keeps its name."""
     return tensor if tensor == view.output_name else f"{tensor}/dq"
-
-
-def _triple(name: str, codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-    """Codes, scales and zero points of a symmetric tensor."""
-    zeros = np.zeros(scale.shape, codes.dtype)
-    return {f"{name}/q": codes, f"{name}/scale": scale, f"{name}/zero_point": zeros}

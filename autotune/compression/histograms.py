@@ -32,10 +32,11 @@ away; a clipped image loses the same sign at many neighbouring places. With both
 PEAK_COST = 3.0
 """`CLIP_COST` at the upper end of what a HardSwish takes and makes.
 
-Its channels share one step as they are (no factor passes a HardSwish), so that the peaks of a few
-images in one channel set it for all. On mobilenet_v3_small trained on digits uniform INT8's
-squared logit errors on 800 other images, as a fraction of quantize_static's, in the mean of 16
-builds whose ranges differ by up to 2 % (one build strays by 5 %): 0.72 with `CLIP_COST`, 0.70
+Factors that pass a HardSwish (`hard_swish.py`) stretch channels to where its range ends, so that
+the peaks of a few images in one channel set the step of all. On mobilenet_v3_small trained on
+digits uniform INT8's squared logit errors on 800 other images, as a fraction of quantize_static's,
+in the mean of 16 builds whose ranges differ by up to 2 % (one build strays by 5 %): 0.72 with
+`CLIP_COST`, 0.70
 with 10, 0.69 with 3, 0.68 with 1; the divergence, of which one build strays by 12 %: 0.74, 0.73,
 0.73, 0.66. The lower end stays: values pile up on a HardSwish's least one, and cutting 4 % off
 that doubled the divergence.

@@ -38,11 +38,12 @@ def norm_arrays(
         weight, axis=0, input_scale=input_scale, bias=bias, largest_code=largest_code
     )
     codes, scale = quantize_bias(bias, input_scale=input_scale, weight_scale=quantized.scale)
-    return {
-        f"{names[0]}/q": quantized.codes,
-        f"{names[0]}/scale": quantized.scale,
-        f"{names[0]}/zero_point": np.zeros(len(scale), np.int8),
-        f"{names[1]}/q": codes,
-        f"{names[1]}/scale": scale,
-        f"{names[1]}/zero_point": np.zeros(len(scale), np.int32),
-    }
+    return coded_constant(names[0], quantized.codes, quantized.scale) | coded_constant(
+        names[1], codes, scale
+    )
+
+
+def coded_constant(name: str, codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Codes, scales and zero points of a symmetric tensor."""
+    zeros = np.zeros(scale.shape, codes.dtype)
+    return {f"{name}/q": codes, f"{name}/scale": scale, f"{name}/zero_point": zeros}

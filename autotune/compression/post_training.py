@@ -23,7 +23,8 @@ from autotune.compression.rounding import Rounding, round_weights
 from autotune.errors import CompressionError
 from search_spaces import INT8
 
-POST_TRAINING_VERSION = 3
+POST_TRAINING_VERSION = 4
+# Version 4 (2026-11-21): channels are stretched through a HardSwish; weights are rounded for it.
 # Version 3 (2026-11-21): ranges around a HardSwish end lower.
 # Version 2 (2026-11-21): what a Relu behind a residual Add swallows is not in the ranges.
 # Version 1 (2026-11-21): histograms, stretched channels, second-order rounding, corrected biases.

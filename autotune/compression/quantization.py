@@ -9,7 +9,8 @@ fuses (checked on its optimized graphs by `effective.py`):
   for float consumers;
 - Relu and Clip behind an 8-bit layer are dropped: the output range starts at 0 (ends at 6);
 - HardSwish has no 8-bit kernel, but x * clip(x + 3, 0, 6) / 6 does: a QLinearAdd whose output
-  range is [0, 6] and a QLinearMul, 10 to 20 % faster than going through float;
+  range is [0, 6] and a QLinearMul, 10 to 20 % faster than going through float; where channels are
+  stretched, a depthwise QLinearConv takes the Add's place (`hard_swish.py`);
 - HardSigmoid behind an 8-bit layer is free: codes of the range [-3, 3] are read as [0, 1];
 - pools, SE products and the like stay 8-bit while most of their input is;
 - what an 8-bit Concat joins has one scale (`sharing.py`): the Concat copies;

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from autotune.compression.calibration import calibrate
+from autotune.compression.calibration import ChannelRange, calibrate
+from autotune.compression.effective import optimized_graph
 from autotune.compression.equalization import Equalization, FreeChannels, scaled_weight
 from autotune.compression.graph import GraphView, model_bytes
+from autotune.compression.hard_swish import gate_arrays, swish_factors
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.rounding import Rounding, round_weights
 from autotune.compression.units import find_layers
@@ -19,12 +24,12 @@ from tests.unit.compression_models import run, samples, tiny_source
 
 def chain(activation: str, *, gains: np.ndarray, pad: int = 0) -> onnx.ModelProto:
     """conv, activation, conv, pool, Gemm; the first conv's channels have those gains."""
-    rng = np.random.default_rng(0)
-    one = rng.normal(0, 0.3, (8, 3, 3, 3)) * gains[:, None, None, None]
+    rng, n = np.random.default_rng(0), len(gains)
+    one = rng.normal(0, 0.3, (n, 3, 3, 3)) * gains[:, None, None, None]
     arrays = {
         "a.weight": one,
-        "a.bias": rng.normal(0.5, 0.1, 8) * gains,
-        "b.weight": rng.normal(0, 0.3, (8, 8, 3, 3)) / gains[None, :, None, None],
+        "a.bias": rng.normal(0.5, 0.1, n) * gains,
+        "b.weight": rng.normal(0, 0.3, (8, n, 3, 3)) / gains[None, :, None, None],
         "b.bias": rng.normal(0, 0.1, 8),
         "c.weight": rng.normal(0, 0.5, (5, 8)),
         "c.bias": rng.normal(0, 0.1, 5),
@@ -60,6 +65,7 @@ def chain(activation: str, *, gains: np.ndarray, pad: int = 0) -> onnx.ModelProt
 
 
 SPREAD = np.exp2(np.arange(8.0) - 4)
+MANY = np.exp2(np.arange(32.0) / 8 - 1)
 X = samples(32)
 
 
@@ -119,11 +125,46 @@ def test_relu6_keeps_its_bound_in_every_stretched_channel() -> None:
     assert (stretched.held.high / stretched.factors <= 6).all()
 
 
-def test_hard_swish_pins_its_channels() -> None:
+def test_a_hard_swish_of_few_channels_pins_them() -> None:
     model = chain("HardSwish", gains=SPREAD)
     free = FreeChannels(GraphView(model))
     assert (free.variables("a") == -1).all() and (free.variables("r") == -1).all()
     assert not {"a", "r"} & set(equalization(model).whole)
+
+
+def test_a_hard_swish_passes_factors_on_and_its_gate_takes_them_back() -> None:
+    model = chain("HardSwish", gains=MANY)
+    stretched = equalization(model).whole
+    assert stretched["a"].factors.max() > 1.5
+    assert (stretched["a"].factors == stretched["r"].factors).all()
+    weight, bias = gate_arrays(stretched["a"].factors)
+    x = np.linspace(-4, 4, 32)
+    again = weight.ravel() * stretched["a"].factors * x + bias
+    assert again == pytest.approx(x + 3, abs=1e-6)
+
+
+def test_a_stretched_hard_swish_is_rounded_less_by_as_many_8_bit_kernels() -> None:
+    model = chain("HardSwish", gains=MANY)
+    expected, calibration = run(model_bytes(model), X), calibrate(model, X)
+    errors, kernels = {}, {}
+    for kind, held in (("with", calibration), ("without", without_channels(calibration))):
+        graph = QuantizableGraph(model, held)
+        artifact = graph.emit(dict.fromkeys(graph.units, INT8))
+        errors[kind] = float(np.abs(run(artifact, X) - expected).mean())
+        kernels[kind] = Counter(node.op_type for node in optimized_graph(artifact).graph.node)
+    assert errors["with"] < 0.8 * errors["without"]
+    assert kernels["with"].total() == kernels["without"].total()
+    assert kernels["with"]["QLinearConv"] == 1 + kernels["without"]["QLinearConv"]
+    assert kernels["with"]["QLinearAdd"] == kernels["without"]["QLinearAdd"] - 1
+
+
+def test_a_hard_swish_keeps_its_cheaper_gate_where_little_is_gained() -> None:
+    taken = ChannelRange(low=(-3.0,) * 8, high=(5.0, *(4.0,) * 7))
+    made = ChannelRange(low=(-0.375,) * 8, high=taken.high)
+    assert (swish_factors(np.array([1.0, *[1.05] * 7]), taken, made) == 1).all()
+    narrow = dataclasses.replace(made, high=(5.0, *(1.0,) * 7))
+    factors = swish_factors(np.array([1.0, *[4.0] * 7]), narrow, narrow)
+    assert factors[0] == 1 and (factors[1:] > 2).all()
 
 
 def test_zero_padding_forbids_an_offset() -> None:

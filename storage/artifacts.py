@@ -155,6 +155,18 @@ class ArtifactStore:
                     part.unlink()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFile:
+    """A file of a store, for another process that sees the store's folder to read."""
+
+    store: ArtifactStore
+    sha256: str
+
+    def read(self) -> bytes:
+        """The bytes, verified; raises what `ArtifactStore.read` does."""
+        return self.store.read(self.sha256)
+
+
 def _write(path: Path, chunks: Iterable[bytes]) -> StoredArtifact:
     digest, size_bytes = hashlib.sha256(), 0
     with path.open("xb") as file:

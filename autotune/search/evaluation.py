@@ -38,7 +38,7 @@ from device_agents.protocol import (
     Quantile,
 )
 from search_spaces import RuntimeOptions
-from storage.artifacts import ArtifactStore
+from storage.artifacts import ArtifactFile, ArtifactStore
 from storage.errors import ArtifactStoreFull, DuplicateTrial
 from storage.records import (
     AccuracyReport,
@@ -238,7 +238,9 @@ class Evaluation:
             Call(
                 method=method,
                 arguments=(
-                    self.artifacts.read(_artifact_of(trial.on(devices[0].id)).sha256),
+                    ArtifactFile(
+                        store=self.artifacts, sha256=_artifact_of(trial.on(devices[0].id)).sha256
+                    ),
                     trial.candidate.runtime.runtime,
                 ),
             )

@@ -146,6 +146,7 @@ class Runner:
             n_workers=self._n_workers,
             trust=self._host.trust_job_code,
             starter=self._starter,
+            shares_files=self._ray_address is None,
         )
 
     def _loop(self) -> None:

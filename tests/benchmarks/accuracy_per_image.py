@@ -1,9 +1,10 @@
 """Images evaluated per second, and how few of them a race needs: three keys.
 
 - `throughput_ratio`: images per second that all workers of a real pool evaluate together, over
-  (workers x a plain onnxruntime loop's), median of alternating rounds. Both sides start from
-  the artifact's bytes and end with accuracies; the loop runs on one thread, in batches of 16,
-  in a process of its own, and does nothing but load the file, run it and count. At least 0.9;
+  (workers x a plain onnxruntime loop's), median of alternating rounds. Both sides end with
+  accuracies. The pool starts from a file in the artifact store, which each evaluation reads and
+  verifies, as in a job; the loop has the bytes. It runs on one thread, in batches of 16, in a
+  process of its own, and does nothing but load the model, run it and count. At least 0.9;
 - `racing_error_rate`: the share of wrong verdicts among simulated candidates, in the worst of
   the scenarios: drops exactly at the limit (calling them worse is wrong) and one sample above
   it (calling them within is wrong), with few and with many differences from FP32 that cancel
@@ -34,13 +35,15 @@ from typing import Any
 
 import numpy as np
 
+from autotune.compression.accuracy import ONNXRUNTIME
 from autotune.compression.racing import ALPHA, Race, Racing
 from autotune.search.conclusion import build_space
 from autotune.search.evaluation import race_of
 from autotune.search.pruned_bases import Ladder
-from autotune.search.workers import Call, WorkerPool, start_ray, stop_ray
+from autotune.search.workers import Call, CallFailed, WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec, read_job
 from search_spaces import INT8, Candidate, LayerInventory, SearchSpace
+from storage.artifacts import ArtifactFile, ArtifactStore
 from tests.benchmarks.harness import CACHE, ROOT, Benchmark, Figure, median_figure, start
 from tests.benchmarks.main_job import QUICK_MODEL, full_job, quick_job
 
@@ -69,18 +72,19 @@ def main() -> int:
     n = QUICK_SIMULATED if quick else SIMULATED
     benchmark.say(f"racing {n} simulated candidates in each of {2 * len(SCENARIOS)} scenarios")
     benchmark.add("racing_error_rate", error_rate(benchmark, n))
-    with workers(read_job(job)) as (pool, spec, splits, n_workers):
+    with workers(read_job(job)) as (pool, spec, splits, store, n_workers):
         inspection = call(pool, Call(method="inspect"))
         pool.share_source()
         candidate = Candidate(precisions={g.name: INT8 for g in inspection.inventory.groups})
         artifact = call(pool, Call(method="build", arguments=(candidate,))).artifact
         benchmark.say(f"{n_workers} workers against a plain loop")
-        measure_throughput(benchmark, pool, artifact, splits.search, n_workers)
+        kept = kept_in(store, artifact)
+        measure_throughput(benchmark, pool, kept, splits.search, n_workers)
         benchmark.say("races of real candidates")
         space = build_space(spec, inspection.inventory)
         bases = [] if quick else pruned_bases(pool, spec, space, inspection.inventory)
         candidates = mixed(space, [{}, *bases], QUICK_CANDIDATES if quick else CANDIDATES)
-        race_candidates(benchmark, pool, spec, candidates, len(splits.search))
+        race_candidates(benchmark, pool, spec, store, candidates, len(splits.search))
     benchmark.report()
     return 0
 
@@ -134,8 +138,8 @@ def raced(race: Race, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 @contextmanager
-def workers(spec: JobSpec) -> Iterator[tuple[WorkerPool, JobSpec, Any, int]]:
-    """The pool that a service on this machine would run for the job, and the job's data."""
+def workers(spec: JobSpec) -> Iterator[tuple[WorkerPool, JobSpec, Any, ArtifactStore, int]]:
+    """The pool that a service on this machine would run for the job, its data and its store."""
     from autotune.compression.data import split_data
 
     n_workers = os.cpu_count() or 1
@@ -147,7 +151,7 @@ def workers(spec: JobSpec) -> Iterator[tuple[WorkerPool, JobSpec, Any, int]]:
             pool = WorkerPool(
                 spec, splits, cache_dir=Path(folder), n_workers=n_workers, trust=False
             )
-            yield pool, spec, splits, n_workers
+            yield pool, spec, splits, ArtifactStore(Path(folder) / "artifacts"), n_workers
             pool.close()
         finally:
             stop_ray()
@@ -155,16 +159,22 @@ def workers(spec: JobSpec) -> Iterator[tuple[WorkerPool, JobSpec, Any, int]]:
 
 def call(pool: WorkerPool, what: Call) -> Any:
     """One call's result."""
-    ((_, result),) = pool.run([what])
+    (result,) = results(pool, [what])
     return result
 
 
+def kept_in(store: ArtifactStore, artifact: bytes) -> ArtifactFile:
+    """The artifact as a job's workers get it."""
+    return ArtifactFile(store=store, sha256=store.put(artifact).sha256)
+
+
 def measure_throughput(
-    benchmark: Benchmark, pool: WorkerPool, artifact: bytes, data: Any, n_workers: int
+    benchmark: Benchmark, pool: WorkerPool, kept: ArtifactFile, data: Any, n_workers: int
 ) -> None:
-    """Alternate the pool, one plain loop and a plain loop per worker; adds the two ratios."""
-    evaluate = Call(method="search_accuracy", arguments=(artifact,))
-    list(pool.run([evaluate] * 4 * n_workers))  # every worker evaluates FP32 first
+    """Alternate the pool, one plain loop and a plain loop per worker; adds the ratios."""
+    artifact = kept.read()
+    evaluate = Call(method="search_accuracy", arguments=(kept, ONNXRUNTIME))
+    results(pool, [evaluate] * 4 * n_workers)  # every worker evaluates FP32 first
     context = get_context("spawn")
     with ProcessPoolExecutor(
         n_workers, mp_context=context, initializer=hold, initargs=(data.x, data.y)
@@ -176,7 +186,7 @@ def measure_throughput(
         for _ in range(QUICK_ROUNDS if benchmark.quick else ROUNDS):
             alone = len(data) * repeats / loops.submit(plain_loop, artifact, repeats).result()
             started = time.perf_counter()
-            list(pool.run([evaluate] * repeats * n_workers))
+            results(pool, [evaluate] * repeats * n_workers)
             together = len(data) * repeats * n_workers / (time.perf_counter() - started)
             times = loops.map(plain_loop, [artifact] * n_workers, [repeats] * n_workers)
             side_by_side = sum(len(data) * repeats / seconds for seconds in times)
@@ -237,6 +247,7 @@ def race_candidates(
     benchmark: Benchmark,
     pool: WorkerPool,
     spec: JobSpec,
+    store: ArtifactStore,
     candidates: Sequence[Candidate],
     total: int,
 ) -> None:
@@ -244,7 +255,13 @@ def race_candidates(
     race = race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed)
     built = results(pool, [Call(method="build", arguments=(c, race)) for c in candidates])
     built = [b for b in built if b.accuracy is not None]
-    full = results(pool, [Call(method="search_accuracy", arguments=(b.artifact,)) for b in built])
+    full = results(
+        pool,
+        [
+            Call(method="search_accuracy", arguments=(kept_in(store, b.artifact), ONNXRUNTIME))
+            for b in built
+        ],
+    )
     rows = [
         {
             "images": b.accuracy.n_samples,
@@ -290,8 +307,16 @@ def mixed(
 
 
 def results(pool: WorkerPool, calls: Sequence[Call]) -> list[Any]:
-    """What the calls return, in their order."""
-    return [result for _, result in sorted(pool.run(calls), key=lambda pair: pair[0])]
+    """What the calls return, in their order.
+
+    Raises:
+        RuntimeError: a call failed: what came back at once is no speed.
+    """
+    found = [result for _, result in sorted(pool.run(calls), key=lambda pair: pair[0])]
+    failed = [result.error for result in found if isinstance(result, CallFailed)]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(calls)} calls failed, first: {failed[0]}")
+    return found
 
 
 if __name__ == "__main__":

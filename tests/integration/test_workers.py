@@ -17,6 +17,7 @@ from autotune.search.interruption import Stopped
 from autotune.search.workers import Built, Call, CallFailed, WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec, read_job
 from search_spaces import INT8, Candidate
+from storage.artifacts import ArtifactFile, ArtifactStore
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,3 +147,17 @@ def test_workers_measure_sensitivities_entry_by_entry(pool: WorkerPool) -> None:
     entries = [entry for _, result in pool.run(calls) for entry in result]
     assert {e.group for e in entries if e.sqnr_db is not None} == set(groups)
     assert {e.group for e in entries if e.is_measured} == set(groups)
+
+
+def test_a_kept_artifact_is_read_by_the_worker_or_sent_to_one_elsewhere(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((_, built),) = pool.run([Call(method="build", arguments=(_uniform_int8(pool),))])
+    store = ArtifactStore(tmp_path / "artifacts")
+    kept = ArtifactFile(store=store, sha256=store.put(built.artifact).sha256)
+    judge = Call(method="search_accuracy", arguments=(kept, "onnxruntime"))
+    ((_, here),) = pool.run([judge])
+    assert here.value == built.accuracy.value
+    monkeypatch.setattr(pool, "_shares_files", False)
+    ((_, elsewhere),) = pool.run([judge])
+    assert elsewhere.value == here.value

@@ -23,6 +23,7 @@ from device_agents.protocol import (
     RuntimeBuild,
 )
 from search_spaces import Candidate, Precision
+from storage.artifacts import ArtifactFile
 from storage.errors import StaleLease
 from storage.records import AccuracyReport, DeviceRecord
 from storage.repository import Repository
@@ -122,11 +123,11 @@ class FakePool:
             accuracy=self.report_of(candidate, race),
         )
 
-    def _search_accuracy(self, artifact: bytes, runtime: str) -> Any:
-        return accuracy(fake_accuracy(Candidate.from_json(json.loads(artifact))))
+    def _search_accuracy(self, artifact: ArtifactFile, runtime: str) -> Any:
+        return accuracy(fake_accuracy(Candidate.from_json(json.loads(artifact.read()))))
 
-    def _held_out(self, artifact: bytes, runtime: str) -> Any:
-        candidate = Candidate.from_json(json.loads(artifact))
+    def _held_out(self, artifact: ArtifactFile, runtime: str) -> Any:
+        candidate = Candidate.from_json(json.loads(artifact.read()))
         return accuracy(fake_accuracy(candidate), split="held_out", n_samples=600)
 
 

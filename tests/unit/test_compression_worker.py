@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from autotune.search.workers import CompressionWorker
 from autotune.spec import JobSpec, parse_job
 from search_spaces import INT8, Candidate
+from storage.artifacts import ArtifactFile, ArtifactStore
+from storage.errors import ArtifactDamaged
 from tests.unit.compression_models import tiny_source, tiny_splits
 from tests.unit.fakes import description
 
@@ -61,3 +64,16 @@ def test_one_worker_writes_a_candidate_for_each_kernel_class_as_if_it_had_no_oth
 def test_a_pruned_base_for_several_devices_suits_the_widest_kernels(tmp_path: Path) -> None:
     worker = worker_for(tmp_path, ARM, X86)
     assert worker.prepare_base({"hidden": 0.4})["pruning"]["channel_multiple"] == 16
+
+
+def test_a_kept_artifact_is_judged_as_its_bytes_are(tmp_path: Path) -> None:
+    worker = worker_for(tmp_path, X86)
+    store = ArtifactStore(tmp_path / "artifacts")
+    data = worker.compressor.build(Candidate(precisions={"stem.0": INT8})).data
+    kept = ArtifactFile(store=store, sha256=store.put(data).sha256)
+    reports = [worker.search_accuracy(a, "onnxruntime") for a in (data, kept)]
+    first, second = (dataclasses.replace(report, wall_s=0.0) for report in reports)
+    assert first == second
+    store.path(kept.sha256).write_bytes(b"altered")
+    with pytest.raises(ArtifactDamaged):
+        worker.held_out(kept, "onnxruntime")

@@ -36,10 +36,9 @@ Factors that pass a HardSwish (`hard_swish.py`) stretch channels to where its ra
 the peaks of a few images in one channel set the step of all. On mobilenet_v3_small trained on
 digits uniform INT8's squared logit errors on 800 other images, as a fraction of quantize_static's,
 in the mean of 16 builds whose ranges differ by up to 2 % (one build strays by 5 %): 0.72 with
-`CLIP_COST`, 0.70
-with 10, 0.69 with 3, 0.68 with 1; the divergence, of which one build strays by 12 %: 0.74, 0.73,
-0.73, 0.66. The lower end stays: values pile up on a HardSwish's least one, and cutting 4 % off
-that doubled the divergence.
+`CLIP_COST`, 0.70 with 10, 0.69 with 3, 0.68 with 1; the divergence, of which one build strays by
+12 %: 0.74, 0.73, 0.73, 0.66. The lower end stays: values pile up on a HardSwish's least one, and
+cutting 4 % off that doubled the divergence.
 """
 _SHRINKS = np.concatenate([np.linspace(1.0, 0.5, 26), np.geomspace(0.48, 1e-3, 40)])
 _LEAST_EXPONENT = -100

@@ -124,11 +124,9 @@ def measure(benchmark: Benchmark, model: str, job: Path) -> None:
 def full_job(model: str) -> Path:
     """The job file; its data and its FP32 model are made once and kept."""
     folder = CACHE / "headline"
-    weights = CACHE / "post_training"  # trained alike for that benchmark
-    trained(model, weights, load_images(weights, quick=False), quick=False)
-    folder.mkdir(parents=True, exist_ok=True)
+    trained(model, folder, load_images(folder, quick=False), quick=False)
     write_data(folder)
-    document = job_document(model, weights / f"{model}.safetensors")
+    document = job_document(model, folder / f"{model}.safetensors")
     path = folder / f"{model}.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path

@@ -49,6 +49,8 @@ QUICK_MODEL = "mobilenet_v2"
 CALIBRATION_IMAGES = 128
 SPREAD = 4.0
 """Channels of a spread model are multiplied by 2 ** u, u uniform in [-SPREAD, SPREAD]."""
+_EPOCHS_AND_RATE = {"efficientnet_b0": (12, 0.03)}
+"""92 % on images of other originals; 8 epochs at 0.05, as the others take, reach 76 %."""
 FP32_TOLERANCE = 1e-4  # of the largest logit, between a model and its spread variant
 
 
@@ -284,7 +286,10 @@ def _train(name: str, weights: Path, *, quick: bool) -> None:
     from examples.digits.recipes import RECIPES, TrainingRecipe
 
     images, _ = make_images(_recipes(quick)[0])
-    recipe = RECIPES.get(name) or TrainingRecipe(model=name, epochs=8, learning_rate=0.05)
+    epochs, learning_rate = _EPOCHS_AND_RATE.get(name, (8, 0.05))
+    recipe = RECIPES.get(name) or TrainingRecipe(
+        model=name, epochs=epochs, learning_rate=learning_rate
+    )
     if quick:
         recipe = replace(recipe, epochs=3)
     model = training.train(

@@ -400,7 +400,8 @@ def test_candidates_race_against_the_drop_that_the_job_allows(
 def test_rounding_is_learned_for_the_winner_alone_and_only_on_demand(bench: Bench) -> None:
     with _agent(bench):
         plain = bench.run(bench.job())
-        asked = bench.run(bench.job(rounding={"adaround": True}))
+        alone = {"trials": 14, "warm_start": "none"}
+        asked = bench.run(bench.job(rounding={"adaround": True}, search=alone))
     before, after = (bench.repository.list_trials(job.id) for job in (plain, asked))
     assert [t.candidate for t in after[:-1]] == [t.candidate for t in before]
     assert plain.result is not None and asked.result is not None

@@ -61,8 +61,9 @@ class Fleet:
     def queue(self, device_id: str, number: int) -> str:
         """A measurement of an artifact of its own, 60 kB long: 7 s on a line of 64 kbit/s."""
         store = self.service.context.artifacts
-        model = store.put(random.Random(f"{device_id} {number}").randbytes(60_000))
-        reference = store.put(random.Random(0).randbytes(40_000))
+        # Not `{` at the start, which would be simulated JSON.
+        model = store.put(b"\0" + random.Random(f"{device_id} {number}").randbytes(60_000))
+        reference = store.put(b"\0" + random.Random(0).randbytes(40_000))
         request = MeasurementRequest(
             measurement_id=f"m-{device_id}-{number}",
             artifact=ArtifactReference(sha256=model.sha256, size_bytes=model.size_bytes),

@@ -8,7 +8,7 @@ import pytest
 
 from device_agents import sampling
 from device_agents.latency import MIN_SITTINGS, ratio_interval, reference_medians
-from device_agents.runtimes import Clock
+from device_agents.runtimes import Clock, RuntimeOptions
 from device_agents.runtimes.simulated import SimulatedModel, SimulatedRuntime, SimulatedSession
 from device_agents.sampling import InvalidDuration, SamplingPlan
 from device_agents.watch import Glimpse
@@ -40,7 +40,7 @@ class Bench:
     def session(self, name, model):
         luck = random.Random(f"{self.seed}:{self.n_loaded}:{name}").gauss(0, self.session_spread)
         model = replace(model, latency_ns=model.latency_ns * math.exp(luck))
-        return SimulatedSession(self.device, model, threads=1)
+        return SimulatedSession(self.device, model, RuntimeOptions(threads=1))
 
     def timers(self):
         return sampling.make_timers(self.load(), self.device.clock)

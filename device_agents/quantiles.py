@@ -94,8 +94,9 @@ def upper_bounds(
 
 def is_bounded(blocks: Sequence[Timed], quantile: str) -> bool:
     """The samples suffice for an upper bound at that quantile; p50 is not of the tail."""
-    bounds = upper_bounds(blocks, reference_latency_ns=None)
-    return quantile not in bounds or bounds[quantile] is not None
+    if quantile not in QUANTILES:
+        return True
+    return upper_bounds(blocks, reference_latency_ns=None)[quantile] is not None
 
 
 def upper_quantile(parts: Sequence[Floats], share: float) -> float | None:

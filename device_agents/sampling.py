@@ -45,9 +45,10 @@ BLOCK_NS = 2e7
 """A block lasts about this long, and at least one sample."""
 SETTLING_NS = 2e7
 """A model runs for this long after a switch before it is timed, `MAX_SETTLING_CALLS` at most. On
-one x86 core the k-th call after a switch takes 0.4 ms * 0.7 ** k longer than later ones, whatever
-the model: of 0.24 ms more than twice as long at first and 4 % after ten calls, of 2 ms 20 % at
-first and 0.6 % after ten. With one call left out, INT8 came out 8 % too slow against FP32."""
+a shared x86 core the k-th call of mobilenet_v2 after a switch took about 0.4 ms * 0.7 ** k longer
+than later ones, in FP32 and INT8, at 64 and 224 pixels: of 0.24 ms nearly three times as long at
+first and 5 % after ten calls, of 2 ms a fifth longer at first. With one call left out, INT8 at 224
+pixels came out at 0.475 of FP32 where each model alone gives 0.433 (medians of 40)."""
 MAX_SETTLING_CALLS = 10
 LONG_CALL_NS = 1e8
 """A call of this length is a sample and a block: what a switch costs it does not notice, and every

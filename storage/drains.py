@@ -15,6 +15,7 @@ from datetime import datetime
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from device_agents.protocol import LatencyReport
 from storage.records import (
     CanaryRecord,
     DeviceRecord,
@@ -191,9 +192,14 @@ def _screened(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bo
     if figures.artifact_sha256 != measured.request.artifact.sha256:
         return False
     if measured.report is not None:
-        return figures.latency == measured.report
+        return _is_same(figures.latency, measured.report)
     return figures.latency is None and (figures.reason or "").endswith(measured.reason or "")
 
 
 def _confirmed(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bool:
-    return measured.report is not None and figures.confirmed_latency == measured.report
+    return measured.report is not None and _is_same(figures.confirmed_latency, measured.report)
+
+
+def _is_same(kept: LatencyReport | None, measured: LatencyReport) -> bool:
+    """One measurement's report, whatever a trial's has of the layer groups in its profile."""
+    return kept is not None and kept.model_copy(update={"profile": measured.profile}) == measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from device_agents.protocol import Outcome
+from device_agents.protocol import KernelTime, LatencyReport, Outcome, Profile
 from search_spaces import Candidate
 from storage.agents import PREVIOUS_KEY_GRACE_S
 from storage.database import Database
@@ -167,16 +167,20 @@ def test_enrolling_anew_ends_a_clash_of_identities(world: World) -> None:
     assert (again.id, again.drained_by) == (pool.devices["one"].id, None)
 
 
-def measured_trial(pool: Pool, *, finished: bool = True) -> str:
+CONV1 = KernelTime(name="conv1", operator="Conv", time_ns=1e6)
+
+
+def measured_trial(pool: Pool, *, report: LatencyReport | None = None) -> str:
     """A trial with the latency that device `one` reported for it; its id."""
     trial = pool.repository.add_trial(pool.job.id, Candidate(), proposed_by="optuna")
     pool.enqueue("m-1", trial_id=trial.id)
     lease = pool.lease("one")
     assert lease is not None
-    done = pool.repository.accept_result(result_of(lease), agent_id=pool.agents["one"].id)
+    result = result_of(lease, report=report or latency_report())
+    done = pool.repository.accept_result(result, agent_id=pool.agents["one"].id)
     pool.repository.update_trial(
         trial.id,
-        state=TrialState.FINISHED if finished else TrialState.RUNNING,
+        state=TrialState.FINISHED,
         outcome=TrialOutcome.OK,
         artifact_sha256="a" * 64,
         artifact_size_bytes=12,
@@ -207,6 +211,19 @@ def test_a_confirmation_by_a_drained_device_goes_and_the_rest_of_the_trial_stays
     assert (trial.state, trial.outcome) == (TrialState.FINISHED, TrialOutcome.OK)
     assert trial.confirmed_latency is None
     assert trial.latency is not None
+
+
+def test_a_report_whose_kernels_were_given_their_groups_is_still_the_same(world: World) -> None:
+    pool = Pool(world, "one", "two")
+    sent, kept = (
+        latency_report().model_copy(update={"profile": Profile(kernels=(kernel,))})
+        for kernel in (CONV1, CONV1.model_copy(update={"group": "conv1"}))
+    )
+    trial_id = measured_trial(pool, report=sent)
+    pool.repository.update_trial(trial_id, latency=kept, confirmed_latency=kept)
+    pool.drain("one")
+    trial = pool.repository.get_trial(trial_id)
+    assert (trial.outcome, trial.latency, trial.confirmed_latency) == (None, None, None)
 
 
 def test_what_was_measured_before_or_for_a_finished_job_stays(world: World) -> None:

@@ -1,5 +1,7 @@
 """One repository contract, three places to keep it: SQLite file, SQLite in memory, PostgreSQL.
 
+The contracts over HTTP share a running service, one per module.
+
 The PostgreSQL server is a throw-away cluster of this test session: made in a temporary
 folder, reached through a Unix socket in it, run by a user that is not root.
 """
@@ -38,6 +40,7 @@ from storage.database import open_database
 from storage.records import AgentRecord, DeviceRecord, JobRecord, MeasurementRecord
 from storage.repository import Repository
 from storage.tables import Base
+from tests.running_service import RunningService, running_service
 
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 BACK_ENDS = ("sqlite", "memory", "postgresql")
@@ -97,6 +100,20 @@ def world(database_url: str) -> Iterator[World]:
             clock=clock,
             topics=topics,
         )
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """One for all of a module: a test meets its own jobs and devices, not an empty database."""
+    with running_service(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def finished(service: RunningService) -> JobRecord:
+    """A finished job, to look at only."""
+    _, device = service.enrol()
+    return service.finished_job(device)
 
 
 @dataclass

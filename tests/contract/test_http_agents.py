@@ -3,7 +3,6 @@
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,6 @@ from autotune.service.problems import MEDIA_TYPE
 from storage.records import MeasurementState
 from tests.running_service import RunningService, running_service, versioned
 from tests.unit import fabricated_job
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """One for all: a test meets its own jobs and devices alone, not an empty database."""
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
-
 
 # Devices and agents
 

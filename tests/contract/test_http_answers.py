@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,23 +15,8 @@ from autotune.errors import (
 )
 from autotune.search.interruption import Stopped
 from storage.records import JobRecord, JobState, TrialState
-from tests.running_service import RunningService, running_service
+from tests.running_service import RunningService
 from tests.unit import fabricated_job
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """One for all: a test meets its own jobs and devices alone, not an empty database."""
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def finished(service: RunningService) -> JobRecord:
-    """A finished job, to look at only."""
-    _, device = service.enrol()
-    return service.finished_job(device)
-
 
 # Sensitivities
 

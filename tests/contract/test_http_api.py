@@ -1,6 +1,5 @@
 """The HTTP API, over a real socket and a real database; only the runner stands still."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,6 @@ from autotune.service.problems import MEDIA_TYPE
 from storage.records import JobState
 from tests.running_service import RunningService, job_document, running_service, versioned
 from tests.unit import fabricated_job
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """One for all: a test meets its own jobs and devices alone, not an empty database."""
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
-
 
 # Who may do what
 

@@ -1,17 +1,9 @@
 """An answer that was measured once says so over HTTP, and can be confirmed."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from storage.records import JobRecord
-from tests.running_service import RunningService, running_service
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
+from tests.running_service import RunningService
 
 
 @pytest.fixture

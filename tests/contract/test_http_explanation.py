@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -14,15 +14,9 @@ from autotune.cli.session import Session
 from autotune.errors import JobNotReady, NotFoundError
 from search_spaces import FP32, INT8, RuntimeOptions, SearchSpace
 from storage.records import DeviceRecord, JobRecord, JobTarget, TrialOutcome
-from tests.running_service import RunningService, running_service
+from tests.running_service import RunningService
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
 
 
 def job_with_space(service: RunningService, device: DeviceRecord) -> JobRecord:

@@ -1,7 +1,6 @@
 """Owning a fleet over HTTP: enrolment tokens, keys, copies of an identity, quarantine."""
 
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ from device_agents.protocol import Outcome
 from storage.records import DeviceRecord, MeasurementState
 from tests.running_service import RunningService, running_service, versioned
 from tests.unit import fabricated_job
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """One for all: each test has devices of its own."""
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
 
 
 def beat(agent: httpx.Client, **fields: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Limits over HTTP: what a device cannot measure is refused, and any limit is asked afterwards."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,22 +7,8 @@ import pytest
 from autotune.errors import InvalidJob
 from autotune.spec import JobSpec
 from storage.records import JobRecord
-from tests.running_service import RunningService, running_service
+from tests.running_service import RunningService
 from tests.unit import fabricated_job
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """One for all: a test meets its own jobs and devices alone, not an empty database."""
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def finished(service: RunningService) -> JobRecord:
-    """A finished job, to look at only."""
-    _, device = service.enrol()
-    return service.finished_job(device)
 
 
 def test_any_limit_is_answered_after_the_fact(service: RunningService, finished: JobRecord) -> None:

@@ -6,7 +6,6 @@ version of the protocol adds a file.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,9 @@ import pytest
 
 from device_agents.protocol import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SPOKEN_VERSIONS
 from storage.records import MeasurementState
-from tests.running_service import RunningService, running_service, versioned
+from tests.running_service import RunningService, versioned
 
 RECORDED = Path(__file__).parent / "recorded"
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    with running_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
 
 
 class Replay:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,14 @@ QUARANTINED = Quarantined(
     job_id="job-1",
     created_at=NOW,
 )
+
+JOB_FILE = """
+name: digits
+model: {source: "onnx:model.onnx"}
+data: {evaluation: "npz:evaluation.npz"}
+"""
+Call = Callable[..., int]
+"""The command line with its arguments; the exit code."""
 
 
 def interval(value: float, half_width: float) -> Interval:

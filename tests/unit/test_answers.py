@@ -8,13 +8,11 @@ from search_spaces import INT8
 from storage.records import AccuracyReport, JobState
 from tests.unit.fakes import FakePool, fake_accuracy, fake_ms
 from tests.unit.records import accuracy, latency
-from tests.unit.test_tuning import Bench, _agent, bench
-
-__all__ = ["bench"]
+from tests.unit.tuning_bench import Bench
 
 
 def test_a_job_ends_with_a_confirmed_winner_inside_budget_and_drop(bench: Bench) -> None:
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job())
     assert (job.state, job.result and job.result["verdict"]) == (JobState.FINISHED, "within_budget")
     assert job.result is not None
@@ -28,7 +26,7 @@ def test_a_job_ends_with_a_confirmed_winner_inside_budget_and_drop(bench: Bench)
 def test_an_impossible_budget_ends_with_the_fastest_the_distance_and_the_blockers(
     bench: Bench,
 ) -> None:
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(latency_budget="1us"))
     assert job.state is JobState.FINISHED
     assert job.result is not None
@@ -51,7 +49,7 @@ def test_a_winner_by_a_hair_that_loses_more_gives_way_to_the_baseline(bench: Ben
             return report if is_baseline else accuracy(0.919, split="held_out", n_samples=600)
 
     bench.make_pool = Worse
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.report_of = lambda c: latency(fake_ms(c) if len(c.precisions) in (0, 4) else 1.99)
         search = {"trials": 8, "precisions": ["fp32", "w8a8"], "prune_ratios": [0.0]}
         job = bench.run(bench.job(max_accuracy_drop=0.05, search=search))

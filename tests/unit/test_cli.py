@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,12 @@ from autotune.cli.root import COMMANDS, cli, exit_codes, run
 from autotune.cli.session import FORMATS, Session
 from autotune.errors import AutotuneError, DiskFull, InvalidModel, ServiceError
 from autotune.spec import job_schema_text
-from tests.unit.cli_fakes import FakeClient, finished_job, make_event, make_job
+from tests.unit.cli_fakes import JOB_FILE, Call, FakeClient, finished_job, make_event, make_job
 
 HEAVY = (
     *("torch", "ray", "optuna", "sqlalchemy", "fastapi", "onnx", "onnxruntime", "rich"),
     *("numpy", "httpx", "pydantic"),
 )
-JOB_FILE = """
-name: digits
-model: {source: "onnx:model.onnx"}
-data: {evaluation: "npz:evaluation.npz"}
-"""
-
-Call = Callable[..., int]
-
-
-@pytest.fixture
-def client() -> FakeClient:
-    return FakeClient()
-
-
-@pytest.fixture
-def call(client: FakeClient) -> Call:
-    """Run the command line against the fake service."""
-
-    def invoke(*arguments: str) -> int:
-        def connect(url: str, token: str) -> Any:
-            client.calls.append(("connect", url, token))
-            return client
-
-        return run(
-            ["--url", "http://service", "--token", "secret", *arguments], Session(connect=connect)
-        )
-
-    return invoke
 
 
 # Help, completion and what keeps them fast.

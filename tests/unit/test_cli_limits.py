@@ -6,22 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli_fakes import FakeClient
-from tests.unit.test_cli import JOB_FILE, Call, call, client  # noqa: F401 - fixtures
+from tests.unit.cli_fakes import JOB_FILE, Call, FakeClient
 
 LIMITS = ("--at", "p90", "--max-size", "3MB", "--max-memory", "60MB", "--max-energy", "5mJ")
 KEYS = {"latency_at": "p90", "max_size": "3MB", "max_memory": "60MB", "max_energy": "5mJ"}
 
 
 @pytest.mark.parametrize("command", ["front", "export"])
-def test_a_question_names_its_limits(command: str, call: Call, client: FakeClient) -> None:  # noqa: F811
+def test_a_question_names_its_limits(command: str, call: Call, client: FakeClient) -> None:
     assert call(command, "job-1", "--budget", "3ms", *LIMITS) == 0
     assert client.limits == [KEYS]
 
 
 def test_a_job_is_submitted_with_other_limits_than_its_file_has(
-    call: Call,  # noqa: F811
-    client: FakeClient,  # noqa: F811
+    call: Call,
+    client: FakeClient,
     tmp_path: Path,
 ) -> None:
     job_file = tmp_path / "job.yaml"
@@ -46,7 +45,7 @@ def test_a_limit_that_cannot_be_read_is_told_what_to_write(
     option: str,
     value: str,
     words: str,
-    call: Call,  # noqa: F811
+    call: Call,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert call("front", "job-1", option, value) == 2

@@ -22,7 +22,6 @@ from storage.records import JobState, TargetFigures
 from tests.unit.fakes import fake_ms
 from tests.unit.records import latency, trial
 from tests.unit.spaces import inventory, space
-from tests.unit.test_tuning import bench  # noqa: F401 - a fixture
 
 ORT = RuntimeOptions()
 OPENVINO = RuntimeOptions(runtime="openvino")
@@ -148,7 +147,7 @@ def test_what_no_runtime_of_a_device_has_is_refused_with_what_it_has(asked, reas
         require_offered(SearchSpec(**asked), [device(build("onnxruntime"))])
 
 
-def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_loaded(bench):  # noqa: F811
+def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_loaded(bench):
     with bench.agent():
         job = bench.run(bench.job(search={"runtimes": ["openvino"]}))
     assert job.state is JobState.FAILED
@@ -156,7 +155,7 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_loaded(be
     assert bench.pools == []
 
 
-def test_the_faster_runtime_wins_the_job(bench, monkeypatch):  # noqa: F811 - the fixture
+def test_the_faster_runtime_wins_the_job(bench, monkeypatch):
     monkeypatch.setattr(tuning, "require_judges", lambda asked: None)
     search = {"trials": 14, "runtimes": ["onnxruntime", "openvino"]}
     with bench.agent(runtimes=("onnxruntime", "openvino")) as agent:
@@ -175,7 +174,7 @@ def test_the_faster_runtime_wins_the_job(bench, monkeypatch):  # noqa: F811 - th
     assert "openvino" in judged
 
 
-def test_baselines_and_confirmed_trials_are_profiled_and_no_others(bench):  # noqa: F811
+def test_baselines_and_confirmed_trials_are_profiled_and_no_others(bench):
     with bench.agent():
         job = bench.run(bench.job())
     kinds = {t.id: t.proposed_by for t in bench.repository.list_trials(job.id)}

@@ -12,13 +12,12 @@ from device_agents.protocol import Outcome
 from tests.unit import fabricated_job as fabricated
 from tests.unit.cli_fakes import FakeClient
 from tests.unit.records import accuracy, latency
-from tests.unit.test_tuning import bench  # noqa: F401 - a fixture
 
 HELD_OUT = accuracy(0.9, split="held_out")
 
 
 @pytest.fixture
-def unconfirmed(bench):  # noqa: F811
+def unconfirmed(bench):
     """A finished job and a trial of it that was measured once."""
     with bench.agent():
         job = bench.run(bench.job(search={"trials": 3, "prune_ratios": [0]}))
@@ -31,7 +30,7 @@ def measured(report, outcome=Outcome.OK):
     return SimpleNamespace(outcome=outcome, report=report)
 
 
-def test_a_second_measurement_confirms_a_trial_that_has_none(bench, unconfirmed):  # noqa: F811
+def test_a_second_measurement_confirms_a_trial_that_has_none(bench, unconfirmed):
     job, trial = unconfirmed
     report = latency(3.0)
     keep_confirmation(bench.repository, job, trial, measured(report), HELD_OUT)
@@ -50,13 +49,13 @@ def test_a_second_measurement_confirms_a_trial_that_has_none(bench, unconfirmed)
         measured(latency(3.0, is_steady=False), Outcome.UNSTABLE),
     ],
 )
-def test_a_measurement_that_went_wrong_confirms_nothing(bench, unconfirmed, bad):  # noqa: F811
+def test_a_measurement_that_went_wrong_confirms_nothing(bench, unconfirmed, bad):
     job, trial = unconfirmed
     keep_confirmation(bench.repository, job, trial, bad, HELD_OUT)
     assert bench.repository.get_trial(trial.id).confirmed_latency is None
 
 
-def test_a_confirmed_trial_keeps_its_first_confirmation(bench, unconfirmed):  # noqa: F811
+def test_a_confirmed_trial_keeps_its_first_confirmation(bench, unconfirmed):
     job, trial = unconfirmed
     first = bench.repository.update_trial(trial.id, confirmed_latency=latency(2.0))
     keep_confirmation(bench.repository, job, first, measured(latency(3.0)), HELD_OUT)

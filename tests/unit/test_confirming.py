@@ -15,8 +15,7 @@ from search_spaces import Candidate
 from storage.records import TrialOutcome, TrialRecord
 from tests.unit.fakes import FakeAgent
 from tests.unit.records import latency, trial
-from tests.unit.test_tuning import Bench
-from tests.unit.test_tuning import bench as bench
+from tests.unit.tuning_bench import Bench
 
 
 def front_of(*ms: float) -> list[TrialRecord]:

@@ -11,11 +11,11 @@ from autotune.search.interruption import Stopped
 from autotune.search.workers import CallFailed
 from storage.records import JobRecord, JobState, TrialState
 from tests.unit.fakes import FakePool
-from tests.unit.test_tuning import Bench, bench  # noqa: F401
+from tests.unit.tuning_bench import Bench
 
 
 def test_an_extended_job_goes_on_with_what_it_learnt_and_keeps_its_answer_meanwhile(
-    bench: Bench,  # noqa: F811
+    bench: Bench,
 ) -> None:
     with bench.agent():
         job = bench.run(bench.job())
@@ -32,7 +32,7 @@ def test_an_extended_job_goes_on_with_what_it_learnt_and_keeps_its_answer_meanwh
     assert not [c for c in bench.pools[1].calls if c.method in ("noise", "divergence", "pruning")]
 
 
-def test_a_second_job_on_the_model_begins_with_the_front_of_the_first(bench: Bench) -> None:  # noqa: F811
+def test_a_second_job_on_the_model_begins_with_the_front_of_the_first(bench: Bench) -> None:
     with bench.agent():
         first = bench.run(bench.job())
         second = bench.run(bench.job())
@@ -49,7 +49,7 @@ def test_a_second_job_on_the_model_begins_with_the_front_of_the_first(bench: Ben
     assert [m for m in told if "taught the cost of" in m]
 
 
-def test_a_search_ends_when_little_is_left_to_gain(bench: Bench) -> None:  # noqa: F811
+def test_a_search_ends_when_little_is_left_to_gain(bench: Bench) -> None:
     search = {"trials": 30, "least_gain_per_minute": 1e6}
     with bench.agent():
         job = bench.run(bench.job(search=search))
@@ -59,7 +59,7 @@ def test_a_search_ends_when_little_is_left_to_gain(bench: Bench) -> None:  # noq
     assert len(bench.repository.list_trials(job.id)) < 30
 
 
-def test_a_job_that_fails_while_it_is_extended_still_has_its_answer(bench: Bench) -> None:  # noqa: F811
+def test_a_job_that_fails_while_it_is_extended_still_has_its_answer(bench: Bench) -> None:
     class Broken(FakePool):
         def _inspect(self) -> Any:
             return CallFailed(error="gone", exception=DiskFull("no room for the model"))
@@ -75,7 +75,7 @@ def test_a_job_that_fails_while_it_is_extended_still_has_its_answer(bench: Bench
 
 
 @pytest.mark.parametrize("after", [3, 9])
-def test_a_restart_changes_no_proposal(bench: Bench, after: int) -> None:  # noqa: F811
+def test_a_restart_changes_no_proposal(bench: Bench, after: int) -> None:
     def candidates(job: JobRecord) -> list[str]:
         return [t.candidate.digest for t in bench.repository.list_trials(job.id)]
 

@@ -20,8 +20,7 @@ from storage.records import JobRecord, JobState, TrialOutcome, TrialRecord
 from tests.unit.fakes import FakeAgent, FakePool, fake_accuracy, fake_ms
 from tests.unit.records import accuracy, latency, trial
 from tests.unit.spaces import group
-from tests.unit.test_tuning import Bench
-from tests.unit.test_tuning import bench as bench
+from tests.unit.tuning_bench import Bench
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from storage.records import DrainCause, JobRecord, JobState, TrialOutcome
 from storage.repository import Repository
 from tests.unit.fakes import FakeAgent, fake_ms
 from tests.unit.records import latency
-from tests.unit.test_tuning import Bench
+from tests.unit.tuning_bench import Bench
 
 FP32_NS = 4e6
 

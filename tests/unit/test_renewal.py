@@ -7,7 +7,6 @@ from autotune.search.renewal import forget_outdated, require_unchanged
 from storage.records import JobState
 from tests.unit.fakes import description, fake_ms
 from tests.unit.records import latency
-from tests.unit.test_tuning import bench  # noqa: F401 - a fixture
 
 
 def described(version, fingerprint="e" * 64):
@@ -21,7 +20,7 @@ def described(version, fingerprint="e" * 64):
     )
 
 
-def test_a_job_that_goes_on_measures_again_what_another_runtime_was_measured_with(bench):  # noqa: F811
+def test_a_job_that_goes_on_measures_again_what_another_runtime_was_measured_with(bench):
     with bench.agent() as agent:
         job = bench.run(bench.job(search={"trials": 6, "prune_ratios": [0]}))
         bench.repository.fleet.describe(agent.device.id, described("1.32.0"))
@@ -40,7 +39,7 @@ def test_a_job_that_goes_on_measures_again_what_another_runtime_was_measured_wit
     assert "device local has onnxruntime 1.32.0 by now, where 1.31.1 was measured" in told
 
 
-def test_a_job_on_an_unchanged_device_keeps_all_it_has_measured(bench):  # noqa: F811
+def test_a_job_on_an_unchanged_device_keeps_all_it_has_measured(bench):
     with bench.agent() as agent:
         job = bench.run(bench.job(search={"trials": 4, "prune_ratios": [0]}))
         trials = bench.repository.list_trials(job.id)
@@ -48,7 +47,7 @@ def test_a_job_on_an_unchanged_device_keeps_all_it_has_measured(bench):  # noqa:
     assert bench.repository.list_trials(job.id) == trials
 
 
-def test_a_job_stops_where_its_device_changes_under_it(bench):  # noqa: F811
+def test_a_job_stops_where_its_device_changes_under_it(bench):
     with bench.agent() as agent:
         require_unchanged(bench.repository, [agent.device])
         bench.repository.fleet.describe(agent.device.id, described("1.32.0"))

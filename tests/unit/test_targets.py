@@ -22,7 +22,6 @@ from autotune.search.workers import Built
 from autotune.spec import measured_on, parse_job
 from device_agents.protocol import LatencyReport, Outcome
 from search_spaces import INT8, Candidate
-from storage.database import open_database
 from storage.records import (
     JobRecord,
     JobState,
@@ -32,10 +31,9 @@ from storage.records import (
     TrialRecord,
     TrialState,
 )
-from storage.repository import Repository
 from tests.unit.fakes import FakeAgent, FakePool, fake_accuracy, fake_ms
 from tests.unit.records import NOW, accuracy, latency, trial
-from tests.unit.test_tuning import Bench
+from tests.unit.tuning_bench import Bench, benched
 
 BUDGETS = {"gateway": "4.5ms", "pi4": "25ms"}
 ON_ARM = b" "
@@ -70,19 +68,15 @@ class TwoClasses(FakePool):
 
 
 @contextmanager
-def benched(folder: Path) -> Iterator[Bench]:
-    with open_database(f"sqlite:///{folder / 'test.db'}") as database:
-        listeners: list[Callable[[], None]] = []
-        repository = Repository(database, notify=lambda topic: [f() for f in listeners] and None)
-        made = Bench(folder, repository)
+def two_classes(folder: Path) -> Iterator[Bench]:
+    with benched(folder) as made:
         made.make_pool = TwoClasses
-        listeners.append(made.fleet.wake)
         yield made
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    with benched(tmp_path) as made:
+    with two_classes(tmp_path) as made:
         yield made
 
 
@@ -91,7 +85,7 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[JobRecord, list[TrialRecord]]]:
     """A job on both devices, without a budget, and its trials."""
-    with benched(tmp_path_factory.mktemp("finished")) as made:
+    with two_classes(tmp_path_factory.mktemp("finished")) as made:
         yield run_on_both(made)
 
 

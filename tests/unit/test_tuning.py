@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,91 +13,20 @@ import pytest
 from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.evaluation import race_of
-from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.front import non_dominated
-from autotune.search.host import Host
 from autotune.search.interruption import Stopped
-from autotune.search.tuning import Tuning
 from autotune.search.workers import CallFailed
-from autotune.spec import parse_job
 from device_agents.protocol import Outcome
 from search_spaces import INT8, Candidate
-from storage.artifacts import ArtifactStore
-from storage.database import open_database
 from storage.errors import DatabaseFull
-from storage.records import AccuracyReport, JobRecord, JobState, TrialOutcome, TrialState
-from storage.repository import Repository
-from tests.unit.fakes import FakeAgent, FakePool, fake_accuracy, fake_ms
+from storage.records import AccuracyReport, JobState, TrialOutcome, TrialState
+from tests.unit.fakes import FakePool, fake_accuracy, fake_ms
 from tests.unit.records import accuracy, latency
-
-
-class Bench:
-    """A repository, an artifact store, fakes, and a way to run a job."""
-
-    def __init__(self, folder: Path, repository: Repository) -> None:
-        self.repository = repository
-        self.artifacts = ArtifactStore(folder / "artifacts")
-        self.fleet = Fleet(repository, host_id="edge", window=QuietWindow())
-        self.pools: list[FakePool] = []
-        self.made_room: list[bool] = []
-        self.make_pool: Callable[[], FakePool] = FakePool
-        self.should_stop: Callable[[], bool] = lambda: False
-        x = np.random.default_rng(0).normal(size=(100, 1, 8, 8)).astype(np.float32)
-        np.savez(folder / "data.npz", x=x, y=np.arange(100) % 10)
-        self._data = f"npz:{folder / 'data.npz'}"
-
-    def agent(self, **changes: Any) -> FakeAgent:
-        return FakeAgent(self.repository, self.artifacts.read, **changes)
-
-    def job(self, **changes: Any) -> JobRecord:
-        spec: dict[str, Any] = {
-            "version": 1,
-            "model": {"source": "onnx:unused.onnx"},
-            "data": {"evaluation": self._data, "training": self._data},
-            "latency_budget": "0.65x",
-            "max_accuracy_drop": 0.01,
-            "search": {"trials": 14},
-        }
-        return self.repository.create_job(spec={**spec, **changes}, name="job")
-
-    def run(self, job: JobRecord) -> JobRecord:
-        def make_pool(*_: Any) -> Any:
-            self.pools.append(self.make_pool())
-            return self.pools[-1]
-
-        record = self.repository.get_job(job.id)
-        devices = [self.fleet.find_device(named) for named in parse_job(record.spec).targets]
-        host = Host(
-            repository=self.repository,
-            artifacts=self.artifacts,
-            fleet=self.fleet,
-            window=QuietWindow(),
-            trust_job_code=False,
-            make_pool=make_pool,
-            should_stop=self.should_stop,
-            make_room=lambda: self.made_room.append(True),
-        )
-        return Tuning(host, record, tuple(d for d in devices if d is not None)).run()
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    with open_database(f"sqlite:///{tmp_path / 'test.db'}") as database:
-        listeners: list[Callable[[], None]] = []
-        repository = Repository(database, notify=lambda topic: [f() for f in listeners] and None)
-        made = Bench(tmp_path, repository)
-        listeners.append(made.fleet.wake)
-        yield made
-
-
-@contextmanager
-def _agent(bench: Bench, **changes: Any) -> Iterator[FakeAgent]:
-    with bench.agent(**changes) as agent:
-        yield agent
+from tests.unit.tuning_bench import Bench
 
 
 def test_the_baselines_come_first_and_the_budget_is_a_fraction_of_fp32(bench: Bench) -> None:
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job())
     first, second, *_ = bench.repository.list_trials(job.id)
     assert [first.proposed_by, second.proposed_by] == ["baseline", "baseline"]
@@ -110,7 +37,7 @@ def test_the_baselines_come_first_and_the_budget_is_a_fraction_of_fp32(bench: Be
 
 
 def test_the_trial_budget_is_kept_and_no_candidate_is_measured_twice(bench: Bench) -> None:
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         job = bench.run(bench.job())
     trials = bench.repository.list_trials(job.id)
     assert len(trials) == 14
@@ -125,7 +52,7 @@ def test_the_trial_budget_is_kept_and_no_candidate_is_measured_twice(bench: Benc
 
 
 def test_later_measurements_are_scaled_by_the_pinned_reference(bench: Bench) -> None:
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         job = bench.run(bench.job())
     assert agent.plans[0].reference_latency_ns is None
     assert {p.reference_latency_ns for p in agent.plans[1:]} == {job.reference_latency_ns}
@@ -138,7 +65,7 @@ def test_a_candidate_that_cannot_be_built_is_a_trial_with_a_reason(bench: Bench)
             self.fail_build_of = lambda c: "no kernel for stem" if c.prune_ratios else None
 
     bench.make_pool = Picky
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job())
     failed = [t for t in bench.repository.list_trials(job.id) if t.candidate.prune_ratios]
     assert job.state is JobState.FINISHED
@@ -149,7 +76,7 @@ def test_a_candidate_that_cannot_be_built_is_a_trial_with_a_reason(bench: Bench)
 
 
 def test_a_candidate_that_crashes_the_device_does_not_end_the_job(bench: Bench) -> None:
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.outcome_of = lambda c: (
             (Outcome.RUNTIME_CRASH, "signal 11") if c.prune_ratios else (Outcome.OK, None)
         )
@@ -167,14 +94,14 @@ def test_an_unstable_measurement_is_tried_once_more(bench: Bench) -> None:
         seen[candidate.digest] += 1
         return (Outcome.UNSTABLE, "drift") if seen[candidate.digest] == 1 else (Outcome.OK, None)
 
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.outcome_of = outcome
         job = bench.run(bench.job())
     assert {t.outcome for t in bench.repository.list_trials(job.id)} == {TrialOutcome.OK}
 
 
 def test_a_model_that_does_not_run_on_the_device_fails_the_job_and_says_why(bench: Bench) -> None:
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.outcome_of = lambda c: (Outcome.UNSUPPORTED, "opset 99")
         job = bench.run(bench.job())
     assert job.state is JobState.FAILED
@@ -188,7 +115,7 @@ def test_a_device_that_goes_away_leaves_the_job_waiting_and_it_goes_on_later(
     job = bench.job()
     online = True
     monkeypatch.setattr("autotune.search.fleet.Fleet.is_online", lambda self, device: online)
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.limit = after
 
         def gone() -> bool:
@@ -215,7 +142,7 @@ def test_a_stopped_service_goes_on_without_losing_or_repeating_a_trial(
         done = [t for t in bench.repository.list_trials(job.id) if t.state is TrialState.FINISHED]
         return len(done) >= after
 
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         bench.should_stop = enough
         with pytest.raises(Stopped):
             bench.run(job)
@@ -245,7 +172,7 @@ def test_a_cancelled_job_keeps_its_trials_and_answers_with_them(bench: Bench) ->
         return False
 
     bench.should_stop = cancel_after_five
-    with _agent(bench):
+    with bench.agent():
         ended = bench.run(job)
     assert ended.state is JobState.CANCELLED
     assert ended.result is not None
@@ -254,7 +181,7 @@ def test_a_cancelled_job_keeps_its_trials_and_answers_with_them(bench: Bench) ->
 
 def test_wrong_data_fails_the_job_with_the_reason(bench: Bench, tmp_path: Path) -> None:
     np.savez(tmp_path / "empty.npz", x=np.zeros((0, 1, 8, 8), np.float32), y=np.zeros(0, int))
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(data={"evaluation": f"npz:{tmp_path / 'empty.npz'}"}))
     assert job.state is JobState.FAILED
     assert job.reason
@@ -267,7 +194,7 @@ def test_a_full_disk_fails_the_job_under_its_name_and_it_goes_on_later(
     def full(*_: Any, **__: Any) -> None:
         raise DatabaseFull("no room for the database; free some space and resume")
 
-    with _agent(bench):
+    with bench.agent():
         with monkeypatch.context() as patched:
             patched.setattr(bench.repository, "record_artifact", full)
             job = bench.run(bench.job())
@@ -279,7 +206,7 @@ def test_a_full_disk_fails_the_job_under_its_name_and_it_goes_on_later(
 
 def test_a_failure_names_the_key_of_the_job_and_not_the_services_copy(bench: Bench) -> None:
     upload = bench.artifacts.put(b"no archive")
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(data={"evaluation": f"npz:sha256:{upload.sha256}"}))
     assert (job.reason or "").startswith("data.evaluation is not an .npz file")
     assert str(bench.artifacts.root) not in (job.reason or "")
@@ -288,7 +215,7 @@ def test_a_failure_names_the_key_of_the_job_and_not_the_services_copy(bench: Ben
 def test_an_upload_altered_in_the_store_is_never_tuned(bench: Bench) -> None:
     upload = bench.artifacts.put(b"weights")
     bench.artifacts.path(upload.sha256).write_bytes(b"Weights")
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(model={"source": f"onnx:sha256:{upload.sha256}"}))
     assert (job.state, bench.pools) == (JobState.FAILED, [])
     assert f"sha256:{upload.sha256} was altered" in (job.reason or "")
@@ -297,7 +224,7 @@ def test_an_upload_altered_in_the_store_is_never_tuned(bench: Bench) -> None:
 
 def test_an_answer_of_fp32_alone_says_so_and_names_no_int8(bench: Bench) -> None:
     search = {"trials": 1, "precisions": ["fp32"], "prune_ratios": [0]}
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(search=search, latency_budget=None))
     assert job.result is not None
     assert job.result["int8_trial"] is None
@@ -306,7 +233,7 @@ def test_an_answer_of_fp32_alone_says_so_and_names_no_int8(bench: Bench) -> None
 
 
 def test_a_job_that_failed_for_want_of_its_fp32_latency_can_be_resumed(bench: Bench) -> None:
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.outcome_of = lambda candidate: (Outcome.ARTIFACT_CORRUPT, "altered on its way")
         job = bench.run(bench.job())
         assert job.state is JobState.FAILED
@@ -317,7 +244,7 @@ def test_a_job_that_failed_for_want_of_its_fp32_latency_can_be_resumed(bench: Be
 
 
 def test_a_job_in_which_nothing_is_steady_fails_and_says_why(bench: Bench) -> None:
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.report_of = lambda c: latency(
             fake_ms(c), is_steady=False, unsteady_reason="the reference spread by 40 %"
         )
@@ -332,7 +259,7 @@ def test_a_winner_that_does_not_confirm_gives_way_to_the_next(bench: Bench) -> N
         is_again = agent.now.kind == "confirmation"
         return (Outcome.TIMEOUT, "hung") if is_lucky and is_again else (Outcome.OK, None)
 
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.outcome_of = outcome
         job = bench.run(bench.job(max_accuracy_drop=0.1))
     assert job.result is not None
@@ -343,7 +270,7 @@ def test_a_winner_that_does_not_confirm_gives_way_to_the_next(bench: Bench) -> N
 
 def test_what_an_interrupted_run_left_with_the_device_is_withdrawn(bench: Bench) -> None:
     job = bench.job()
-    with _agent(bench) as agent:
+    with bench.agent() as agent:
         agent.limit = 3
         bench.should_stop = lambda: len(agent.measured) >= 3
         with pytest.raises(Stopped):
@@ -360,7 +287,7 @@ def test_a_full_disk_in_a_worker_ends_the_job_and_no_trial(bench: Bench) -> None
             return super()._build(candidate, race, kernels)
 
     bench.make_pool = Full
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job())
     assert job.state is JobState.FAILED
     assert "no room in /bases" in (job.reason or "")
@@ -398,7 +325,7 @@ def test_candidates_race_against_the_drop_that_the_job_allows(
 
 
 def test_rounding_is_learned_for_the_winner_alone_and_only_on_demand(bench: Bench) -> None:
-    with _agent(bench):
+    with bench.agent():
         plain = bench.run(bench.job())
         alone = {"trials": 14, "warm_start": "none"}
         asked = bench.run(bench.job(rounding={"adaround": True}, search=alone))
@@ -422,7 +349,7 @@ def test_a_learned_rounding_that_loses_more_leaves_the_winner(bench: Bench) -> N
         return made
 
     bench.make_pool = pool
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(rounding={"adaround": True}))
     assert job.result is not None
     assert bench.repository.get_trial(job.result["winner"]).candidate.rounding is None
@@ -435,7 +362,7 @@ def test_with_size_as_an_objective_small_files_are_tried_and_kept_on_the_front(
     bench: Bench,
 ) -> None:
     search = {"trials": 16, "objectives": ["accuracy", "latency", "size"]}
-    with _agent(bench):
+    with bench.agent():
         job = bench.run(bench.job(search=search))
     trials = bench.repository.list_trials(job.id)
     assert {"size", "optuna", "program"} <= {t.proposed_by for t in trials}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autotune.api_types import BlockingGroup
-from autotune.search.front import latency_of
+from autotune.search.front import latency_of, profile_of
 from search_spaces import LayerInventory
 from storage.records import TrialRecord
 
@@ -27,8 +27,7 @@ def blocking_groups(
     multiply-accumulates times the planned bits of weights and activations, scaled by what
     pruning kept.
     """
-    profiles = (r.profile for r in (trial.confirmed_latency, trial.latency) if r is not None)
-    measured = next((p for p in profiles if p is not None and p.group_ns()), None)
+    measured = profile_of(trial)
     if measured is None:
         costs, total = _work(trial, inventory), 0.0
     else:

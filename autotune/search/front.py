@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from autotune.search.feasibility import Limits
-from device_agents.protocol import LatencyReport
+from device_agents.protocol import LatencyReport, Profile
 from storage.records import AccuracyReport, TrialOutcome, TrialRecord
 
 REFERENCE_RATIO = 1.05
@@ -46,6 +46,13 @@ class Answer:
 def latency_of(trial: TrialRecord) -> LatencyReport | None:
     """The trial's best-founded latency: the confirmed one where there is one."""
     return trial.confirmed_latency or trial.latency
+
+
+def profile_of(trial: TrialRecord) -> Profile | None:
+    """The newest kernel profile that has times of layer groups; None without one."""
+    reports = (trial.confirmed_latency, trial.latency)
+    profiles = (report.profile for report in reports if report is not None)
+    return next((p for p in profiles if p is not None and p.group_ns()), None)
 
 
 def accuracy_drop_of(trial: TrialRecord) -> float | None:

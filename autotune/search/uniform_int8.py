@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from autotune.api_explanation import Estimate
 from autotune.compression.kernels import kernels_of
 from autotune.search.conclusion import baseline_trials
-from autotune.search.front import latency_of
+from autotune.search.front import latency_of, profile_of
 from device_agents.protocol import DeviceDescription, LatencyReport, Profile
 from search_spaces import LayerInventory
 from storage.records import JobRecord, TrialRecord
@@ -64,15 +64,8 @@ def why_int8(
 
 def _profiles(fp32: TrialRecord, int8: TrialRecord) -> tuple[Profile, Profile] | None:
     """The kernel profiles of both; None unless both have times of groups."""
-    found = [_profile(trial) for trial in (fp32, int8)]
-    before, after = found
+    before, after = profile_of(fp32), profile_of(int8)
     return None if before is None or after is None else (before, after)
-
-
-def _profile(trial: TrialRecord) -> Profile | None:
-    reports = (trial.confirmed_latency, trial.latency)
-    profiles = (report.profile for report in reports if report is not None)
-    return next((p for p in profiles if p is not None and p.group_ns()), None)
 
 
 def _changes(profiles: tuple[Profile, Profile]) -> dict[str, float]:

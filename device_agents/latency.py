@@ -235,15 +235,19 @@ def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
     It helps and does not cure where the ratio itself switches between two states that last a
     fifth of the measurement: see `tests/unit/test_latency.py`, which repeats all of it.
     """
-    names = distinct(sittings)
-    if names.size == 1:
+    parts = sitting_parts(sittings)
+    if len(parts) == 1:
         return math.inf
-    parts = np.array_split(names, min(MAX_PARTS, names.size))
-    medians = [
-        float(median(logs[(part[0] <= sittings) & (sittings <= part[-1])])) for part in parts
-    ]
+    medians = [float(median(logs[part])) for part in parts]
     student = STUDENT[len(parts) - 2]
     return student * float(np.std(medians, ddof=1)) / math.sqrt(len(parts))
+
+
+def sitting_parts(sittings: NDArray[np.int_]) -> list[NDArray[np.int_]]:
+    """The places of each of at most `MAX_PARTS` parts in order of time, whole sittings each."""
+    names = distinct(sittings)
+    joined = np.array_split(names, min(MAX_PARTS, names.size))
+    return [np.flatnonzero((part[0] <= sittings) & (sittings <= part[-1])) for part in joined]
 
 
 def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:

@@ -28,6 +28,7 @@ from device_agents.latency import (
     Floats,
     distinct,
     quantiles,
+    sitting_parts,
 )
 
 TAIL = (1 - CONFIDENCE_LEVEL) / 2
@@ -177,8 +178,6 @@ def _parts(sittings: np.ndarray) -> list[np.ndarray]:
 
     Whole sittings, because sessions differ; runs of blocks where there are too few sittings.
     """
-    names = distinct(sittings)
-    if names.size >= MIN_SITTINGS:
-        joined = np.array_split(names, min(MAX_PARTS, names.size))
-        return [np.flatnonzero((x[0] <= sittings) & (sittings <= x[-1])) for x in joined]
+    if distinct(sittings).size >= MIN_SITTINGS:
+        return sitting_parts(sittings)
     return [part for part in np.array_split(np.arange(sittings.size), MAX_PARTS) if part.size]

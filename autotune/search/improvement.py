@@ -123,9 +123,12 @@ class Landscape:
         (m1, s1), (m2, s2) = self.first.predict(points), self.second.predict(points)
         return np.column_stack([m1, m2]), np.column_stack([s1, s2])
 
-    def told(self) -> np.ndarray:
-        """The measured points' figures without their noise, `(n, 2)`."""
-        return np.column_stack([self.first.told(), self.second.told()])
+    def told(self, n: int) -> np.ndarray:
+        """The figures of the first `n` points without their noise, `(n, 2)`.
+
+        The models may have further points behind those, each its own.
+        """
+        return np.column_stack([self.first.told()[:n], self.second.told()[:n]])
 
     def believing(self, point: np.ndarray) -> Landscape:
         """Both models after the point gave what they predict."""
@@ -143,14 +146,14 @@ def most_promising(
 ) -> list[Promise]:
     """Up to `n` new points, each the best once those before it are believed.
 
-    `points` `(m, n_factors)` were measured; nor is any of `excluded` proposed. The front that
-    counts is that of the measured figures less their noise, so that a lucky measurement hides
-    little.
+    `points` `(m, n_factors)` were measured, the first that the models were fitted to; nor is any
+    of `excluded` proposed. The front that counts is that of their figures less their noise, so
+    that a lucky measurement hides little.
     """
     chosen: list[Promise] = []
     known = {_key(row) for row in (*points, *excluded)}
     energies = landscape.first.energy(), landscape.second.energy()
-    means = landscape.told()
+    means = landscape.told(len(points))
     front = front_of(means)
     pool = [
         (point, origin)

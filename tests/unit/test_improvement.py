@@ -153,6 +153,15 @@ def test_no_point_is_proposed_twice_or_again() -> None:
     assert not set(asked) & {tuple(p) for p in (*points, *excluded)}
 
 
+def test_what_the_models_know_beyond_the_points_is_on_no_front() -> None:
+    known, points = landscape()
+    (of_all,), (of_one,) = (
+        most_promising(known, own, reference=REFERENCE, n=1, rng=np.random.default_rng(0))
+        for own in (points, points[:1])
+    )
+    assert of_one.gain > 1.1 * of_all.gain
+
+
 def test_an_exhausted_space_gives_nothing() -> None:
     factors = [Factor(n_options=2, effects=np.zeros(2), scale=0.1)] * 2
     points = np.array(list(itertools.product(range(2), repeat=2)))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autotune.search.landscape import INT8_SAVING, Encoding, Knowledge, drop_per_nat, propose
+from autotune.search.priors import Earlier
 from device_agents.protocol import KernelTime, Profile
 from search_spaces import FP32, INT8, Candidate, RuntimeOptions
 from storage.records import TrialRecord
@@ -106,6 +107,15 @@ def test_what_failed_is_not_proposed_again() -> None:
     failed = trial(2, None, None, candidate=first)
     following = propose(encoding(), knowledge(), [*measured(), failed], n=6, seed=0)
     assert first.digest not in {c.digest for c, _ in following}
+
+
+def test_earlier_latencies_without_their_accuracies_leave_the_front_to_the_jobs_own_trials() -> (
+    None
+):
+    better = encoding().space.uniform_int8().with_precision("head", FP32)
+    earlier = Earlier(latencies=(trial(7, 1.0, 0.95, candidate=better),))
+    found = propose(encoding(), knowledge(), measured(), n=3, seed=0, earlier=earlier)
+    assert len(found) == 3
 
 
 def test_trials_say_what_a_nat_costs() -> None:

@@ -26,7 +26,8 @@ from autotune.api_explanation import (
 from autotune.api_types import Interval, ModelError
 from autotune.errors import JobNotReady
 from autotune.export.figures import prune_text
-from autotune.search.front import latency_of
+from autotune.search.conclusion import baseline_trials
+from autotune.search.front import latency_of, profile_of
 from autotune.search.landscape import Encoding, Fitted, Knowledge, fit
 from autotune.search.surrogate import Surrogate
 from autotune.search.uniform_int8 import why_int8
@@ -113,7 +114,8 @@ def explain(
         raise JobNotReady(f"trial {trial.number} is not a candidate of the job's search space")
     fp32_ns = job.reference_latency_ns or _fp32_ns(fitted)
     reading = _Reading(fitted=fitted, point=point, fp32_ns=fp32_ns)
-    groups = _groups(reading, job.sensitivity, trial)
+    baselines = baseline_trials(job.space, trials)
+    groups = _groups(reading, job.sensitivity, trial, baselines)
     latency, accuracy = latency_of(trial), trial.held_out_accuracy or trial.accuracy
     return Explanation(
         job_id=job.id,
@@ -204,12 +206,14 @@ def estimates(model: Surrogate, rows: np.ndarray, *, scale: float) -> list[Estim
 
 
 def _groups(
-    reading: _Reading, sensitivity: Sequence[Sensitivity], trial: TrialRecord
+    reading: _Reading,
+    sensitivity: Sequence[Sensitivity],
+    trial: TrialRecord,
+    baselines: tuple[TrialRecord | None, TrialRecord | None],
 ) -> list[GroupExplanation]:
     known = {entry.key: entry for entry in sensitivity}
     built = {entry["group"]: entry for entry in (trial.compression or {}).get("groups", ())}
-    reports = (r.profile for r in (trial.confirmed_latency, trial.latency) if r is not None)
-    kernel_ns = next((profile.group_ns() for profile in reports if profile is not None), {})
+    kernel_ns, fp32_ns, int8_ns = map(_kernel_ns, (trial, *baselines))
     explained = []
     for column, name in enumerate(reading.groups):
         choices = _choices(reading, column, known)
@@ -223,13 +227,19 @@ def _groups(
             lost=choices[reading.point[column]].lost,
             edges=_edges(reading, column),
             kernel_ns=kernel_ns.get(name),
-            fp32_kernel_ns=reading.fitted.knowledge.fp32_ns.get(name),
-            int8_kernel_ns=reading.fitted.knowledge.int8_ns.get(name),
+            fp32_kernel_ns=fp32_ns.get(name),
+            int8_kernel_ns=int8_ns.get(name),
             choices=choices,
             why="",
         )
         explained.append(facts.model_copy(update={"why": _why(facts)}))
     return explained
+
+
+def _kernel_ns(trial: TrialRecord | None) -> Mapping[str, float]:
+    """What the trial's profile measured in each group; empty without one."""
+    profile = None if trial is None else profile_of(trial)
+    return {} if profile is None else profile.group_ns()
 
 
 def _latency_parts(reading: _Reading, column: int) -> dict[str, Estimate]:

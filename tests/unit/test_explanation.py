@@ -226,6 +226,12 @@ def test_int8_that_is_slower_is_explained_by_kernels_and_conversions() -> None:
     assert "spends 0.2 ms more (QuantizeLinear +0.2 ms)" in text
 
 
+def test_kernel_times_of_the_trial_and_of_the_baselines_are_what_their_profiles_measured() -> None:
+    trials = slow_int8()
+    a = of(explain(job(), trials, trials[0], description()), "a")
+    assert (a.kernel_ns, a.fp32_kernel_ns, a.int8_kernel_ns) == (1.0e6, 1.0e6, 0.9e6)
+
+
 def test_the_devices_benchmark_and_what_was_not_executed_are_causes_too() -> None:
     speed = {"runtime": "onnxruntime", "ratio": 1.35, "ratio_low": 1.3, "ratio_high": 1.4}
     device = description().model_copy(

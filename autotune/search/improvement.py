@@ -7,7 +7,7 @@ minimized; points are rows of integers as in `surrogate.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -152,12 +152,11 @@ def most_promising(
     """
     chosen: list[Promise] = []
     known = {_key(row) for row in (*points, *excluded)}
-    energies = landscape.first.energy(), landscape.second.energy()
     means = landscape.told(len(points))
     front = front_of(means)
     pool = [
-        (point, origin)
-        for key, (point, origin) in _pool(landscape, energies, points, means, reference, rng)
+        found
+        for key, found in _pool(landscape, points, means, front, reference, rng).items()
         if key not in known
     ]
     while pool and len(chosen) < n:
@@ -177,22 +176,23 @@ def most_promising(
 
 def _pool(
     landscape: Landscape,
-    energies: tuple[Energy, Energy],
     points: np.ndarray,
     means: np.ndarray,
+    front: np.ndarray,
     reference: Sequence[float],
     rng: np.random.Generator,
-) -> Iterator[tuple[bytes, tuple[np.ndarray, str]]]:
+) -> dict[bytes, tuple[np.ndarray, str]]:
     """Optima of weighted sums, neighbours of the front and of those optima, and random points.
 
-    Each once, with its key.
+    Each once, by its key, with where it came from.
     """
+    energies = landscape.first.energy(), landscape.second.energy()
     members = points[[_is_on_front(means, i) for i in range(len(points))]]
     optima = weighted_optima(*energies, members, _weights(means))
     flips = Flips(*energies, np.unique(np.vstack([optima, members]), axis=0))
     _, deviation = landscape.predict(optima)
     about = np.broadcast_to(np.median(deviation, axis=0), flips.means.shape)
-    gains = expected_improvement(flips.means, about, front_of(means), reference)
+    gains = expected_improvement(flips.means, about, front, reference)
     # Twice as many as are kept: one point is a neighbour of several starts.
     nearby = flips.points(np.argsort(-gains, kind="stable")[: 2 * _FLIPS])
     drawn = rng.integers(landscape.sizes, size=(_RANDOM_POINTS, len(landscape.sizes)))
@@ -200,7 +200,7 @@ def _pool(
     for rows, origin in ((optima, "program"), (nearby, "flip"), (drawn, "random")):
         new = {key: (row, origin) for row in rows if (key := _key(row)) not in found}
         found |= dict(islice(new.items(), _FLIPS))
-    yield from found.items()
+    return found
 
 
 def _key(point: np.ndarray) -> bytes:

@@ -27,6 +27,7 @@ from autotune.api_types import Interval, ModelError
 from autotune.errors import JobNotReady
 from autotune.export.figures import prune_text
 from autotune.search.conclusion import baseline_trials
+from autotune.search.fleet import runtime_request
 from autotune.search.front import latency_of, profile_of
 from autotune.search.landscape import Encoding, Fitted, Knowledge, fit
 from autotune.search.surrogate import Surrogate
@@ -295,12 +296,10 @@ def _parts(reading: _Reading, trial: TrialRecord, space: SearchSpace) -> list[Pa
     """Pruning against the whole model, and the runtime against the first one offered."""
     found = []
     first, second = reading.fitted.landscape.first, reading.fitted.landscape.second
-    chosen = trial.candidate.runtime
+    runtime = runtime_request(trial.candidate.runtime).text()
     named = {
         "pruning": prune_text(trial) if trial.candidate.prune_ratios else "",
-        "runtime": f"{chosen.runtime}, threads: {chosen.threads}"
-        if len(space.runtimes) > 1
-        else "",
+        "runtime": runtime if len(space.runtimes) > 1 else "",
     }
     for column, (part, text) in enumerate(named.items(), start=len(reading.groups)):
         if not text:

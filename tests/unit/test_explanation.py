@@ -169,15 +169,14 @@ def test_the_models_error_is_that_of_trials_left_out() -> None:
 
 
 def test_pruning_and_the_runtime_are_parts_of_their_own() -> None:
-    space = SearchSpace.build(
-        INVENTORY, precisions=[INT8], runtimes=[RuntimeOptions(), RuntimeOptions(threads=2)]
-    )
-    pruned = Candidate(prune_ratios={"a": 0.5}, runtime=RuntimeOptions(threads=2))
+    quiet = RuntimeOptions(threads=2, spinning=False)
+    space = SearchSpace.build(INVENTORY, precisions=[INT8], runtimes=[RuntimeOptions(), quiet])
+    pruned = Candidate(prune_ratios={"a": 0.5}, runtime=quiet)
     trials = [*many(), trial(40, 1.0, 0.94, candidate=pruned)]
     found = explain(job(space=space), trials, trials[-1], description())
     assert [(part.part, part.chosen) for part in found.parts] == [
         ("pruning", "1 group by 50 %"),
-        ("runtime", "onnxruntime, threads: 2"),
+        ("runtime", "onnxruntime, CPUExecutionProvider, 2 threads, no spinning"),
     ]
     saved = sum(part.saved_ns.value for part in found.parts)
     assert saved == pytest.approx(3e6, rel=0.2)

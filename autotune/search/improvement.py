@@ -259,18 +259,13 @@ def weighted_optima(
     for that, those with the most links stay as they are in the best of `starts`.
     """
     sums = _Sums(first, second, weights)
-    pairs = sorted(sums.pairs)
-    sizes = [table.shape[1] for table in sums.singles]
-    order = elimination_order(sizes, pairs)
-    held: list[int] = []
     values = first.at(starts)[None] + weights[:, None] * second.at(starts)[None]
     best = starts[np.argmin(values, axis=1)]
-    while order is None:
+    held: list[int] = []
+    while (order := elimination_order(sums.sizes, list(sums.pairs))) is None:
         ends = np.bincount(np.array(list(sums.pairs), dtype=int).ravel())
         held.append(int(np.argmax(ends)))
         sums.hold(held[-1], best[:, held[-1]])
-        sizes[held[-1]] = 1
-        order = elimination_order(sizes, sorted(sums.pairs))
     points = minima(sums.singles, sums.pairs, order)
     points[:, held] = best[:, held]
     return points
@@ -289,6 +284,11 @@ class _Sums:
             for pair, table in energy.pairs.items():
                 own = weight[:, None, None] * table
                 self.pairs[pair] = self.pairs[pair] + own if pair in self.pairs else own
+
+    @property
+    def sizes(self) -> list[int]:
+        """Options per factor; one where it is held."""
+        return [table.shape[1] for table in self.singles]
 
     def hold(self, column: int, options: np.ndarray) -> None:
         """Leave one factor at these options, one per weight."""

@@ -293,8 +293,7 @@ class Surrogate:
 
         Unlike `predict`, which knows sums alone, this has what sets a point apart from its sum.
         """
-        correlated = np.linalg.solve(self._lower.T, np.linalg.solve(self._lower, self._residuals))
-        found: np.ndarray = self._values - self._noise**2 * correlated
+        found: np.ndarray = self._values - self._noise**2 * self._correlated
         return found
 
     def left_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -344,7 +343,8 @@ class Surrogate:
         self._variances = _variances(self.features, self.scales)
         self._lower = np.linalg.cholesky(self._kernel(grams, self.scales))
         half = np.linalg.solve(self._lower, self._residuals)
-        self._weights = self._variances * (self._rows.T @ np.linalg.solve(self._lower.T, half))
+        self._correlated = np.linalg.solve(self._lower.T, half)
+        self._weights = self._variances * (self._rows.T @ self._correlated)
 
     def _grams(self) -> list[np.ndarray]:
         blocks = [self._rows[:, self.features.block == b] for b in range(3)]

@@ -8,7 +8,7 @@ known is past every limit. Which trial answers a question is `front.py`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ def constraints(
     return found
 
 
-def require_sensors(spec: Mapping[str, Any], devices: list[DeviceRecord]) -> None:
+def require_sensors(spec: Mapping[str, Any], devices: Sequence[DeviceRecord]) -> None:
     """Return where each device can measure what the job limits or improves.
 
     A device of an earlier release does not say whether it measures energy; its first

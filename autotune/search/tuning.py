@@ -32,7 +32,7 @@ from autotune.search.earlier_jobs import take_over, teach
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.explanation import news_of_model
 from autotune.search.failures import in_users_terms
-from autotune.search.feasibility import limits_of
+from autotune.search.feasibility import limits_of, require_sensors
 from autotune.search.front import REFERENCE_DROP, Answer, further_objectives, non_dominated
 from autotune.search.host import Host
 from autotune.search.interruption import DeviceAway, Stopped
@@ -127,6 +127,7 @@ class Tuning:
         require_different(self._devices, self._spec.targets)
         # Before anything is loaded: it takes seconds, and these answers none.
         require_judges(require_offered(self._spec.search, self._devices))
+        require_sensors(self._job.spec, self._devices)  # a job of any device has not been asked yet
         inspection = self._inspect(self._load())
         evaluation = self._baselines(inspection)
         if not self._is_over():

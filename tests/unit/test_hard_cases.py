@@ -17,6 +17,7 @@ from autotune.search.workers import Inspection
 from device_agents.protocol import Outcome
 from search_spaces import INT8, Candidate, LayerInventory, SearchSpace
 from storage.records import JobRecord, JobState, TrialOutcome, TrialRecord
+from tests.unit import fakes
 from tests.unit.fakes import FakeAgent, FakePool, fake_accuracy, fake_ms
 from tests.unit.records import accuracy, latency, trial
 from tests.unit.spaces import group
@@ -200,3 +201,15 @@ def test_a_sampler_that_fails_leaves_the_models_own_proposals(
     ]
     found = proposals.refine(trials)
     assert found and "optuna" not in {p.proposed_by for p in found}
+
+
+def test_a_limit_that_the_device_cannot_measure_ends_the_job_before_anything_is_loaded(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = fakes.description().model_copy(update={"energy_missing": "no RAPL counter"})
+    monkeypatch.setattr(fakes, "description", lambda *_: blind)
+    with bench.agent():
+        job = bench.run(bench.job(max_energy="5mJ"))
+    assert job.state is JobState.FAILED
+    assert "cannot be measured on local: no RAPL counter" in (job.reason or "")
+    assert bench.pools == []

@@ -249,23 +249,26 @@ def fit(
     """
     seen = [(encoding.point(t.candidate), t) for t in trials if ranks(t)]
     measured = [(p, t) for p, t in seen if p is not None]
-    if all(p.any() for p, _ in measured):
+    origin = next((latency_of(t) for p, t in measured if not p.any()), None)
+    if origin is None:
         return None
     knowledge = knowledge.told_by(encoding.space, trials)
     points = np.array([p for p, _ in measured])
     ranked = [t for _, t in measured]
-    figures, _ = _figures(ranked)
     own = {trial.candidate.digest for trial in ranked}
-    drops = [t for t in earlier.drops if t.candidate.digest not in own]
+    latencies, drops = (
+        [t for t in others if t.candidate.digest not in own]
+        for others in (earlier.latencies, earlier.drops)
+    )
     landscape = Landscape(
         Surrogate(
             latency_features(encoding, knowledge),
-            *_with_earlier(encoding, measured, earlier.latencies, column=0),
-            base=float(figures[[not p.any() for p in points]][0, 0]),
+            *_with_earlier(encoding, measured, latencies, column=0),
+            base=origin.ratio,
         ),
         Surrogate(
             drop_features(encoding, knowledge, drop_per_nat([*ranked, *drops])),
-            *_with_earlier(encoding, measured, earlier.drops, column=1),
+            *_with_earlier(encoding, measured, drops, column=1),
             base=0.0,
         ),
     )
@@ -281,14 +284,9 @@ def _with_earlier(
     *,
     column: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points, figures and noise: those of the job, then those of earlier ones that it has not."""
-    own = {trial.candidate.digest for _, trial in measured}
-    others = [
-        (point, trial)
-        for trial in earlier
-        if trial.candidate.digest not in own
-        and (point := encoding.point(trial.candidate)) is not None
-    ]
+    """Points, figures and noise: those of the job, then those of earlier ones."""
+    seen = [(encoding.point(t.candidate), t) for t in earlier]
+    others = [(p, t) for p, t in seen if p is not None]
     figures, noise = _figures([trial for _, trial in (*measured, *others)])
     noise = noise[:, column]
     if column == 0:

@@ -9,18 +9,15 @@ add up, and solve for every budget.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import optuna
-from optuna.distributions import IntDistribution
-from optuna.samplers import BaseSampler
 
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO
 from autotune.search.improvement import Landscape, most_promising
 from autotune.search.landscape import DROP_CEILING, conversion
 from autotune.search.surrogate import Surrogate
+from tests.benchmarks.conversation import DRAWS, SAMPLERS, Conversation, MakeSampler
 from tests.benchmarks.oracles import Oracle, Run
 
 REFERENCE = (REFERENCE_RATIO, REFERENCE_DROP)
@@ -57,44 +54,22 @@ def fitted(oracle: Oracle, points: Sequence[np.ndarray], found: Sequence[Run]) -
     )
 
 
-def optuna_search(sampler: Callable[[int], BaseSampler]) -> Search:
+def optuna_search(sampler: MakeSampler) -> Search:
     """One of Optuna's samplers over ordered integers, with both objectives and constraints."""
 
     def search(oracle: Oracle, runs: int, seed: int) -> np.ndarray:
-        optuna.logging.set_verbosity(logging.ERROR)
         rng = np.random.default_rng(seed)
-        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler(seed))
-        names = [f"c{column:03}" for column in range(len(oracle.sizes))]
-        space = {n: IntDistribution(0, k - 1) for n, k in zip(names, oracle.sizes, strict=True)}
-        seen: dict[tuple[int, ...], Run] = {}
-        for point in oracle.baselines():
-            run = seen[tuple(point.tolist())] = oracle.measure(point, rng)
-            study.add_trial(
-                optuna.create_trial(
-                    values=[run.ratio, run.drop],
-                    params=dict(zip(names, point.tolist(), strict=True)),
-                    distributions=dict(space),
-                    constraints=_constraints(run),
-                )
-            )
-        asked = 0
-        while len(seen) < runs and asked < 20 * runs:
-            asked += 1
-            trial = study.ask(dict(space))
-            key = tuple(int(trial.params[name]) for name in names)
-            if key not in seen:
-                seen[key] = oracle.measure(np.array(key), rng)
-            for name, value in _constraints(seen[key]).items():
-                trial.set_constraint(name, value)
-            study.tell(trial, [seen[key].ratio, seen[key].drop])
-        return np.array(list(seen))
+        study = Conversation.begin(sampler(seed), oracle.sizes)
+        asked = [tuple(point.tolist()) for point in oracle.baselines()]
+        while asked:
+            for point in asked:
+                run = oracle.measure(np.array(point), rng)
+                study.tell(point, (run.ratio, run.drop))
+            left = runs - len(study.told)
+            asked = study.ask(1, draws=DRAWS * runs - study.n_drawn) if left > 0 else []
+        return np.array(list(study.told))
 
     return search
-
-
-def _constraints(run: Run) -> dict[str, float]:
-    """Feasible at or below 0: inside the box that hypervolumes are counted in."""
-    return {"ratio": run.ratio - REFERENCE_RATIO, "drop": run.drop - REFERENCE_DROP}
 
 
 def greedy_walk(oracle: Oracle, runs: int, seed: int) -> np.ndarray:
@@ -183,12 +158,7 @@ def _optima(gains: list[np.ndarray], damage: list[np.ndarray]) -> Iterator[np.nd
 
 METHODS: dict[str, Search] = {
     "ours": model_based,
-    "random": optuna_search(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
-    "tpe": optuna_search(lambda seed: optuna.samplers.TPESampler(multivariate=True, seed=seed)),
-    "nsga2": optuna_search(
-        lambda seed: optuna.samplers.NSGAIISampler(population_size=10, seed=seed)
-    ),
-    "gp": optuna_search(lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5)),
+    **{name: optuna_search(sampler) for name, sampler in SAMPLERS.items()},
     "greedy": greedy_walk,
     "table": one_at_a_time,
 }

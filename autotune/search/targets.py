@@ -125,14 +125,19 @@ class View:
         )
 
 
-def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
-    """The view that the job's objective is about first; on several devices each one's follows."""
-    own = View(
+def own_view(job: JobRecord, trials: Sequence[TrialRecord]) -> View:
+    """The view that the job's objective is about."""
+    return View(
         target=None,
         limits=limits_of(job),
         trials=as_searched(job, trials),
         is_of_worst=bool(job.further_targets),
     )
+
+
+def views(job: JobRecord, trials: Sequence[TrialRecord]) -> list[View]:
+    """`own_view` first; on several devices each one's follows."""
+    own = own_view(job, trials)
     if not job.further_targets:
         return [own]
     on_each = [

@@ -165,7 +165,7 @@ def _front(context: ServiceContext, job_id: str, question: FrontQuestion) -> Fro
     drop, limits = views.max_accuracy_drop(job), limits_of(job)
     members = views.front_of(job, trials)
     ids = {trial.id for trial in members}
-    found = targets.views(job, trials)[0].answer(max_accuracy_drop=drop)
+    found = targets.own_view(job, trials).answer(max_accuracy_drop=drop)
     winner = next((t for t in trials if found is not None and t.id == found.winner.id), None)
     blocking = [] if found is None else blocking_of(job, found)
     return Front(
@@ -262,7 +262,7 @@ def choose_trial(
     else:
         job = asked_of(job, request, request.budget)
         max_drop = views.max_accuracy_drop(job)
-        found = targets.views(job, trials)[0].answer(max_accuracy_drop=max_drop)
+        found = targets.own_view(job, trials).answer(max_accuracy_drop=max_drop)
         chosen = found.winner if found else None
     if chosen is None:
         raise JobNotReady(_nothing_ranks(job))

@@ -6,7 +6,7 @@ Owns what a user sees of a record, and the progress figures that no record holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from autotune.search.front import (
     non_dominated,
 )
 from autotune.search.portability import Cell, Row
-from autotune.search.targets import as_searched, on_worst_target, views, worst_target
+from autotune.search.targets import View, as_searched, on_worst_target, own_view, worst_target
 from autotune.service import progress
 from autotune.spec import JobSpec, parse_job
 from device_agents.protocol import LatencyReport, Outcome, Profile
@@ -43,7 +43,7 @@ ONLINE_HEARTBEATS = 3
 
 
 def trial_view(
-    job: JobRecord, stored: TrialRecord, *, front: Iterable[str] = ()
+    job: JobRecord, stored: TrialRecord, *, front: Collection[str] = ()
 ) -> api_types.Trial:
     """A trial as users see it; `front` holds the ids of the front's members.
 
@@ -87,7 +87,7 @@ def trial_view(
         latency_samples=latency.n_samples if latency else None,
         is_steady=latency.is_steady if latency else None,
         is_feasible=is_feasible(seen, limits_of(job)) if latency else None,
-        is_on_front=trial.id in set(front),
+        is_on_front=trial.id in front,
         held_out_accuracy=_accuracy(trial.held_out_accuracy),
         held_out_accuracy_drop=_drop(trial.held_out_accuracy),
         held_out_samples=trial.held_out_accuracy.n_samples if trial.held_out_accuracy else None,
@@ -310,8 +310,8 @@ def _progress(
     model: EventRecord | None,
     now: datetime,
 ) -> api_types.Progress:
-    spec = _spec(job)
-    front = front_of(job, trials)
+    spec, own = _spec(job), own_view(job, trials)
+    front = {t.id for t in non_dominated(own.trials, beside=further_objectives(job.spec))}
     left = progress.time_left(job, trials, spec=spec, elapsed_s=_elapsed_s(job, now))
     named = [device.name for device in devices] or [name for name in spec.targets if name]
     finished = [trial for trial in trials if trial.state is TrialState.FINISHED]
@@ -324,20 +324,25 @@ def _progress(
         time_left_error_s=left.error_s,
         device_s=sum(progress.screening_s(t) + progress.confirming_s(t) for t in trials),
         front_size=len(front),
-        hypervolume=hypervolume(as_searched(job, trials)) if front else None,
-        hypervolume_history=progress.hypervolume_history(as_searched(job, trials)),
+        hypervolume=hypervolume(own.trials) if front else None,
+        hypervolume_history=progress.hypervolume_history(own.trials),
         model_error=api_types.ModelError(**model.payload) if model and model.payload else None,
-        proposers=progress.proposers(trials, {trial.id for trial in front}),
-        best_trial=_best(job, trials, spec=spec, front=[trial.id for trial in front]),
+        proposers=progress.proposers(trials, front),
+        best_trial=_best(job, trials, own, spec=spec, front=front),
         device_name=", ".join(named) or None,
         device_online=all(device.is_online for device in devices) if devices else None,
     )
 
 
 def _best(
-    job: JobRecord, trials: Sequence[TrialRecord], *, spec: JobSpec, front: Sequence[str]
+    job: JobRecord,
+    trials: Sequence[TrialRecord],
+    own: View,
+    *,
+    spec: JobSpec,
+    front: Collection[str],
 ) -> api_types.Trial | None:
-    found = views(job, trials)[0].answer(max_accuracy_drop=spec.max_accuracy_drop)
+    found = own.answer(max_accuracy_drop=spec.max_accuracy_drop)
     if found is None or found.verdict == "impossible_budget":
         return None
     return trial_view(job, next(t for t in trials if t.id == found.winner.id), front=front)

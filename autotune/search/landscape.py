@@ -29,6 +29,7 @@ from autotune.search.priors import (
 )
 from autotune.search.screening import pruned_macs
 from autotune.search.surrogate import Factor, Features, Link, Surrogate
+from device_agents.protocol import LatencyReport
 from search_spaces import FP32, Candidate, LayerGroup, LayerInventory, Precision, SearchSpace
 from storage.latency_model import LatencyModel
 from storage.records import TrialRecord
@@ -52,6 +53,8 @@ DROP_CEILING = 4 * REFERENCE_DROP
 _BETWEEN_JOBS = 0.015
 """How far a ratio may lie from the one that an earlier job measured, beyond both intervals: two
 fresh sessions of one file differ by 1.5 % (interquartile) on an idle core."""
+
+_FP32_BYTES = 4
 
 _DROP_PER_NAT = 0.5
 """Accuracy drop per nat of divergence until trials tell: for small divergences half of the
@@ -161,13 +164,18 @@ class Knowledge:
             fp32_latency_ns=self.fp32_latency_ns if latency is None else latency.p50_ns,
         )
 
+    def int8_factor(self, group: str) -> float | None:
+        """The group's time at 8 bits as a share of FP32's; None where no profiles told it."""
+        before, after = self.fp32_ns.get(group, 0.0), self.int8_ns.get(group)
+        return None if after is None or before <= 0 else after / before
+
     def saving(self, group: str, precision: Precision) -> float:
         """The share of its time that a group saves in a precision; negative where it is slower."""
-        before, after = self.fp32_ns.get(group, 0.0), self.int8_ns.get(group)
         if precision == FP32:
             return 0.0
-        if precision.is_int8 and after is not None and before > 0:
-            return 1.0 - after / before
+        factor = self.int8_factor(group)
+        if precision.is_int8 and factor is not None:
+            return 1.0 - factor
         taught = device_latency.expected_saving(self.taught, self._operator(group), precision.name)
         if taught is not None:
             return taught
@@ -199,9 +207,9 @@ class Knowledge:
         if timed > 0:
             return {g.name: self.fp32_ns.get(g.name, 0.0) / timed for g in self.inventory.groups}
         work = {g.name: float(g.macs) for g in self.inventory.groups}
-        moved = {g.name: float(moved_values(g)) for g in self.inventory.groups}
+        moved = {g.name: float(moved_bytes(g)) for g in self.inventory.groups}
         taught = {
-            n: device_latency.expected_ns(self.taught, self._operator(n), work[n], 4 * moved[n])
+            n: device_latency.expected_ns(self.taught, self._operator(n), work[n], moved[n])
             for n in work
         }
         known = {name: ns for name, ns in taught.items() if ns is not None}
@@ -218,9 +226,9 @@ class Knowledge:
         return min(sum(macs.get(name, 0.0) * r for name, r in base.items()) / total, 0.95)
 
 
-def moved_values(group: LayerGroup) -> int:
-    """The elements that a group's layers read and write, without their weights."""
-    return sum(
+def moved_bytes(group: LayerGroup) -> int:
+    """What a group's layers read and write in FP32, without their weights."""
+    return _FP32_BYTES * sum(
         math.prod(layer.input_shape) + math.prod(layer.output_shape) for layer in group.layers
     )
 
@@ -333,10 +341,18 @@ def _figures(trials: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
         latency, accuracy = latency_of(trial), trial.accuracy
         if latency is None or accuracy is None:  # `ranks` has made sure of both
             continue
-        half = (latency.ratio_high - latency.ratio_low) / 2
         figures.append((latency.ratio, min(max(accuracy.drop, 0.0), DROP_CEILING)))
-        noise.append((max(half / 1.96, 1e-3 * latency.ratio), 1.0 / accuracy.n_samples))
+        noise.append((ratio_deviation(latency), 1.0 / accuracy.n_samples))
     return np.array(figures), np.array(noise)
+
+
+def ratio_deviation(latency: LatencyReport) -> float:
+    """The standard deviation of a measured ratio, a thousandth of the ratio at least.
+
+    The ratio itself where the interval has no end.
+    """
+    half = (latency.ratio_high - latency.ratio_low) / 2
+    return max(half / 1.96, 1e-3 * latency.ratio) if math.isfinite(half) else latency.ratio
 
 
 def drop_per_nat(trials: Sequence[TrialRecord]) -> float:
@@ -375,8 +391,8 @@ def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
     )
     n_runtimes = len(encoding.space.runtimes)
     factors.append(Factor(n_options=n_runtimes, effects=np.zeros(n_runtimes), scale=_RUNTIME_SCALE))
-    sizes = boundary_values(encoding, knowledge.inventory)
-    links = boundary_links(sizes, price=knowledge.boundary_price(4 * float(sizes.sum())))
+    sizes = boundary_bytes(encoding, knowledge.inventory)
+    links = boundary_links(sizes, price=knowledge.boundary_price(float(sizes.sum())))
     for column, scale in enumerate(time_scales(shares)):
         links += [
             Link(first=column, second=len(groups) + which, scale=float(scale))
@@ -386,10 +402,10 @@ def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
     return Features(factors, links)
 
 
-def boundary_values(encoding: Encoding, inventory: LayerInventory) -> np.ndarray:
-    """The elements of the tensor behind each group with a choice but the last."""
+def boundary_bytes(encoding: Encoding, inventory: LayerInventory) -> np.ndarray:
+    """The size in FP32 of the tensor behind each group with a choice but the last."""
     last = {group.name: group.layers[-1] for group in inventory.groups}
-    sizes = [math.prod(last[name].output_shape) for name in encoding.groups[:-1]]
+    sizes = [_FP32_BYTES * math.prod(last[n].output_shape) for n in encoding.groups[:-1]]
     return np.array(sizes, dtype=float)
 
 

@@ -6,7 +6,6 @@ kept is `storage/knowledge.py`'s business, when it is learnt and used `tuning.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,14 +16,14 @@ from autotune.search.landscape import (
     INT8_SAVING,
     Encoding,
     Knowledge,
-    boundary_values,
-    moved_values,
+    boundary_bytes,
+    moved_bytes,
+    ratio_deviation,
 )
 from device_agents.protocol import LatencyReport
 from storage.latency_model import LatencyModel
 from storage.records import TrialRecord
 
-_FP32_BYTES = 4
 _LEAST_MIXTURES = 3
 """FP32, uniform INT8 and a mixture: below that there is nothing to tell groups apart by."""
 
@@ -47,10 +46,10 @@ def lesson(
         return None
     mixtures = _mixtures(encoding, knowledge.told_by(encoding.space, trials), rows, origin)
     thought = {
-        (operator, precision): 1.0 - INT8_SAVING
-        for operator, own in zip(mixtures.operators, mixtures.options, strict=True)
-        for precision in own
-        if precision.startswith("w8a8")
+        (operator, precision.name): 1.0 - INT8_SAVING
+        for operator, name in zip(mixtures.operators, encoding.groups, strict=True)
+        for precision in encoding.space.precisions[name]
+        if precision.is_int8
     }
     return learn(
         mixtures,
@@ -71,32 +70,26 @@ def _mixtures(
     shares = knowledge.time_shares()
     uniform = encoding.space.uniform_int8()
     profiled = {
-        (index, uniform.precision(group.name).name): after / before
-        for index, group in enumerate(groups)
-        if (before := knowledge.fp32_ns.get(group.name, 0.0)) > 0
-        and (after := knowledge.int8_ns.get(group.name)) is not None
-        and uniform.precision(group.name).is_int8
+        (index, precision.name): factor
+        for index, name in enumerate(encoding.groups)
+        if (precision := uniform.precision(name)).is_int8
+        and (factor := knowledge.int8_factor(name)) is not None
     }
     n = len(groups)
     return Mixtures(
         operators=[operator_of(group) for group in groups],
         options=[[p.name for p in encoding.space.precisions[g.name]] for g in groups],
         shares=np.array([shares[group.name] for group in groups]),
-        boundary_bytes=_FP32_BYTES * boundary_values(encoding, knowledge.inventory),
+        boundary_bytes=boundary_bytes(encoding, knowledge.inventory),
         fp32_ns=origin.p50_ns,
         points=np.array([point[:n] for point, _ in rows]),
         ratios=np.array([latency.ratio for _, latency in rows]),
-        noise=np.array([_deviation(latency) for _, latency in rows]),
+        noise=np.array([ratio_deviation(latency) for _, latency in rows]),
         bases=np.array([point[n] for point, _ in rows]),
         saved=[knowledge.saved(base) for base in encoding.bases],
         profiled=profiled,
-        work=np.array([(g.macs, _FP32_BYTES * moved_values(g)) for g in groups], dtype=float),
+        work=np.array([(g.macs, moved_bytes(g)) for g in groups], dtype=float),
         fp32_group_ns=np.array([knowledge.fp32_ns.get(g.name, 0.0) for g in groups])
         if knowledge.fp32_ns
         else np.zeros(0),
     )
-
-
-def _deviation(latency: LatencyReport) -> float:
-    half = (latency.ratio_high - latency.ratio_low) / 2
-    return max(half / 1.96, 1e-3 * latency.ratio) if math.isfinite(half) else latency.ratio

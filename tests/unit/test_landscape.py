@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
 
-from autotune.search.landscape import INT8_SAVING, Encoding, Knowledge, drop_per_nat, propose
+from autotune.search.landscape import (
+    INT8_SAVING,
+    Encoding,
+    Knowledge,
+    drop_per_nat,
+    propose,
+    ratio_deviation,
+)
 from autotune.search.priors import Earlier
 from device_agents.protocol import KernelTime, Profile
 from search_spaces import FP32, INT8, Candidate, RuntimeOptions
 from storage.records import TrialRecord
-from tests.unit.records import trial
+from tests.unit.records import latency, trial
 from tests.unit.spaces import inventory, space
 
 BASE = {"stem": 0.5, "body": 0.5}
@@ -116,6 +124,12 @@ def test_earlier_latencies_without_their_accuracies_leave_the_front_to_the_jobs_
     earlier = Earlier(latencies=(trial(7, 1.0, 0.95, candidate=better),))
     found = propose(encoding(), knowledge(), measured(), n=3, seed=0, earlier=earlier)
     assert len(found) == 3
+
+
+def test_a_ratio_is_as_unsure_as_its_interval_is_wide() -> None:
+    assert ratio_deviation(latency(4.0, half_width=0.0196)) == pytest.approx(0.01)
+    assert ratio_deviation(latency(4.0, half_width=0.0)) == pytest.approx(0.001)
+    assert ratio_deviation(latency(2.0, half_width=math.inf)) == 0.5
 
 
 def test_trials_say_what_a_nat_costs() -> None:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from autotune.cli.session import Session, shared_options
+
+if TYPE_CHECKING:
+    from autotune.api_types import Trial
+    from autotune.client import Client
 
 
 @click.group()
@@ -75,7 +82,6 @@ def confirm(session: Session, job: str, reference: str) -> None:
     A job does so with its baselines, its winner and a part of its front; the answer to a budget
     that is asked later may be another trial. Its figures are kept. TRIAL as in `trial show`.
     """
-    from autotune.cli.confirmation import confirm_on
     from autotune.cli.output import print_one
     from autotune.cli.views.trials import TRIAL
     from autotune.errors import DeviceUnavailable
@@ -89,7 +95,7 @@ def confirm(session: Session, job: str, reference: str) -> None:
         click.echo(f"trial {shown.number} is confirmed already", err=True)
     else:
         for device in devices or [None]:
-            confirm_on(client, job, shown, device=device)
+            _confirm_on(client, job, shown, device=device)
         shown = client.trial(job, shown.id)
         if shown.confirmed_latency_ns is None:
             raise DeviceUnavailable(
@@ -97,3 +103,16 @@ def confirm(session: Session, job: str, reference: str) -> None:
                 "the device was lost; try again when nothing else runs there"
             )
     print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)
+
+
+def _confirm_on(client: Client, job: str, confirmed: Trial, *, device: str | None) -> None:
+    """Have the trial's own bytes measured again; on `device`, one of the job's several."""
+    from autotune.export.bundle import read_bundle
+
+    click.echo(f"measuring trial {confirmed.number} again, in a fresh process", err=True)
+    with tempfile.TemporaryDirectory(prefix="autotune-") as folder:
+        path = client.export(job, Path(folder) / "trial.zip", select=confirmed.id, device=device)
+        model = read_bundle(path).model
+    found = client.verify(job, model, device=device, trial=confirmed.id)
+    if found.reason:
+        click.echo(f"{found.outcome} on {found.device_name}: {found.reason}", err=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from autotune.search.priors import BASE_SCALE, BOUNDARY_SCALE, EFFECT_SCALE
 from search_spaces import LayerGroup, LayerKind, RuntimeOptions
 from storage.latency_model import LatencyModel, OperatorCost
 
@@ -25,16 +26,9 @@ well a kernel does. A choice: half of what nothing known is given."""
 _MODEL_SPREAD = 0.1
 """How far an operator's factor in another model may lie from the one learnt, beyond its error."""
 
-_UNKNOWN_SPREAD = 0.5
-"""The same of a factor that nothing is known of; `priors.py` has it for a group's effect too."""
-
-_BOUNDARY_SPREAD = 0.5
-"""Of the price of converting every activation once, as a share of FP32's time."""
-
 _PROFILE_ERROR = 0.15
 """Of a factor by kernel times: profiling slows short kernels more than long ones."""
 
-_BASE_SPREAD = 0.3
 _MISFIT = 0.02
 """Of a mixture's ratio beyond its noise: what is not a sum of groups and boundaries."""
 
@@ -173,17 +167,17 @@ class _Columns:
         for kind, index in self._kind.items():
             cost = known.cost(*kind) if known else None
             mean[index] = (cost.factor if cost else thought.get(kind, 1.0)) - 1.0
-            spread = math.hypot(cost.deviation, _MODEL_SPREAD) if cost else _UNKNOWN_SPREAD
+            spread = math.hypot(cost.deviation, _MODEL_SPREAD) if cost else EFFECT_SCALE
             deviation[index] = spread
         where = len(self._kinds)
-        deviation[where] = _BOUNDARY_SPREAD
+        deviation[where] = BOUNDARY_SCALE
         if known and known.boundary_ns_per_byte is not None:
             mean[where] = known.boundary_ns_per_byte / self.ns_per_byte
             deviation[where] = math.hypot(
                 (known.boundary_deviation or 0.0) / self.ns_per_byte, _MODEL_SPREAD
             )
         mean[self._bases :] = [-saved for saved in self._mixtures.saved[1:]]
-        deviation[self._bases :] = _BASE_SPREAD
+        deviation[self._bases :] = BASE_SCALE
         return mean, deviation
 
     def observations(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from autotune.search import device_latency
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, ranks
 from autotune.search.improvement import Landscape, Promise, most_promising
 from autotune.search.priors import (
+    BASE_SCALE,
     EFFECT_SCALE,
     NOTHING,
     Earlier,
@@ -39,7 +40,6 @@ INT8_SAVING = 0.4
 the 3x3 convolution of design.md saves 0.7, a depthwise one costs 0.35 more; the scale below
 says how little this is trusted."""
 
-_BASE_SCALE = 0.3
 _RUNTIME_SCALE = 0.5
 _UNKNOWN_DAMAGE = 0.002
 """Drop of a group whose sensitivity is not known; two thirds of a point in ten."""
@@ -386,7 +386,7 @@ def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
         Factor(
             n_options=len(encoding.bases),
             effects=np.array([-knowledge.saved(base) for base in encoding.bases]),
-            scale=_BASE_SCALE,
+            scale=BASE_SCALE,
         )
     )
     n_runtimes = len(encoding.space.runtimes)

@@ -24,8 +24,11 @@ EFFECT_SCALE = 0.5
 LEAST_SHARE = 0.01
 """Of the time, for a group that hardly computes: launching its kernels takes time too."""
 
-_BOUNDARY_SCALE = 0.5
+BOUNDARY_SCALE = 0.5
 """The price of converting all activations once, as a share of FP32's time. A choice."""
+
+BASE_SCALE = 0.3
+"""How far the time of a pruned base may lie from the one thought of, as a share of FP32's. A choice."""
 
 _DAMAGE_SCALE = 0.7
 _LEAST_DAMAGE = 1e-4
@@ -61,14 +64,17 @@ class Earlier:
 NOTHING = Earlier()
 
 
-def time_scales(shares: np.ndarray) -> np.ndarray:
-    """How far each group's effect on latency may lie from the one thought of, `(n_groups,)`."""
-    found: np.ndarray = EFFECT_SCALE * np.maximum(shares, LEAST_SHARE)
+def time_scales(shares: np.ndarray, spreads: np.ndarray | float = EFFECT_SCALE) -> np.ndarray:
+    """How far each group's effect on latency may lie from the one thought of, `(n_groups,)`.
+
+    `spreads` `(n_groups,)` are the same as shares of the group's own time.
+    """
+    found: np.ndarray = spreads * np.maximum(shares, LEAST_SHARE)
     return found
 
 
 def time_factors(
-    shares: np.ndarray, savings: Sequence[np.ndarray], spreads: np.ndarray | None = None
+    shares: np.ndarray, savings: Sequence[np.ndarray], spreads: np.ndarray | float = EFFECT_SCALE
 ) -> list[Factor]:
     """Per group what its options do to the latency, as a ratio to FP32's.
 
@@ -77,10 +83,9 @@ def time_factors(
     option is slower. `spreads` `(n_groups,)` are how far the savings may be off where earlier
     jobs of the device have taught that.
     """
-    scales = time_scales(shares) if spreads is None else spreads * np.maximum(shares, LEAST_SHARE)
     return [
         Factor(n_options=len(saving), effects=-share * saving, scale=scale)
-        for share, saving, scale in zip(shares, savings, scales, strict=True)
+        for share, saving, scale in zip(shares, savings, time_scales(shares, spreads), strict=True)
     ]
 
 
@@ -95,7 +100,7 @@ def boundary_links(tensor_sizes: np.ndarray, *, price: float = 0.0) -> list[Link
         Link(
             first=column,
             second=column + 1,
-            scale=_BOUNDARY_SCALE * float(size) / total,
+            scale=BOUNDARY_SCALE * float(size) / total,
             is_boundary=True,
             price=price * float(size) / total,
         )

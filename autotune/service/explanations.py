@@ -14,9 +14,9 @@ from fastapi.concurrency import run_in_threadpool
 from autotune.api_explanation import Explanation
 from autotune.errors import JobNotReady
 from autotune.search.explanation import explain
-from autotune.search.targets import job_on, worst_target
+from autotune.search.targets import worst_target
 from autotune.service.context import Context, ServiceContext
-from autotune.service.fronts import ExportRequest, choose_trial, named_device
+from autotune.service.fronts import ExportRequest, choose_trial, named_device, seen_on
 from autotune.service.problems import problem_responses
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["answers"])
@@ -50,19 +50,9 @@ def _explain(
         )
     stored = context.repository.list_trials(job.id)
     asked = None if device is None else named_device(context, job, device)
-    seen = job if asked is None else job_on(job, asked)
-    trial = choose_trial(
-        context,
-        seen,
-        stored if asked is None else [t.on(asked) for t in stored],
-        ExportRequest(select=reference),
-    )
+    trial = choose_trial(context, *seen_on(job, stored, asked), ExportRequest(select=reference))
     found = next(t for t in stored if t.id == trial.id)
     worst = worst_target(job, found)
     where = asked or (worst.device_id if worst else job.device_id)
-    return explain(
-        job_on(job, where),
-        [t.on(where) for t in stored],
-        found.on(where),
-        context.repository.get_device(where).description,
-    )
+    device_there = context.repository.get_device(where).description
+    return explain(*seen_on(job, stored, where), found.on(where), device_there)

@@ -213,7 +213,7 @@ def _export(context: ServiceContext, job_id: str, request: ExportRequest) -> Res
     job, trials = _asked(context, job_id, request.device)
     trial = choose_trial(context, job, trials, request)
     # A file is for one device: without one named, the primary's.
-    job, trials = _on(job, trials, job.device_id)
+    job, trials = seen_on(job, trials, job.device_id)
     by_id = {t.id: t for t in trials}
     trial = by_id[trial.id]
     if trial.artifact_sha256 is None:
@@ -278,7 +278,7 @@ def _report(context: ServiceContext, job_id: str, device: str | None) -> str:
     if job.further_targets and job.result is not None:
         matrix = _portability(context, job, trials)
     asked = named_device(context, job, device) if device is not None else job.device_id
-    shown, seen = _on(job, trials, asked)
+    shown, seen = seen_on(job, trials, asked)
     where = _device(context, shown)
     return render_report(
         shown,
@@ -334,7 +334,7 @@ def _asked(
     trials = context.repository.list_trials(job.id)
     if device is None:
         return job, trials
-    return _on(job, trials, named_device(context, job, device))
+    return seen_on(job, trials, named_device(context, job, device))
 
 
 def named_device(context: ServiceContext, job: JobRecord, named: str) -> str:
@@ -351,9 +351,10 @@ def named_device(context: ServiceContext, job: JobRecord, named: str) -> str:
     raise NotFoundError(f"job {job.id} does not measure on {named!r}; its devices: {known}")
 
 
-def _on(
+def seen_on(
     job: JobRecord, trials: list[TrialRecord], device_id: str | None
 ) -> tuple[JobRecord, list[TrialRecord]]:
+    """Both as they are on one of the job's devices; as they are where that is None."""
     if device_id is None:
         return job, trials
     return targets.job_on(job, device_id), [trial.on(device_id) for trial in trials]

@@ -28,7 +28,7 @@ BOUNDARY_SCALE = 0.5
 """The price of converting all activations once, as a share of FP32's time. A choice."""
 
 BASE_SCALE = 0.3
-"""How far the time of a pruned base may lie from the one thought of, as a share of FP32's. A choice."""
+"""How far a pruned base's time may lie from the one thought of, as a share of FP32's. A choice."""
 
 _DAMAGE_SCALE = 0.7
 _LEAST_DAMAGE = 1e-4

@@ -57,12 +57,12 @@ class Sampler:
 
         The same trials and the same seed give the same proposals.
         """
-        study = self.study(trials)
+        study, distributions = self.study(trials), self.distributions()
         proposals: list[Candidate] = []
         for _ in range(_ATTEMPTS + n):
             if len(proposals) == n:
                 break
-            asked = study.ask(self.distributions())
+            asked = study.ask(distributions)
             candidate = self._decode(asked.params)
             if not is_known(candidate) and candidate not in proposals:
                 proposals.append(candidate)
@@ -79,13 +79,14 @@ class Sampler:
         )
         distributions = self.distributions()
         for trial in trials:
-            params = self._encode(trial.candidate)
+            point = self.encoding.point(trial.candidate)
             latency = latency_of(trial)
-            if params is None or latency is None or trial.accuracy is None or not ranks(trial):
+            if point is None or latency is None or trial.accuracy is None or not ranks(trial):
                 continue
             further = [FURTHER_OBJECTIVES[name](trial) for name in self.beside]
             if not all(map(math.isfinite, further)):
                 continue
+            options = dict(zip(self._names, point.tolist(), strict=True))
             study.add_trial(
                 create_trial(
                     state=OptunaState.COMPLETE,
@@ -94,7 +95,7 @@ class Sampler:
                         trial.accuracy.drop,
                         *further,
                     ],
-                    params=dict(params),
+                    params={name: options[name] for name in distributions},
                     distributions=distributions,
                     user_attrs={"candidate": trial.candidate.digest, "number": trial.number},
                     constraints=constraints(
@@ -117,13 +118,6 @@ class Sampler:
     def _names(self) -> list[str]:
         """Of the encoding's columns."""
         return [*(f"{_GROUP}{group}" for group in self.encoding.groups), _BASE, _RUNTIME]
-
-    def _encode(self, candidate: Candidate) -> dict[str, int] | None:
-        point = self.encoding.point(candidate)
-        if point is None:
-            return None
-        values = dict(zip(self._names, point.tolist(), strict=True))
-        return {name: values[name] for name in self.distributions()}
 
     def _decode(self, params: Mapping[str, int]) -> Candidate:
         return self.encoding.candidate([params.get(name, 0) for name in self._names])

@@ -118,6 +118,15 @@ def amounts(spec: Mapping[str, Any]) -> dict[str, float]:
     return {key: parse(spec[key]) for key, parse in AMOUNTS.items() if spec.get(key)}
 
 
+def ms_text(duration_ns: float) -> str:
+    """A latency for people.
+
+    >>> ms_text(2.5e6)
+    '2.5 ms'
+    """
+    return f"{duration_ns / 1e6:.3g} ms"
+
+
 def bytes_text(amount: float) -> str:
     """A size for people.
 

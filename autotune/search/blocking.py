@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autotune.api_types import BlockingGroup
+from autotune.limits import ms_text
 from autotune.search.front import latency_of, profile_of
 from search_spaces import LayerInventory
 from storage.records import TrialRecord
@@ -67,7 +68,7 @@ def in_words(groups: Sequence[BlockingGroup]) -> str:
 def _named(group: BlockingGroup) -> str:
     if group.cost_ns is None or group.share is None:
         return group.group
-    return f"{group.group} ({group.cost_ns / 1e6:.3g} ms, {group.share:.0%})"
+    return f"{group.group} ({ms_text(group.cost_ns)}, {group.share:.0%})"
 
 
 def _work(trial: TrialRecord, inventory: LayerInventory) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autotune.errors import InvalidJob
-from autotune.limits import QUANTILES, amounts, bytes_text, joules_text
+from autotune.limits import QUANTILES, amounts, bytes_text, joules_text, ms_text
 from device_agents.protocol import LatencyReport, Quantile
 from device_agents.quantiles import upper_bounds
 from storage.records import DeviceRecord, JobRecord, TrialRecord
@@ -56,7 +56,9 @@ class Limits:
 
     def texts(self, *, on_every_device: bool = False) -> dict[str, str]:
         """Each limit in words, by its name."""
-        latency = "the budget on every device" if on_every_device else _ms(self.latency_ns or 0.0)
+        latency = (
+            "the budget on every device" if on_every_device else ms_text(self.latency_ns or 0.0)
+        )
         if self.at != "p50":
             latency += f" at {self.at}"
         texts = {
@@ -173,7 +175,3 @@ def require_figures(spec: Mapping[str, Any], device_name: str, fp32: LatencyRepo
 def needs_energy(spec: Mapping[str, Any]) -> bool:
     """The job limits or improves the energy of an inference."""
     return bool(spec.get("max_energy")) or "energy" in spec.get("search", {}).get("objectives", ())
-
-
-def _ms(duration_ns: float) -> str:
-    return f"{duration_ns / 1e6:.3g} ms"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from autotune.api_types import Verdict
+from autotune.limits import ms_text
 from autotune.search.feasibility import Limits
 from device_agents.protocol import LatencyReport, Profile
 from storage.records import AccuracyReport, TrialOutcome, TrialRecord
@@ -21,8 +23,6 @@ REFERENCE_RATIO = 1.05
 
 REFERENCE_DROP = 0.03
 """Accuracy drop of the hypervolume's reference point: three points lost."""
-
-Verdict = Literal["within_budget", "impossible_budget", "no_budget"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,7 +328,7 @@ def _miss(
         return f"has no figure for {what}" if several else f"has no figure of its {name}"
     if name != "latency":
         return f"misses {what} by {excess:.2g} of it"
-    by = f"{excess:.2g} of it" if on_every_device else _ms(excess * (limits.latency_ns or 0.0))
+    by = f"{excess:.2g} of it" if on_every_device else ms_text(excess * (limits.latency_ns or 0.0))
     return f"misses {what} by {by} (upper bound of its interval)"
 
 
@@ -418,10 +418,6 @@ def _least_drop_first(trial: TrialRecord) -> tuple[float, float, int]:
 
 def _of(best: str, n: int) -> str:
     return "only trial" if n == 1 else f"{best} of {n} trials"
-
-
-def _ms(duration_ns: float) -> str:
-    return f"{duration_ns / 1e6:.3g} ms"
 
 
 def _points(fraction: float) -> str:

@@ -271,8 +271,12 @@ class Agent:
                 self._note(device)
                 return
             except ServiceUnreachable:
-                self._came_back.clear()
-                self._came_back.wait(0 if self._stop.is_set() else backoff.next_s())
+                self._wait_for_service(backoff)
+
+    def _wait_for_service(self, backoff: Backoff) -> None:
+        """Until it is time for another try: sooner where a heartbeat came through meanwhile."""
+        self._came_back.clear()
+        self._came_back.wait(0 if self._stop.is_set() else backoff.next_s())
 
     def _note(self, device: DeviceDescription) -> None:
         versions = {build.name: build.version for build in device.runtimes}
@@ -300,8 +304,7 @@ class Agent:
                 asked_s = time.monotonic()
                 lease = self._ask()
             except ServiceUnreachable:
-                self._came_back.clear()
-                self._came_back.wait(0 if self._stop.is_set() else backoff.next_s())
+                self._wait_for_service(backoff)
                 continue
             backoff.reset()
             if self._stop.is_set():

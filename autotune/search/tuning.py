@@ -274,26 +274,26 @@ class Tuning:
         queue = proposals.warm_start(trials)[:due]
         while not self._is_over():
             self._check_pools(evaluation)
+            trials = self._trials()
             size = max(BATCH, self._host.fleet.capacity(self._job, self._devices))
-            batch = queue[:size]
-            if not batch:
-                batch = proposals.refine(self._trials(), size=size)
+            batch = queue[:size] or proposals.refine(trials, size=size)
             queue = queue[size:]
-            idle = self._stopping.is_idle(batch, self._trials())
+            idle = self._stopping.is_idle(batch, trials)
             if idle or not batch:
                 self._stopped_because = idle or "nothing new is left to propose"
                 break
-            self._evaluate(evaluation, batch[: self._stopping.trials_left(self._trials())])
+            self._evaluate(evaluation, batch[: self._stopping.trials_left(trials)])
             teach(self._repository, self._job, bases=bases, taught=self._earlier.taught)
 
     def _confirm(self, evaluation: Evaluation) -> None:
         """Confirm baselines, winner and front; what does not confirm gives way to the next."""
         self._enter("confirming")
-        trials = self._trials()
-        best = [v.best_baseline(self._spec.max_accuracy_drop) for v, _ in self._answers()]
-        baselines = [t for t in (*baseline_trials(self._space, trials), *best) if t is not None]
-        for trial in baselines:
-            self._confirm_trial(evaluation, trial)
+        stored = self._stored_trials()
+        seen = views(self._job, stored)
+        best = [view.best_baseline(self._spec.max_accuracy_drop) for view in seen]
+        for trial in (*baseline_trials(self._space, stored), *best):
+            if trial is not None:
+                self._confirm_trial(evaluation, trial)
         n_before = len(self._tried)
         while (due := self._next_to_confirm()) and len(self._tried) - n_before < MOST_CONFIRMED:
             self._confirm_trial(evaluation, due)

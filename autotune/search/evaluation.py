@@ -23,12 +23,13 @@ from autotune.compression.layer_times import with_groups
 from autotune.compression.racing import Race
 from autotune.errors import CompressionError, DiskFull
 from autotune.search.best_baseline import BASELINE
+from autotune.search.compression_worker import Built
 from autotune.search.feasibility import limits_of
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.front import REFERENCE_DROP, further_objectives, non_dominated
 from autotune.search.planner import Proposal
 from autotune.search.targets import target_on, views
-from autotune.search.workers import Built, Call, CallFailed, WorkerPool
+from autotune.search.workers import Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
 from device_agents.protocol import (
     ArtifactReference,

@@ -18,6 +18,7 @@ from autotune.compression.device_kernels import device_kernels
 from autotune.errors import AutotuneError, DiskFull, JobNotReady
 from autotune.search import planner
 from autotune.search.canary import check_pools, references
+from autotune.search.compression_worker import Inspection
 from autotune.search.conclusion import (
     CANCELLED_BY_HAND,
     all_limits,
@@ -51,7 +52,7 @@ from autotune.search.targets import (
     require_different,
     views,
 )
-from autotune.search.workers import Call, CallFailed, Inspection, WorkerPool
+from autotune.search.workers import Call, CallFailed, WorkerPool
 from autotune.spec import name_uploads, parse_job, resolve_uploads
 from device_agents.protocol import ArtifactReference
 from search_spaces import LayerInventory, SearchSpace

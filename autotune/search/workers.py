@@ -15,76 +15,29 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
-from autotune.errors import AutotuneError, CompressionError
+from autotune.errors import AutotuneError
+from autotune.search.compression_worker import CompressionWorker
 from autotune.search.interruption import Stopped
 from autotune.spec import JobSpec
-from device_agents.protocol import ArtifactReference
-from search_spaces import Candidate, LayerInventory, Precision
 from storage.artifacts import ArtifactFile
-from storage.records import AccuracyReport
-from storage.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
-    from autotune.compression.accuracy import AccuracyEvaluator
-    from autotune.compression.compressor import Compressor
     from autotune.compression.data import DataSplits
-    from autotune.compression.racing import Race
-    from autotune.compression.sensitivity import SensitivityMeter
-    from autotune.compression.source import SourceModel
     from device_agents.protocol import DeviceDescription
 
 _POLL_S = 0.2
+_BRIEF_S = 0.25
+"""After a call, a worker waits 2 to 4 ms for its next, which is nothing beside a longer one: so
+only calls as brief as this are sent one ahead, and never to wait behind a long one for long."""
 _ADOPTION_S = 120.0
 _READY_S = 60.0
-_SENSITIVITY_SAMPLES = 200
-"""Mean KL changes with every sample where top-1 moves with a few, so it needs fewer of them."""
 _OBJECT_STORE_BYTES = 512 * 1024**2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inspection:
-    """What a worker found in the source model."""
-
-    inventory: LayerInventory
-    source_digest: str
-    fp32: bytes
-    input_name: str
-    input_shape: tuple[int, ...]
-    output_name: str
-    num_classes: int
-    notices: tuple[str, ...] = ()
-
-    def source(self, stored: ArtifactReference) -> dict[str, Any]:
-        """What a job keeps of its source model; `stored` is the FP32 graph."""
-        return {
-            "digest": self.source_digest,
-            "artifact_sha256": stored.sha256,
-            "artifact_size_bytes": stored.size_bytes,
-            "input_name": self.input_name,
-            "input_shape": list(self.input_shape),
-            "output_name": self.output_name,
-            "num_classes": self.num_classes,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """A candidate's artifact with its accuracy; `failure` says why there is none."""
-
-    artifact: bytes | None = None
-    sha256: str | None = None
-    compression: Mapping[str, Any] | None = None
-    accuracy: AccuracyReport | None = None
-    failed_at: str | None = None
-    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,167 +54,6 @@ class CallFailed:
 
     error: str
     exception: AutotuneError | None = None
-
-
-class CompressionWorker:
-    """What runs in a worker process."""
-
-    def __init__(
-        self,
-        spec: JobSpec,
-        splits: DataSplits,
-        cache_dir: str,
-        trust: bool,
-        devices: Sequence[DeviceDescription] = (),
-    ) -> None:
-        # Loading waits for the first call, so that a wrong model is that call's error and
-        # not a worker that cannot start.
-        self._spec, self._cache_dir, self._trust = spec, Path(cache_dir), trust
-        self._devices = devices
-        self.splits = splits
-        self._evaluators: dict[str, AccuracyEvaluator] = {}
-
-    @cached_property
-    def source(self) -> SourceModel:
-        """The source model, loaded once and held against the data."""
-        from autotune.compression.data import require_fit
-        from autotune.compression.source import load_source_model
-
-        source = load_source_model(
-            self._spec.model,
-            input_shape=self.splits.search.x.shape[1:],
-            trust_job_code=self._trust,
-        )
-        require_fit(source, self.splits)
-        return source
-
-    @cached_property
-    def compressor(self) -> Compressor:
-        """The compressor, with its graph and calibration warm."""
-        from autotune.compression.channels import channel_multiple
-        from autotune.compression.compressor import Compressor
-        from autotune.compression.kernels import kernels_of
-
-        return Compressor(
-            self.source,
-            self.splits,
-            recovery=self._spec.recovery,
-            cache_dir=self._cache_dir,
-            importance=self._spec.search.prune_importance,
-            # A pruned base is trained once for all targets: channels that suit each of them.
-            channel_multiple=max(
-                (channel_multiple(device.cpu_flags) for device in self._devices),
-                default=channel_multiple(()),
-            ),
-            seed=self._spec.seed,
-            threads=1,
-            kernels=kernels_of(self._devices[0] if self._devices else None),
-            adaround_iterations=self._spec.rounding.iterations,
-        )
-
-    def share(self) -> SourceModel:
-        """The source model, for the other workers: an export costs seconds, a copy nothing."""
-        return self.source
-
-    def adopt(self, source: SourceModel) -> None:
-        """Take the source model that another worker loaded and held against the data."""
-        self.__dict__["source"] = source  # where cached_property looks first
-
-    def inspect(self) -> Inspection:
-        """The source model's facts."""
-        return Inspection(
-            inventory=self.compressor.inventory,
-            source_digest=self.source.digest,
-            fp32=self.source.fp32_bytes,
-            input_name=self.source.input_name,
-            input_shape=tuple(self.source.input_shape),
-            output_name=self.source.output_name,
-            num_classes=self.source.num_classes,
-            notices=self.source.notices,
-        )
-
-    def prepare_base(self, prune_ratios: Mapping[str, float]) -> Mapping[str, Any]:
-        """Prune, recover, export and calibrate one base; kept on disk for all workers.
-
-        The base's facts, and under `accuracy` what it keeps of it on the search data in FP32.
-        """
-        facts = self.compressor.prepare_base(prune_ratios)
-        base = self.compressor.emit(Candidate(prune_ratios=prune_ratios))
-        accuracy = self._evaluator("search").evaluate(base)
-        return {**facts.to_json(), "accuracy": accuracy.to_json()}
-
-    def build(
-        self, candidate: Candidate, race: Race | None = None, kernels: str | None = None
-    ) -> Built:
-        """The candidate's artifact and its accuracy on the search data, as far as it races.
-
-        `kernels` names the kernel class to write for; the primary target's where it is None.
-        """
-        from autotune.compression.kernels import KERNEL_CLASSES
-
-        try:
-            written_for = None if kernels is None else KERNEL_CLASSES[kernels]
-            artifact = self.compressor.build(candidate, kernels=written_for)
-        except CompressionError as error:
-            return Built(failed_at="compression", failure=str(error))
-        try:
-            accuracy = self._evaluator("search").evaluate(
-                artifact.data, race=race, runtime=candidate.runtime.runtime
-            )
-        except AutotuneError as error:
-            return Built(failed_at="accuracy", failure=str(error))
-        return Built(
-            artifact=artifact.data,
-            sha256=artifact.sha256,
-            compression=artifact.compression,
-            accuracy=accuracy,
-        )
-
-    def noise(self, group: str, precisions: Sequence[Precision]) -> list[Sensitivity]:
-        """What each precision loses at the group's own output; cheap."""
-        return self._meter.noise(group, precisions)
-
-    def divergence(self, group: str, precision: Precision) -> list[Sensitivity]:
-        """What one precision of one group does to the model's outputs."""
-        return [self._meter.divergence(group, precision)]
-
-    def removal(self, choices: Sequence[tuple[str, float]]) -> list[Sensitivity]:
-        """What each (prunable group, ratio) removes; cheap."""
-        return [self._meter.removal(group, ratio) for group, ratio in choices]
-
-    def pruning(self, group: str, ratio: float) -> list[Sensitivity]:
-        """What pruning one group alone does to the model's outputs."""
-        return [self._meter.pruning(group, ratio)]
-
-    @cached_property
-    def _meter(self) -> SensitivityMeter:
-        from autotune.compression.sensitivity import SensitivityMeter
-
-        n = min(len(self.splits.search), _SENSITIVITY_SAMPLES)
-        data = self.splits.search.take(np.arange(n))
-        return SensitivityMeter(self.compressor, data, calibration=self.splits.calibration)
-
-    def search_accuracy(self, artifact: ArtifactFile | bytes, runtime: str) -> AccuracyReport:
-        """The artifact's accuracy in the runtime on all of the search data."""
-        return self._evaluator("search").evaluate(_bytes_of(artifact), runtime=runtime)
-
-    def held_out(self, artifact: ArtifactFile | bytes, runtime: str) -> AccuracyReport:
-        """The artifact's accuracy in the runtime on data that the search never saw."""
-        return self._evaluator("held_out").evaluate(_bytes_of(artifact), runtime=runtime)
-
-    def _evaluator(self, split: str) -> AccuracyEvaluator:
-        from autotune.compression.accuracy import AccuracyEvaluator
-
-        if split not in self._evaluators:
-            data = self.splits.held_out if split == "held_out" else self.splits.search
-            self._evaluators[split] = AccuracyEvaluator(
-                self.source.fp32_bytes, data, split=split, threads=1
-            )
-        return self._evaluators[split]
-
-
-def _bytes_of(artifact: ArtifactFile | bytes) -> bytes:
-    return artifact.read() if isinstance(artifact, ArtifactFile) else artifact
 
 
 class WorkerProcess:
@@ -356,6 +148,28 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
+_Waiting: TypeAlias = tuple[int, Call, int]
+"""A call's index, the call, and how often it has failed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sent:
+    """A call that a worker has; `since` is when it could begin."""
+
+    future: Any
+    call: _Waiting
+    since: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Worker:
+    """A worker process and what was sent to it, in the order in which it takes it."""
+
+    actor: Any
+    sent: list[_Sent] = field(default_factory=list)
+    last_done: float = 0.0
+
+
 class WorkerPool:
     """The workers of one job.
 
@@ -391,7 +205,8 @@ class WorkerPool:
         self._shares_files = shares_files
         self._arguments = (spec, str(cache_dir), trust, tuple(devices))
         self._source: Any = None
-        self._idle: list[Any] = [self._new_worker() for _ in range(n_workers)]
+        self._brief: set[str] = set()  # methods whose last call took no longer than `_BRIEF_S`
+        self._workers = [_Worker(actor=self._start()) for _ in range(n_workers)]
 
     def run(
         self, calls: Sequence[Call], *, should_stop: Callable[[], bool] = lambda: False
@@ -403,38 +218,41 @@ class WorkerPool:
         Raises:
             Stopped: `should_stop` became true; unfinished calls were ended.
         """
+        # Taken from the end.
         waiting = [(index, call, 0) for index, call in reversed(list(enumerate(calls)))]
-        running: dict[Any, tuple[int, Call, int, Any]] = {}
         try:
-            while waiting or running:
-                self._occupy(waiting, running)
-                done, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_S)
+            self._occupy(waiting)
+            while sent := [s.future for worker in self._workers for s in worker.sent]:
+                done, _ = self._ray.wait(sent, num_returns=1, timeout=_POLL_S)
                 if should_stop():
                     raise Stopped
-                results = []
-                for future in done:
-                    index, call, attempt, worker = running.pop(future)
-                    result = self._collect(future, worker)
-                    if isinstance(result, CallFailed) and result.exception is None and not attempt:
-                        waiting.append((index, call, attempt + 1))
-                    else:
-                        results.append((index, result))
+                results = [r for w in self._workers for r in self._collected(w, done, waiting)]
                 # First, since whoever takes the results may take a while over each.
-                self._occupy(waiting, running)
+                self._occupy(waiting)
                 yield from results
         finally:
             # However this ends (a stop, an error, a caller who has seen enough): no worker is lost.
-            self._end([worker for *_, worker in running.values()])
+            for worker in self._workers:
+                if worker.sent:
+                    self._ray.kill(worker.actor)
+                    self._replace(worker)
 
-    def _occupy(
-        self, waiting: list[tuple[int, Call, int]], running: dict[Any, tuple[int, Call, int, Any]]
-    ) -> None:
-        """Give every idle worker the next call."""
-        while waiting and self._idle:
-            index, call, attempt = waiting.pop()
-            worker = self._idle.pop()
-            arguments = [self._sendable(argument) for argument in call.arguments]
-            running[worker.call.remote(call.method, *arguments)] = (index, call, attempt, worker)
+    def _occupy(self, waiting: list[_Waiting]) -> None:
+        """Give idle workers a call, and busy ones a brief one ahead while all can have one."""
+        for worker in self._workers:
+            if waiting and not worker.sent:
+                self._send(waiting.pop(), worker)
+        if len(waiting) < len(self._workers):
+            return
+        for worker in self._workers:
+            methods = {call.method for _, call, _ in (*(s.call for s in worker.sent), waiting[-1])}
+            if len(worker.sent) == 1 and methods <= self._brief:
+                self._send(waiting.pop(), worker)
+
+    def _send(self, call: _Waiting, worker: _Worker) -> None:
+        method, arguments = call[1].method, map(self._sendable, call[1].arguments)
+        future = worker.actor.call.remote(method, *arguments)
+        worker.sent.append(_Sent(future=future, call=call, since=time.monotonic()))
 
     def _sendable(self, argument: Any) -> Any:
         """The argument; bytes in place of a file that the workers do not see."""
@@ -447,45 +265,64 @@ class WorkerPool:
 
         Returns when all have it: a worker that is still loading would disturb a measurement.
         """
-        *others, owner = self._idle
-        self._source = owner.call.remote("share")
-        adopted = [worker.call.remote("adopt", self._source) for worker in others]
+        *others, owner = sorted(self._workers, key=lambda worker: worker.last_done)
+        self._source = owner.actor.call.remote("share")
+        adopted = [worker.actor.call.remote("adopt", self._source) for worker in others]
         if adopted:
             self._ray.wait(adopted, num_returns=len(adopted), timeout=_ADOPTION_S)
 
     def close(self) -> None:
         """End the workers."""
-        for worker in self._idle:
-            self._ray.kill(worker)
-        self._idle = []
+        for worker in self._workers:
+            self._ray.kill(worker.actor)
+        self._workers = []
 
-    def _collect(self, future: Any, worker: Any) -> Any:
-        """The call's result; puts the worker back, or a fresh one in its place."""
+    def _collected(
+        self, worker: _Worker, done: Sequence[Any], waiting: list[_Waiting]
+    ) -> list[tuple[int, Any]]:
+        """What the worker has ended of its calls, which it takes in the order they were sent."""
+        results = []
+        while any(sent.future in done for sent in worker.sent):
+            sent = worker.sent.pop(0)
+            index, call, attempt = sent.call
+            result = self._result(sent, worker, waiting)
+            if isinstance(result, CallFailed) and result.exception is None and not attempt:
+                waiting.append((index, call, attempt + 1))
+            else:
+                results.append((index, result))
+        return results
+
+    def _result(self, sent: _Sent, worker: _Worker, waiting: list[_Waiting]) -> Any:
+        """The call's result. A worker that died on it gives way to a fresh one."""
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            result = self._ray.get(future)
+            result = self._ray.get(sent.future)
         except RayTaskError as error:
-            self._idle.append(worker)
             cause = error.cause
             known = cause if isinstance(cause, AutotuneError) else None
             # An error of ours is an answer; anything else may be the worker's bad luck.
-            return CallFailed(error=str(cause), exception=known)
+            result = CallFailed(error=str(cause), exception=known)
         except RayError as error:  # it died, was ended for memory, or cannot be reached
-            self._idle.append(self._new_worker())
+            # What was sent ahead has not begun, and waits for its first attempt again.
+            waiting.extend(ahead.call for ahead in reversed(worker.sent))
+            self._replace(worker)
             return CallFailed(error=f"a worker process died: {str(error).splitlines()[0]}")
-        self._idle.append(worker)
+        worker.last_done = time.monotonic()
+        is_brief = worker.last_done - sent.since < _BRIEF_S
+        (self._brief.add if is_brief else self._brief.discard)(sent.call[1].method)
+        for ahead in worker.sent[:1]:
+            ahead.since = worker.last_done
         return result
 
-    def _end(self, workers: Sequence[Any]) -> None:
-        for worker in workers:
-            self._ray.kill(worker)
-            self._idle.append(self._new_worker())
+    def _replace(self, worker: _Worker) -> None:
+        """A fresh process in the place of one that is gone, with nothing to do."""
+        worker.actor, worker.sent = self._start(), []
 
-    def _new_worker(self) -> Any:
+    def _start(self) -> Any:
         spec, cache_dir, trust, devices = self._arguments
-        worker = self._starter.take()
-        worker.begin.remote(spec, self._splits, cache_dir, trust, devices)
+        actor = self._starter.take()
+        actor.begin.remote(spec, self._splits, cache_dir, trust, devices)
         if self._source is not None:
-            worker.call.remote("adopt", self._source)
-        return worker
+            actor.call.remote("adopt", self._source)
+        return actor

@@ -13,8 +13,9 @@ import pytest
 
 from autotune.compression.data import split_data
 from autotune.errors import InvalidModel
+from autotune.search.compression_worker import Built
 from autotune.search.interruption import Stopped
-from autotune.search.workers import Built, Call, CallFailed, WorkerPool, start_ray, stop_ray
+from autotune.search.workers import Call, CallFailed, WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec, read_job
 from search_spaces import INT8, Candidate
 from storage.artifacts import ArtifactFile, ArtifactStore

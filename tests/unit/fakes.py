@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from autotune.compression.racing import Race
+from autotune.search.compression_worker import Built, Inspection
 from autotune.search.interruption import Stopped
-from autotune.search.workers import Built, Call, CallFailed, Inspection
+from autotune.search.workers import Call, CallFailed
 from device_agents.protocol import (
     DeviceDescription,
     LatencyReport,

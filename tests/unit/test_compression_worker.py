@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autotune.search.workers import CompressionWorker
+from autotune.search.compression_worker import CompressionWorker
 from autotune.spec import JobSpec, parse_job
 from search_spaces import INT8, Candidate
 from storage.artifacts import ArtifactFile, ArtifactStore

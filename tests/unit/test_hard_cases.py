@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from autotune.search.compression_worker import Inspection
 from autotune.search.feasibility import Limits
 from autotune.search.proposals import Proposals
 from autotune.search.sampler import Sampler
-from autotune.search.workers import Inspection
 from device_agents.protocol import Outcome
 from search_spaces import INT8, Candidate, LayerInventory, SearchSpace
 from storage.records import JobRecord, JobState, TrialOutcome, TrialRecord

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from autotune.errors import InvalidJob, JobNotReady, NotFoundError
+from autotune.search.compression_worker import Built
 from autotune.search.feasibility import Limits
 from autotune.search.front import answer, is_feasible, non_dominated
 from autotune.search.portability import portability, ratio
 from autotune.search.targets import job_on, on_worst_target, views, worst_target
-from autotune.search.workers import Built
 from autotune.spec import measured_on, parse_job
 from device_agents.protocol import LatencyReport, Outcome
 from search_spaces import INT8, Candidate

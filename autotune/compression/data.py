@@ -238,9 +238,16 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InvalidData(f"cannot read {path}: {error.strerror or error}") from error
     except _DAMAGED as error:
         raise InvalidData(
-            f"{path} is not an .npz file of plain arrays (truncated or pickled?): {error}; write "
-            "it with numpy.savez(path, x=..., y=...)"
+            f"{path} is not an .npz file of plain arrays ({_damage(path, error)}); write it with "
+            "numpy.savez(path, x=..., y=...)"
         ) from error
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with the file; numpy's own words advise to load pickled objects."""
+    if not zipfile.is_zipfile(path):
+        return "not a zip archive, or truncated"
+    return "it holds pickled objects" if "pickle" in str(error) else str(error)
 
 
 def _read_image_folder(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,6 @@ def test_a_call_behind_one_that_kills_its_worker_has_not_failed(
 ) -> None:
     stage = Stage(fatal=2)
     pool = stage.pool(monkeypatch, n_workers=1)
-    pool.run(calls("brief"))
     monkeypatch.setattr(pool, "_brief", {"brief", "fatal"})
     results = dict(pool.run(calls("fatal", "brief", "brief", "brief")))
     assert isinstance(results.pop(0), CallFailed)

@@ -124,10 +124,13 @@ class AccuracyReport:
     interval. `mean_kl` is the mean KL divergence of the artifact's class probabilities from
     FP32's, in nats; smaller is better; it resolves what top-1 on few samples cannot.
     `stopped_early` says why fewer samples than the split has were evaluated, None where all
-    were. Such a report's `drop` is on the samples seen, `fp32_value` on all of them and
-    `value` their difference; its bounds hold wherever the evaluation stopped.
+    were. Such a report is about all samples nevertheless: of the `n_samples` seen it counts, of
+    the others it has what is expected (`autotune/compression/racing.py`), with the error of
+    that in the bounds; `drop_error` is one standard deviation of its `drop` from what all
+    samples would say, None where all were seen.
 
-    Stored as JSON. 2026-11-21: `stopped_early` added; reports without it saw all samples.
+    Stored as JSON. 2026-11-21: `stopped_early` added; reports without it saw all samples. Then
+    `drop_error`; an early stop without it tells the drop on the samples seen alone.
     """
 
     metric: str = "top1"
@@ -144,6 +147,7 @@ class AccuracyReport:
     confidence_level: float = 0.95
     wall_s: float
     stopped_early: str | None = None
+    drop_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""

@@ -17,7 +17,14 @@ import numpy as np
 import onnxruntime
 
 from autotune.compression.data import LabelledData
-from autotune.compression.racing import Race, Racing, Verdict, interval_at_any_time
+from autotune.compression.racing import (
+    Race,
+    Racing,
+    Standing,
+    Verdict,
+    label_margins,
+    mean_over_all,
+)
 from autotune.compression.shipped_runtime import BY_ONNXRUNTIME, open_answers
 from autotune.errors import CompressionError, InvalidModel
 from storage.records import AccuracyReport
@@ -25,8 +32,8 @@ from storage.records import AccuracyReport
 CONFIDENCE_LEVEL = 0.95
 ONNXRUNTIME = "onnxruntime"
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-_Z_HALF_ALPHA = 2.241402727604947  # its 98.75 % quantile: an interval at half the error rate
 _BATCH = 16
+_Answers = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Probabilities under 1e-12 count as 1e-12, so that one missing class cannot make the mean
 # divergence infinite: no sample contributes more than 28 nats.
 _LEAST_LOG = math.log(1e-12)
@@ -49,6 +56,7 @@ class AccuracyEvaluator:
             raise InvalidModel(f"the FP32 model cannot be evaluated: {error}") from error
         self._log_p = log_probabilities(outputs)
         self._fp32_correct = outputs.argmax(axis=1) == data.y
+        self._margins = label_margins(self._log_p, data.y)
         self._fp32_wall_s = time.monotonic() - started
 
     @property
@@ -66,44 +74,42 @@ class AccuracyEvaluator:
     ) -> AccuracyReport:
         """The artifact's top-1 on the samples, its interval, and its drop against FP32.
 
-        With a `race` the samples come in random order and the evaluation ends as soon as they
-        leave no doubt on which side of the race's limit the drop is; the report says so.
-        `runtime` is the one that the artifact ships with: each has arithmetic of its own.
+        With a `race` the samples come in its order and the evaluation ends where it does; the
+        report says so, and forecasts the samples that were not seen. `runtime` is the one that
+        the artifact ships with: each has arithmetic of its own.
 
         Raises:
             CompressionError: the artifact does not load or run, or its output is NaN.
         """
         started = time.monotonic()
         answers = _answers(artifact, runtime, self._threads)
-        n = self.n_samples
-        order = np.arange(n) if race is None else race.order(n)
-        racing = None if race is None else Racing(race, n)
-        outputs = np.empty(self._log_p.shape, dtype=np.float32)
+        if race is not None:
+            return self._raced(race, answers, started)
+        outputs = self._fitting(answers(self._data.x, np.arange(self.n_samples)))
+        kl = kl_divergences(self._log_p, log_probabilities(outputs))
+        correct = outputs.argmax(axis=1) == self._data.y
+        return self._report(correct, _mean(kl), time.monotonic() - started)
+
+    def _raced(self, race: Race, answers: _Answers, started: float) -> AccuracyReport:
+        n, order = self.n_samples, race.order(self._margins)
+        racing = Racing(race, self._margins[order])
+        correct, kl = np.zeros(n, dtype=bool), np.zeros(n)
         seen, verdict = 0, None
         while seen < n and verdict is None:
-            part = order[seen : n if race is None else seen + race.block]
-            outputs[part] = self._fitting(answers(self._data.x, part))
+            part = order[seen : seen + race.block]
+            log_q = log_probabilities(self._fitting(answers(self._data.x, part)))
+            margins = label_margins(log_q, self._data.y[part])
+            correct[part] = margins > 0
+            kl[part] = kl_divergences(self._log_p[part], log_q)
             seen += len(part)
+            standing = racing.see(margins[None])
             # After the last sample nothing is left to save, and the drop itself is known.
-            if racing is not None and seen < n:
-                verdict = racing.verdict(self._lost(part, outputs[part]))
-        rows = np.sort(order[:seen])
-        log_q = log_probabilities(outputs[rows])
-        report = self._report(
-            outputs[rows].argmax(axis=1) == self._data.y[rows],
-            mean_kl_divergence(self._log_p[rows], log_q),
-            time.monotonic() - started,
-            rows=rows,
-        )
-        if race is None or verdict is None:
-            return report
-        lost = self._lost(rows, outputs[rows])
-        return self._stopped(report, lost, _reason(race, verdict, seen, n))
-
-    def _lost(self, rows: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-        """1 for each sample that FP32 alone gets right, -1 where only the artifact does."""
-        correct = outputs.argmax(axis=1) == self._data.y[rows]
-        return self._fp32_correct[rows].astype(np.int8) - correct.astype(np.int8)
+            verdict = standing.verdict() if seen < n else None
+        if verdict is None:
+            return self._report(correct, _mean(kl), time.monotonic() - started)
+        mean_kl = max(0.0, mean_over_all(kl[order[:seen]], n))
+        report = self._forecast(standing, seen, mean_kl, time.monotonic() - started)
+        return replace(report, stopped_early=_reason(race, standing, seen, n))
 
     def _fitting(self, outputs: np.ndarray) -> np.ndarray:
         if outputs.shape[1:] != self._log_p.shape[1:]:
@@ -113,48 +119,20 @@ class AccuracyEvaluator:
             )
         return outputs
 
-    def _stopped(self, report: AccuracyReport, lost: np.ndarray, reason: str) -> AccuracyReport:
-        """The report with figures that hold although the data said when to stop.
-
-        The accuracy is FP32's on all samples less the drop on those seen, so that it compares
-        with reports on all of them: whether the samples seen were easy ones cancels out. Its
-        bounds join those of both parts, each at half the error rate (Bonferroni).
-        """
-        alpha = 1 - CONFIDENCE_LEVEL
-        drop_low, drop_high = interval_at_any_time(lost, alpha=alpha)
-        least, most = interval_at_any_time(lost, alpha=alpha / 2)
-        fp32_value = float(self._fp32_correct.mean())
-        fp32_low, fp32_high = wilson_interval(
-            int(self._fp32_correct.sum()), self.n_samples, z=_Z_HALF_ALPHA
-        )
-        return replace(
-            report,
-            fp32_value=fp32_value,
-            value=fp32_value - report.drop,
-            value_low=max(fp32_low - most, 0.0),
-            value_high=min(fp32_high - least, 1.0),
-            drop_low=drop_low,
-            drop_high=drop_high,
-            stopped_early=reason,
-        )
-
-    def _report(
-        self, correct: np.ndarray, mean_kl: float, wall_s: float, *, rows: np.ndarray | None = None
-    ) -> AccuracyReport:
-        fp32_correct = self._fp32_correct if rows is None else self._fp32_correct[rows]
-        n = len(correct)
-        low, high = wilson_interval(int(correct.sum()), n)
-        drop_low, drop_high = paired_difference_interval(fp32_correct, correct)
-        value, fp32_value = float(correct.mean()), float(fp32_correct.mean())
+    def _report(self, correct: np.ndarray, mean_kl: float, wall_s: float) -> AccuracyReport:
+        n = self.n_samples
+        right, fp32_right = int(correct.sum()), int(self._fp32_correct.sum())
+        low, high = wilson_interval(right, n)
+        drop_low, drop_high = paired_difference_interval(self._fp32_correct, correct)
         return AccuracyReport(
             split=self._split,
             n_samples=n,
-            value=value,
+            value=right / n,
             value_low=low,
             value_high=high,
-            fp32_value=fp32_value,
+            fp32_value=fp32_right / n,
             # From counts: 6 of 600 samples are 0.01, without the rounding of two fractions.
-            drop=(int(fp32_correct.sum()) - int(correct.sum())) / n,
+            drop=(fp32_right - right) / n,
             drop_low=drop_low,
             drop_high=drop_high,
             mean_kl=mean_kl,
@@ -162,17 +140,55 @@ class AccuracyEvaluator:
             wall_s=wall_s,
         )
 
+    def _forecast(
+        self, standing: Standing, seen: int, mean_kl: float, wall_s: float
+    ) -> AccuracyReport:
+        """The report on all samples, those not seen as the race expects them.
 
-def _reason(race: Race, verdict: Verdict, seen: int, total: int) -> str:
-    says = "exceeds" if verdict is Verdict.WORSE else "stays within"
-    return (
-        f"{seen} of {total} samples were enough: the accuracy drop {says} "
-        f"{100 * race.limit:g} points (error rate at most {100 * race.alpha:g} %)"
-    )
+        Each interval is the one that so many lost and won would have, widened by the forecast's
+        own error; independent errors add up in squares.
+        """
+        n = self.n_samples
+        lost, won, error = (float(x[0]) for x in (standing.lost, standing.won, standing.error))
+        fp32_right = int(self._fp32_correct.sum())
+        drop, right = (lost - won) / n, min(max(fp32_right - lost + won, 0.0), float(n))
+
+        def widened(value: float, low: float, high: float) -> tuple[float, float]:
+            own = _Z * error / n
+            return value - math.hypot(value - low, own), value + math.hypot(high - value, own)
+
+        drop_low, drop_high = widened(drop, *_paired_interval(fp32_right - lost, lost, won, n))
+        low, high = widened(right / n, *wilson_interval(right, n))
+        return AccuracyReport(
+            split=self._split,
+            n_samples=seen,
+            value=fp32_right / n - drop,
+            value_low=max(low, 0.0),
+            value_high=min(high, 1.0),
+            fp32_value=fp32_right / n,
+            drop=drop,
+            drop_low=max(drop_low, -1.0),
+            drop_high=min(drop_high, 1.0),
+            # No better known than to a sample, as all samples would tell it.
+            drop_error=max(error, 1.0) / n,
+            mean_kl=mean_kl,
+            confidence_level=CONFIDENCE_LEVEL,
+            wall_s=wall_s,
+        )
 
 
-def wilson_interval(successes: int, n: int, *, z: float = _Z) -> tuple[float, float]:
-    """The score interval of a proportion, 95 % for the default `z` (Wilson 1927).
+def _reason(race: Race, standing: Standing, seen: int, total: int) -> str:
+    enough = f"{seen} of {total} samples were enough"
+    if standing.verdict() is Verdict.WORSE:
+        return (
+            f"{enough}: the accuracy drop exceeds {100 * race.limit:g} points "
+            f"(error rate {100 * race.alpha:g} %)"
+        )
+    return f"{enough}: {standing.expected[0]:.2g} of those left are expected to change sides"
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); expected counts need not be whole.
 
     Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3.
 
@@ -180,7 +196,7 @@ def wilson_interval(successes: int, n: int, *, z: float = _Z) -> tuple[float, fl
     >>> round(low, 4), round(high, 4)
     (0.2553, 0.3662)
     """
-    p = successes / n
+    p, z = successes / n, _Z
     centre = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
@@ -198,9 +214,15 @@ def paired_difference_interval(first: np.ndarray, second: np.ndarray) -> tuple[f
     Wilson intervals of both proportions joined through their continuity-corrected
     correlation phi. It keeps its coverage where nothing or little differs.
     """
-    n = len(first)
     both = int((first & second).sum())
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    return _paired_interval(both, only_first, only_second, len(first))
+
+
+def _paired_interval(
+    both: float, only_first: float, only_second: float, n: int
+) -> tuple[float, float]:
+    """The same from counts, which need not be whole."""
     neither = n - both - only_first - only_second
     p1, p2 = (both + only_first) / n, (both + only_second) / n
     low1, high1 = wilson_interval(both + only_first, n)
@@ -217,17 +239,28 @@ def mean_kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
 
     Both are log-probabilities of shape `(n_samples, n_classes)`, none under log(1e-12).
     """
-    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()))
+    return _mean(kl_divergences(log_p, log_q))
 
 
-def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
+def kl_divergences(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of each sample in nats, `(n_samples,)`, from such log-probabilities."""
+    found: np.ndarray = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return found
+
+
+def _mean(divergences: np.ndarray) -> float:
+    """Not below 0, where rounding would put that of equal distributions."""
+    return max(0.0, float(divergences.mean()))
+
+
+def _correlation(both: float, only_first: float, only_second: float, neither: float) -> float:
     margins = (
         (both + only_first)
         * (only_second + neither)
         * (both + only_second)
         * (only_first + neither)
     )
-    if margins == 0:
+    if margins <= 0:
         return 0.0
     product = float(both * neither - only_first * only_second)
     if product > 0:
@@ -248,9 +281,7 @@ def log_probabilities(outputs: np.ndarray) -> np.ndarray:
     return np.maximum(logs, _LEAST_LOG)
 
 
-def _answers(
-    artifact: bytes, runtime: str, threads: int
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _answers(artifact: bytes, runtime: str, threads: int) -> _Answers:
     """From all samples and the rows that are asked for to the outputs on these."""
     if runtime in BY_ONNXRUNTIME:
         session = _session(artifact, threads)

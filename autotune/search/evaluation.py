@@ -4,8 +4,8 @@
 
 Every arrow is a row before the next one starts, so that a restart takes a trial up where it
 was left. A candidate that fails is a trial with an outcome and a reason, never an exception.
-Accuracy is raced against a limit, so that a hopeless candidate costs few samples; baselines
-and whatever is on the front get all of them, and a confirmation all of the held-out ones.
+Accuracy is raced, so that a candidate costs as few samples as tell its drop; FP32 gets all of
+them, before confirming whatever is on the front too, and a confirmation all held-out ones.
 A job on several devices has an artifact with its accuracy per kernel class, and a latency per
 device; `targets.py` says how they are seen as one.
 Candidates are proposed by `planner.py` and `sampler.py`; `tuning.py` decides how many.
@@ -66,7 +66,7 @@ class Evaluation:
     `job` carries the calibrated reference latency of each target once the FP32 baseline is
     measured; `devices` are these targets, the primary one first. `reference` is the FP32 model,
     pinned with its runtime options for the whole job. `race` is what candidates other than
-    baselines race against; None evaluates all on all samples.
+    FP32 race against; None evaluates all on all samples.
     """
 
     job: JobRecord
@@ -107,7 +107,6 @@ class Evaluation:
             DiskFull: the artifact store has no room; unfinished trials stay open.
         """
         self._measure(self._compress(trials))
-        self._complete_front()
         return [self.repository.get_trial(trial.id) for trial in trials]
 
     def confirm(self, trial: TrialRecord) -> TrialRecord:
@@ -188,11 +187,15 @@ class Evaluation:
                 self._finish(trial, device, **ended)
 
     def _race_of(self, trial: TrialRecord) -> Race | None:
-        """Everything is compared with the baselines, so they see every sample."""
-        return None if trial.proposed_by == "baseline" else self.race
+        """Everything is compared with FP32, in whatever runtime, so it is shown every sample."""
+        candidate = trial.candidate
+        return self.race if candidate.precisions or candidate.prune_ratios else None
 
-    def _complete_front(self) -> None:
-        """Show front members that raced every sample, until nothing on a front has raced."""
+    def complete_front(self) -> None:
+        """Show front members that raced every sample, until nothing on a front has raced.
+
+        Raises what `run` raises, but for `DeviceAway`.
+        """
         while True:
             trials = self.repository.list_trials(self.job.id)
             members = {
@@ -363,15 +366,9 @@ def _ended(record: MeasurementRecord) -> dict[str, Any]:
 def race_of(*, max_accuracy_drop: float | None, seed: int) -> Race:
     """What the candidates of a job race against.
 
-    With a drop that the job allows, a candidate is done once it certainly keeps or exceeds it:
-    the fastest of those that keep it wins. Without one the most accurate wins, so that only
-    the hopeless end early: those whose drop lies outside the front's reference box.
+    The drop that the job allows; without one, that of the front's reference box.
     """
-    return Race(
-        limit=REFERENCE_DROP if max_accuracy_drop is None else max_accuracy_drop,
-        ends_within=max_accuracy_drop is not None,
-        seed=seed,
-    )
+    return Race(limit=REFERENCE_DROP if max_accuracy_drop is None else max_accuracy_drop, seed=seed)
 
 
 def _has_raced(trial: TrialRecord) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from autotune.search import device_latency
+from autotune.search.drop_model import DropModel, Drops
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, ranks
 from autotune.search.improvement import Landscape, Promise, most_promising
 from autotune.search.priors import (
@@ -48,7 +49,7 @@ _PRUNED_DAMAGE = 0.02
 """Drop of a pruned base after its recovery training. A choice; its first trial tells."""
 
 DROP_CEILING = 4 * REFERENCE_DROP
-"""Larger drops count as this: how bad a useless candidate is must not bend the model."""
+"""Larger drops are thought of as this beforehand, and told apart no further."""
 
 _BETWEEN_JOBS = 0.015
 """How far a ratio may lie from the one that an earlier job measured, beyond both intervals: two
@@ -255,8 +256,7 @@ def fit(
 
     They are fitted to `earlier` results, too, which come behind the job's own.
     """
-    seen = [(encoding.point(t.candidate), t) for t in trials if ranks(t)]
-    measured = [(p, t) for p, t in seen if p is not None]
+    measured = _encoded(encoding, [t for t in trials if ranks(t)])
     origin = next((latency_of(t) for p, t in measured if not p.any()), None)
     if origin is None:
         return None
@@ -269,38 +269,57 @@ def fit(
         for others in (earlier.latencies, earlier.drops)
     )
     landscape = Landscape(
-        Surrogate(
-            latency_features(encoding, knowledge),
-            *_with_earlier(encoding, measured, latencies, column=0),
-            base=origin.ratio,
-        ),
-        Surrogate(
-            drop_features(encoding, knowledge, drop_per_nat([*ranked, *drops])),
-            *_with_earlier(encoding, measured, drops, column=1),
-            base=0.0,
-        ),
+        _latency_model(encoding, knowledge, measured, latencies, base=origin.ratio),
+        _drop_model(encoding, knowledge, measured, drops),
     )
     return Fitted(
         encoding=encoding, knowledge=knowledge, landscape=landscape, trials=ranked, points=points
     )
 
 
-def _with_earlier(
+_Measured = Sequence[tuple[np.ndarray, TrialRecord]]
+
+
+def _latency_model(
     encoding: Encoding,
-    measured: Sequence[tuple[np.ndarray, TrialRecord]],
+    knowledge: Knowledge,
+    measured: _Measured,
     earlier: Sequence[TrialRecord],
     *,
-    column: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points, figures and noise: those of the job, then those of earlier ones."""
-    seen = [(encoding.point(t.candidate), t) for t in earlier]
-    others = [(p, t) for p, t in seen if p is not None]
-    figures, noise = _figures([trial for _, trial in (*measured, *others)])
-    noise = noise[:, column]
-    if column == 0:
-        noise[len(measured) :] = np.hypot(noise[len(measured) :], _BETWEEN_JOBS)
-    points = np.array([point for point, _ in (*measured, *others)])
-    return points, figures[:, column], noise
+    base: float,
+) -> Surrogate:
+    """Of the job's trials, then of earlier ones."""
+    known = [*measured, *_encoded(encoding, earlier)]
+    reports = [latency_of(trial) for _, trial in known]
+    ratios = np.array([r.ratio for r in reports if r is not None])
+    noise = np.array([ratio_deviation(r) for r in reports if r is not None])
+    noise[len(measured) :] = np.hypot(noise[len(measured) :], _BETWEEN_JOBS)
+    points = np.array([point for point, _ in known])
+    return Surrogate(latency_features(encoding, knowledge), points, ratios, noise, base=base)
+
+
+def _drop_model(
+    encoding: Encoding, knowledge: Knowledge, measured: _Measured, earlier: Sequence[TrialRecord]
+) -> DropModel:
+    """Of the job's trials, then of earlier ones."""
+    known = [*measured, *_encoded(encoding, earlier)]
+    reports = [trial.accuracy for _, trial in known if trial.accuracy is not None]
+    per_nat = drop_per_nat([trial for _, trial in known])
+    drops = Drops(
+        measured=np.array([max(report.drop, 0.0) for report in reports]),
+        diverged=per_nat * np.array([report.mean_kl for report in reports]),
+        errors=np.array([report.drop_error or 0.0 for report in reports]),
+        n_samples=max(report.n_samples for report in reports),
+        ceiling=REFERENCE_DROP,
+    )
+    points = np.array([point for point, _ in known])
+    return DropModel(drop_features(encoding, knowledge, per_nat), points, drops)
+
+
+def _encoded(encoding: Encoding, trials: Sequence[TrialRecord]) -> _Measured:
+    """Those of the space, with their points."""
+    seen = [(encoding.point(trial.candidate), trial) for trial in trials]
+    return [(point, trial) for point, trial in seen if point is not None]
 
 
 def propose(
@@ -332,18 +351,6 @@ def propose(
         excluded=[p for p in unranked if p is not None],
     )
     return [(encoding.candidate(promise.point), promise) for promise in promises]
-
-
-def _figures(trials: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
-    """(ratio to FP32, drop) of ranking trials and their standard deviations, each `(n, 2)`."""
-    figures, noise = [], []
-    for trial in trials:
-        latency, accuracy = latency_of(trial), trial.accuracy
-        if latency is None or accuracy is None:  # `ranks` has made sure of both
-            continue
-        figures.append((latency.ratio, min(max(accuracy.drop, 0.0), DROP_CEILING)))
-        noise.append((ratio_deviation(latency), 1.0 / accuracy.n_samples))
-    return np.array(figures), np.array(noise)
 
 
 def ratio_deviation(latency: LatencyReport) -> float:

@@ -289,6 +289,7 @@ class Tuning:
     def _confirm(self, evaluation: Evaluation) -> None:
         """Confirm baselines, winner and front; what does not confirm gives way to the next."""
         self._enter("confirming")
+        evaluation.complete_front()
         stored = self._stored_trials()
         seen = views(self._job, stored)
         best = [view.best_baseline(self._spec.max_accuracy_drop) for view in seen]

@@ -51,11 +51,15 @@ as a screening measurement takes."""
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one trial reports: ratio to FP32's latency, accuracy drop (not below 0), mean KL."""
+    """What one trial reports: ratio to FP32's latency, accuracy drop (not below 0), mean KL.
+
+    `drop_error` is the drop's standard deviation; None where all samples were seen.
+    """
 
     ratio: float
     drop: float
     kl: float
+    drop_error: float | None = None
 
 
 class Oracle(Protocol):

@@ -44,13 +44,14 @@ def fitted(oracle: Oracle, points: Sequence[np.ndarray], found: Sequence[Run]) -
     """Both models on what has been measured; the first point is FP32."""
     rows, ratios = np.array(points), np.array([run.ratio for run in found])
     drops = np.array([min(run.drop, DROP_CEILING) for run in found])
+    errors = np.array([run.drop_error or 1 / oracle.n_samples for run in found])
     latency, drop = oracle.features(
         conversion([(run.kl, run.drop) for run in found]),
         [run.ratio for run in found[: len(oracle.baselines())]],
     )
     return Landscape(
         Surrogate(latency, rows, ratios, oracle.noise * ratios, base=float(ratios[0])),
-        Surrogate(drop, rows, drops, np.full(len(rows), 1 / oracle.n_samples), base=0.0),
+        Surrogate(drop, rows, drops, errors, base=0.0),
     )
 
 

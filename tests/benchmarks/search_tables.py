@@ -46,6 +46,7 @@ from autotune.compression.graph import model_bytes
 from autotune.compression.inventory import build_inventory
 from autotune.compression.layer_times import with_groups
 from autotune.compression.quantization import QuantizableGraph
+from autotune.compression.racing import label_margins
 from autotune.compression.source import SourceModel
 from autotune.export.provenance import tool_versions
 from autotune.spec import RecoverySpec
@@ -259,7 +260,7 @@ def judge_in_order(bench: Bench, order: Sequence[int]) -> None:
     with (bench.folder / "accuracy.csv").open("a", newline="", encoding="utf-8") as file:
         for step, index in enumerate(order):
             if step % 32 == 0:
-                done = {int(row[0]) for row in _rows(bench, "accuracy")}
+                done = {int(row[0]) for row in _answered(bench)}
                 say(f"{bench.name}: accuracy of {len(done)} of {len(order)}")
             if index in done:
                 continue
@@ -267,18 +268,20 @@ def judge_in_order(bench: Bench, order: Sequence[int]) -> None:
             kl = (np.exp(fp32) * (fp32 - answers)).sum(axis=1)
             nll = -answers[np.arange(len(y)), y]
             right = np.packbits(answers.argmax(axis=1) == y).tobytes().hex()
+            margins = label_margins(answers, y).astype("<f2").tobytes().hex()
             numbers = (kl.mean(), kl[:EARLY_IMAGES].mean(), nll.mean())
-            csv.writer(file).writerow([index, *(f"{number:.6g}" for number in numbers), right])
+            row = [index, *(f"{number:.6g}" for number in numbers), right, margins]
+            csv.writer(file).writerow(row)
             file.flush()
 
 
 def judged(bench: Bench) -> dict[str, np.ndarray]:
-    """`kl`, `early_kl`, `nll`, `(n_points,)`, and `right`, `(n_points, TEST_IMAGES)`.
+    """`kl`, `early_kl`, `nll`, `(n_points,)`; `right`, `margins`, `(n_points, TEST_IMAGES)`.
 
     Raises:
         ValueError: a point was not judged yet.
     """
-    rows = {int(row[0]): row for row in _rows(bench, "accuracy")}
+    rows = {int(row[0]): row for row in _answered(bench)}
     missing = len(bench.points) - len(rows)
     if missing:
         raise ValueError(f"{missing} of {len(bench.points)} points have no accuracy: --accuracy")
@@ -288,7 +291,15 @@ def judged(bench: Bench) -> dict[str, np.ndarray]:
         for column, key in enumerate(("kl", "early_kl", "nll"), start=1)
     }
     bits = np.array([list(bytes.fromhex(row[4])) for row in ordered], dtype=np.uint8)
-    return found | {"right": np.unpackbits(bits, axis=1, count=TEST_IMAGES).astype(bool)}
+    found["right"] = np.unpackbits(bits, axis=1, count=TEST_IMAGES).astype(bool)
+    halves = [np.frombuffer(bytes.fromhex(row[5]), "<f2") for row in ordered]
+    found["margins"] = np.array(halves, dtype=float)
+    return found
+
+
+def _answered(bench: Bench) -> list[list[str]]:
+    """The points' answers; those noted before margins were have to be judged again."""
+    return [row for row in _rows(bench, "accuracy") if len(row) == 6]
 
 
 def _rows(bench: Bench, what: str) -> list[list[str]]:
@@ -430,6 +441,7 @@ def pack(bench: Bench) -> None:
         ratios=ratios[order],
         counts=np.bincount(index, minlength=len(bench.points)),
         right=answers["right"],
+        margins=answers["margins"],
         kl=answers["kl"],
         nll=answers["nll"],
         early_kl=answers["early_kl"],

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 # Version 1 (2026-11-21): ratios by point, images by point, kernel times of the uniform files.
+# Version 2 (2026-11-21): margins by point.
 
 FOLDER = Path(__file__).parent / "tables"
 
@@ -31,6 +32,9 @@ class Table:
         ratios: replicates of latency over FP32's, all points' in one row, in order of points.
         counts: replicates per point, `(n_points,)`.
         right: `(n_points, n_images)`; the first point is FP32.
+        margins: by how much the label's log-probability exceeds the largest other one's, in nats,
+            like `right`; positive exactly where that is true. Apart from FP32's a tenth of a nat
+            off where shifts are small, half of one where they are large.
         kl: mean KL divergence from FP32's answers in nats, `(n_points,)`.
         nll: mean negative log-likelihood of the labels in nats, `(n_points,)`.
         early_kl: `kl` on the first `conditions["early_images"]` images alone.
@@ -45,6 +49,7 @@ class Table:
     ratios: np.ndarray
     counts: np.ndarray
     right: np.ndarray
+    margins: np.ndarray
     kl: np.ndarray
     nll: np.ndarray
     early_kl: np.ndarray
@@ -104,6 +109,8 @@ class Table:
             # Nearly all points agree with FP32 on nearly all images: the differences are few.
             differs=np.packbits(self.right ^ self.right[0], axis=1),
             fp32_right=np.packbits(self.right[0]),
+            fp32_margins=self.margins[0].astype(np.float32),
+            shifts=_packed(self.margins - self.margins[0]),
             kl=self.kl.astype(np.float32),
             nll=self.nll.astype(np.float32),
             early_kl=self.early_kl.astype(np.float32),
@@ -135,6 +142,9 @@ class Table:
                 ratios=held["ratios"].astype(float),
                 counts=held["counts"].astype(int),
                 right=differs ^ fp32_right,
+                margins=_on_side(
+                    held["fp32_margins"] + _unpacked(held["shifts"]), differs ^ fp32_right
+                ),
                 kl=held["kl"].astype(float),
                 nll=held["nll"].astype(float),
                 early_kl=held["early_kl"].astype(float),
@@ -142,6 +152,29 @@ class Table:
                 tensor_bytes=held["tensor_bytes"],
                 conditions=about["conditions"],
             )
+
+
+_LARGEST_SHIFT, _SHIFT_LEVELS = 30.0, 63
+"""Shifts are kept as one byte each, square roots, so that small ones are finer: other bytes than
+these make a table several times as large."""
+
+
+def _packed(shifts: np.ndarray) -> np.ndarray:
+    roots = np.sign(shifts) * np.sqrt(np.minimum(np.abs(shifts) / _LARGEST_SHIFT, 1.0))
+    found: np.ndarray = np.round(_SHIFT_LEVELS * roots).astype(np.int8)
+    return found
+
+
+def _unpacked(packed: np.ndarray) -> np.ndarray:
+    roots = packed.astype(float) / _SHIFT_LEVELS
+    found: np.ndarray = np.sign(roots) * roots**2 * _LARGEST_SHIFT
+    return found
+
+
+def _on_side(margins: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Margins positive where right and only there, whatever packing did to those close to 0."""
+    found: np.ndarray = np.where(right, np.maximum(margins, 1e-6), np.minimum(margins, 0.0))
+    return found
 
 
 def distance_to_front(latency: np.ndarray, drop: np.ndarray) -> np.ndarray:

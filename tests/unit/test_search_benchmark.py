@@ -23,6 +23,7 @@ def table() -> Table:
         ratios=rng.uniform(0.5, 1.5, counts.sum()),
         counts=counts,
         right=right,
+        margins=np.where(right, 1.0, -1.0) * rng.uniform(0.0, 8.0, right.shape),
         kl=rng.random(6),
         nll=rng.random(6),
         early_kl=rng.random(6),
@@ -39,6 +40,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read.options == written.options
     assert read.conditions == written.conditions
     assert (read.right == written.right).all()
+    assert ((read.margins > 0) == written.right).all()
+    assert np.abs(read.margins - written.margins).max() < 0.5
+    assert read.margins[0] == pytest.approx(written.margins[0], abs=1e-5)
     assert read.latency == pytest.approx(written.latency, rel=1e-6)
     assert [len(own) for own in read.replicates] == written.counts.tolist()
 

@@ -27,10 +27,10 @@ from autotune.api_types import Interval, ModelError
 from autotune.errors import JobNotReady
 from autotune.export.figures import prune_text
 from autotune.search.conclusion import baseline_trials
+from autotune.search.drop_model import Model
 from autotune.search.fleet import runtime_request
 from autotune.search.front import latency_of, profile_of
-from autotune.search.landscape import Encoding, Fitted, Knowledge, fit
-from autotune.search.surrogate import Surrogate
+from autotune.search.landscape import DROP_CEILING, Encoding, Fitted, Knowledge, fit
 from autotune.search.uniform_int8 import why_int8
 from device_agents.protocol import DeviceDescription
 from search_spaces import Candidate, LayerInventory, SearchSpace
@@ -77,12 +77,15 @@ def model_error(fitted: Fitted) -> ModelError | None:
     # Behind the job's own trials come those of earlier jobs, if any.
     n = len(fitted.points)
     errors, deviations = (part[:n][kept] for part in fitted.landscape.first.left_out())
-    drops = fitted.landscape.second.left_out()[0][:n][kept]
+    accuracy = fitted.landscape.second
+    told = accuracy.told()
+    expected = told - accuracy.left_out()[0]
+    drops = np.minimum(told, DROP_CEILING) - np.minimum(expected, DROP_CEILING)
     return ModelError(
         n=int(kept.sum()),
         latency=float(np.mean(np.abs(errors) / ratios)),
         latency_covered=float(np.mean(np.abs(errors) <= _Z95 * deviations)),
-        drop=float(np.mean(np.abs(drops))),
+        drop=float(np.mean(np.abs(drops[:n][kept]))),
     )
 
 
@@ -157,14 +160,14 @@ class _Reading:
         other[column] = option
         return other
 
-    def changes(self, model: Surrogate, column: int, options: Sequence[int]) -> np.ndarray:
+    def changes(self, model: Model, column: int, options: Sequence[int]) -> np.ndarray:
         """Rows `(n, width)`: what each option makes of the point, less option 0 of the column."""
         points = np.array([self.with_option(column, option) for option in (0, *options)])
         rows = model.features.rows(points)
         found: np.ndarray = rows[1:] - rows[:1]
         return found
 
-    def at_boundaries(self, model: Surrogate, rows: np.ndarray) -> np.ndarray:
+    def at_boundaries(self, model: Model, rows: np.ndarray) -> np.ndarray:
         """What pairs of neighbouring groups make up of rows `(n, width)`."""
         pairs = enumerate(model.features.links)
         n = len(self.groups)
@@ -177,7 +180,7 @@ class _Reading:
         behind = [index for index, pair in ends if pair == (column, column + 1)]
         return features.of_links(features.rows(self.point[None]), behind)
 
-    def whole(self, model: Surrogate, *, scale: float) -> Estimate:
+    def whole(self, model: Model, *, scale: float) -> Estimate:
         """The figure of the point itself."""
         (part,) = estimates(model, model.features.rows(self.point[None]), scale=scale)
         shift = model.base * scale
@@ -185,7 +188,7 @@ class _Reading:
         return part.model_copy(update=bounds)
 
 
-def estimates(model: Surrogate, rows: np.ndarray, *, scale: float) -> list[Estimate]:
+def estimates(model: Model, rows: np.ndarray, *, scale: float) -> list[Estimate]:
     """Parts of a figure, `rows` `(n, width)`, each times `scale` with its 95 % interval."""
     mean, deviation = model.weigh(rows)
     before = model.unmeasured(rows)

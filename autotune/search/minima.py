@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-LARGEST_TABLE = 40_000
-"""Cells of a table that elimination may make for one sum: some ms for a dozen of them."""
+LARGEST_TABLE = 5_000
+"""Cells of a table that elimination may make for one sum: some 0.1 ms for a dozen of them."""
 
 _Table = tuple[tuple[int, ...], np.ndarray]
 """The factors that a table is over, and `(n_sums, options, ...)` with an axis for each."""

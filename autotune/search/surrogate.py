@@ -8,6 +8,7 @@ ones, which is Bayesian ridge regression with one coefficient per (factor, optio
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,14 @@ class Energy:
             self._around[first].append((second, table.T))
             self._around[second].append((first, table))
 
+    def __add__(self, other: Energy) -> Energy:
+        """The sum of both, over the same factors."""
+        pairs = dict(self.pairs)
+        for pair, table in other.pairs.items():
+            pairs[pair] = pairs[pair] + table if pair in pairs else table
+        singles = [a + b for a, b in zip(self.singles, other.singles, strict=True)]
+        return Energy(self.base + other.base, singles, pairs)
+
     def conditional(self, points: np.ndarray, column: int) -> np.ndarray:
         """What each option of one factor adds where the others stay, `(n, n_options)`."""
         total = np.empty((len(points), len(self.singles[column])))
@@ -128,7 +137,7 @@ class Features:
 
     def __init__(self, factors: Sequence[Factor], links: Sequence[Link]) -> None:
         self.factors, self.links = tuple(factors), tuple(links)
-        roots = [_root(f) for f in factors]
+        roots = [_root(f.n_options, f.is_ordered) for f in factors]
         self.singles = [f.scale * root for f, root in zip(factors, roots, strict=True)]
         self.pairs = [
             link.scale * _pair_table(roots[link.first], roots[link.second], link.is_boundary)
@@ -212,15 +221,16 @@ def _relative_price(link: Link) -> float:
     return link.price / link.scale if link.scale > 0 else 0.0
 
 
-def _root(factor: Factor) -> np.ndarray:
+@functools.cache
+def _root(n_options: int, is_ordered: bool) -> np.ndarray:
     """A root of the options' covariance, `(n_options, n_options - 1)`; option 0 is certain."""
-    n = factor.n_options - 1
+    n = n_options - 1
     if n <= 0:
         return np.zeros((1, 0))
     steps = np.arange(1, n + 1)
     covariance = (
         np.minimum.outer(steps, steps) / n
-        if factor.is_ordered
+        if is_ordered
         else _SAME_FACTOR + (1 - _SAME_FACTOR) * np.eye(n)
     )
     return np.vstack([np.zeros(n), np.linalg.cholesky(covariance)])
@@ -286,6 +296,29 @@ class Surrogate:
     def unmeasured(self, rows: np.ndarray) -> np.ndarray:
         """The standard deviation that such parts would have without any measurement, `(n,)`."""
         found: np.ndarray = np.sqrt((rows * rows) @ self._variances)
+        return found
+
+    @property
+    def noise_share(self) -> float:
+        """The standard deviation of a measurement, as a share of its figure: the median."""
+        return float(np.median(self._noise / np.abs(self._values)))
+
+    def lessons(self, points: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+        """How much measuring each of `points` would teach about `unseen` ones, `(n,)`.
+
+        The mean over those of the variance that goes, as a share of the squared figure: the
+        integrated variance of a design (Sacks et al. 1989, "Design and analysis of computer
+        experiments", section 5), in closed form for one more measurement.
+        """
+        rows, others = self.features.rows(points), self.features.rows(unseen)
+        weighted = rows * self._variances
+        half = np.linalg.solve(self._lower, self._rows @ weighted.T)
+        other_half = np.linalg.solve(self._lower, self._rows @ (others * self._variances).T)
+        covariance = weighted @ others.T - half.T @ other_half
+        variance = np.einsum("ij,ij->i", weighted, rows) - np.einsum("ij,ij->j", half, half)
+        figures, _ = self.predict(unseen)
+        noise = float(np.median(self._noise)) ** 2 + self.scales[3] ** 2
+        found: np.ndarray = ((covariance / figures) ** 2).mean(axis=1) / (variance + noise)
         return found
 
     def told(self) -> np.ndarray:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from autotune.search.drop_model import DropModel, Drops
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO
 from autotune.search.improvement import Landscape, most_promising
-from autotune.search.landscape import DROP_CEILING, conversion
+from autotune.search.landscape import conversion
 from autotune.search.surrogate import Surrogate
 from tests.benchmarks.conversation import DRAWS, SAMPLERS, Conversation, MakeSampler
 from tests.benchmarks.oracles import Oracle, Run
@@ -43,15 +44,20 @@ def model_based(oracle: Oracle, runs: int, seed: int) -> np.ndarray:
 def fitted(oracle: Oracle, points: Sequence[np.ndarray], found: Sequence[Run]) -> Landscape:
     """Both models on what has been measured; the first point is FP32."""
     rows, ratios = np.array(points), np.array([run.ratio for run in found])
-    drops = np.array([min(run.drop, DROP_CEILING) for run in found])
-    errors = np.array([run.drop_error or 1 / oracle.n_samples for run in found])
+    per_nat = conversion([(run.kl, run.drop) for run in found])
     latency, drop = oracle.features(
-        conversion([(run.kl, run.drop) for run in found]),
-        [run.ratio for run in found[: len(oracle.baselines())]],
+        per_nat, [run.ratio for run in found[: len(oracle.baselines())]]
+    )
+    drops = Drops(
+        measured=np.array([run.drop for run in found]),
+        diverged=per_nat * np.array([run.kl for run in found]),
+        errors=np.array([run.drop_error or 0.0 for run in found]),
+        n_samples=oracle.n_samples,
+        ceiling=REFERENCE_DROP,
     )
     return Landscape(
         Surrogate(latency, rows, ratios, oracle.noise * ratios, base=float(ratios[0])),
-        Surrogate(drop, rows, drops, errors, base=0.0),
+        DropModel(drop, rows, drops),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from autotune.search import minima
 from autotune.search.improvement import (
+    TEACHING_RUNS,
     Flips,
     Landscape,
     expected_improvement,
@@ -110,10 +111,15 @@ def test_neighbours_come_with_the_means_of_the_tables() -> None:
     assert flips.means == pytest.approx(expected)
 
 
-def landscape() -> tuple[Landscape, np.ndarray]:
+def landscape(repeats: int = 1) -> tuple[Landscape, np.ndarray]:
     """Ten factors: option 1 is faster by 0.05 and loses a little more from factor to factor."""
     cost = np.linspace(0.0, 0.2, 10)
-    points = np.vstack([np.zeros((1, 10), int), np.eye(10, dtype=int)])
+    points = np.vstack(
+        [np.zeros((1, 10), int), np.eye(10, dtype=int), np.eye(1, 10, 1) + np.eye(1, 10)]
+    )
+    points = np.tile(
+        points.astype(int), (repeats, 1)
+    )  # an even number: the next one is for the front
     models = []
     for base, effects in ((0.9, np.full(10, -0.05)), (0.0, cost)):
         factors = [Factor(n_options=2, effects=np.array([0.0, e]), scale=0.01) for e in effects]
@@ -133,8 +139,8 @@ def test_the_most_promising_points_take_what_is_cheap_first() -> None:
 def test_random_points_are_weighed_however_many_neighbours_there_are() -> None:
     """60 factors of 8 options: 420 neighbours, which are less uncertain than distant points."""
     factors = [Factor(n_options=8, effects=np.zeros(8), scale=0.01)] * 60
-    points = np.zeros((1, 60), dtype=int)
-    at_half = np.full(1, 0.5), np.full(1, 1e-3)
+    points = np.zeros((2, 60), dtype=int)
+    at_half = np.full(2, 0.5), np.full(2, 1e-3)
     model = Surrogate(Features(factors, []), points, *at_half, base=0.5)
     (first,) = most_promising(
         Landscape(model, model), points, reference=REFERENCE, n=1, rng=np.random.default_rng(0)
@@ -157,9 +163,37 @@ def test_what_the_models_know_beyond_the_points_is_on_no_front() -> None:
     known, points = landscape()
     (of_all,), (of_one,) = (
         most_promising(known, own, reference=REFERENCE, n=1, rng=np.random.default_rng(0))
-        for own in (points, points[:1])
+        for own in (points, points[:2])
     )
+    assert of_one.gain is not None and of_all.gain is not None
     assert of_one.gain > 1.1 * of_all.gain
+
+
+def test_every_second_point_teaches_the_latency_model_while_that_is_unsure() -> None:
+    known, points = landscape()
+    rng = np.random.default_rng(0)
+    found = most_promising(known, points, reference=REFERENCE, n=4, rng=rng)
+    assert [promise.gain is None for promise in found] == [False, True, False, True]
+
+
+def test_a_model_that_is_as_sure_as_a_measurement_is_taught_no_further() -> None:
+    factors = [Factor(n_options=2, effects=np.array([0.0, -0.05]), scale=1e-4)] * 6
+    points = np.random.default_rng(1).integers(0, 2, (TEACHING_RUNS - 3, 6))
+    values = 0.9 - 0.05 * points.sum(axis=1)
+    noise = np.full(len(points), 0.05)
+    model = Surrogate(Features(factors, []), points, values, noise, base=0.9)
+    known = Landscape(model, model)
+    rng = np.random.default_rng(0)
+    found = most_promising(known, points, reference=REFERENCE, n=3, rng=rng)
+    assert all(promise.gain is not None for promise in found)
+
+
+def test_a_long_search_is_for_the_front_alone() -> None:
+    known, points = landscape(3)
+    assert len(points) >= TEACHING_RUNS
+    rng = np.random.default_rng(0)
+    found = most_promising(known, points, reference=REFERENCE, n=2, rng=rng)
+    assert all(promise.gain is not None for promise in found)
 
 
 def test_an_exhausted_space_gives_nothing() -> None:

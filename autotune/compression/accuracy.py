@@ -151,7 +151,8 @@ class AccuracyEvaluator:
         n = self.n_samples
         lost, won, error = (float(x[0]) for x in (standing.lost, standing.won, standing.error))
         fp32_right = int(self._fp32_correct.sum())
-        drop, right = (lost - won) / n, min(max(fp32_right - lost + won, 0.0), float(n))
+        drop = float(standing.drop[0])
+        right = min(max(fp32_right - drop * n, 0.0), float(n))
 
         def widened(value: float, low: float, high: float) -> tuple[float, float]:
             own = _Z * error / n

@@ -175,7 +175,7 @@ def raced(race: Race, margins: np.ndarray, candidates: np.ndarray) -> Raced:
         now = racing.see(candidates[:, stop - race.block : stop])
         new = (now.is_worse | now.is_known) & (used == 1)
         used[new], low[new], high[new] = stop / total, now.low[new], now.high[new]
-        estimate[new] = (now.lost - now.won)[new] / total
+        estimate[new] = now.drop[new]
         is_worse |= new & now.is_worse
     outside = (drop < low - 1e-9) | (drop > high + 1e-9)
     return Raced(is_worse=is_worse, used=used, drop=drop, estimate=estimate, is_outside=outside)

@@ -17,8 +17,8 @@ that share; smaller is better. Keys, per oracle:
   seen, after 24 runs of ours, over the one-at-a-time table's after as many;
   `ORACLE.within_10_percent`: the share of them that our model is within 10 % of;
 - `ORACLE.images_ratio` (tables): images evaluated per trial over all of them, when candidates
-  race, at no less than 0.99 of the hypervolume without; `ORACLE.images_with_front_ratio`: with
-  what the front is shown once before it is confirmed;
+  race; `ORACLE.images_hypervolume`: what such a search finds over what it finds without races;
+  `ORACLE.images_with_front_ratio`: with what the front is shown once before it is confirmed;
 - `ORACLE.propose_ms`: time for one proposal when 100 runs are done.
 
 Intervals are bootstraps over seeds. The tables' fronts are known; for fifty groups the best

@@ -114,7 +114,7 @@ class Trial(Shape):
     mean_kl: float | None = None
     accuracy_samples: int | None = None
     accuracy_stopped_early: str | None = Field(
-        default=None, description="why `accuracy` is about fewer samples than the search data has"
+        default=None, description="why `accuracy` rests on fewer samples than the search data has"
     )
     latency_ns: Interval | None = None
     latency_p90_ns: float | None = Field(

@@ -147,8 +147,8 @@ class Standing:
 
     `lost` and `won` are the samples that FP32 alone and the candidate alone get right: those
     seen and those `expected` of the ones not seen. `error` is one standard deviation of their
-    difference. `drop` is that over all samples, a fraction, to a whole sample: candidates of
-    which nothing is expected to differ are equal, as all samples would have them. `low` and
+    difference. `drop` is that over all samples, a fraction, to a tenth of a sample: candidates
+    of which nothing is expected to differ are equal, as all samples would have them. `low` and
     `high` bound it at the race's error rate.
     """
 

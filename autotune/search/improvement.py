@@ -21,7 +21,7 @@ _WEIGHTS = 24
 """Weightings of the two figures for which the best point is looked for."""
 
 _RANDOM_POINTS = 32
-_FLIPS = 256
+_FLIPS = 160
 """Neighbours whose uncertainty is computed; chosen from all by their means, which cost little."""
 
 TEACHING_RUNS = 24

@@ -287,10 +287,9 @@ class Surrogate:
         `rows` `(n, width)` are columns of `Features.rows`: differences of two points, or some
         columns alone and 0 in the others.
         """
-        weighted = rows * self._variances
         mean = rows[:, -1] + rows @ self._weights
-        cross = np.linalg.solve(self._lower, self._rows @ weighted.T)
-        variance = np.einsum("ij,ij->i", weighted, rows) - np.einsum("ij,ij->j", cross, cross)
+        cross = self._explained @ rows.T
+        variance = (rows * rows) @ self._variances - np.einsum("ij,ij->j", cross, cross)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def unmeasured(self, rows: np.ndarray) -> np.ndarray:
@@ -311,11 +310,9 @@ class Surrogate:
         experiments", section 5), in closed form for one more measurement.
         """
         rows, others = self.features.rows(points), self.features.rows(unseen)
-        weighted = rows * self._variances
-        half = np.linalg.solve(self._lower, self._rows @ weighted.T)
-        other_half = np.linalg.solve(self._lower, self._rows @ (others * self._variances).T)
-        covariance = weighted @ others.T - half.T @ other_half
-        variance = np.einsum("ij,ij->i", weighted, rows) - np.einsum("ij,ij->j", half, half)
+        half = self._explained @ rows.T
+        covariance = (rows * self._variances) @ others.T - half.T @ (self._explained @ others.T)
+        variance = (rows * rows) @ self._variances - np.einsum("ij,ij->j", half, half)
         figures, _ = self.predict(unseen)
         noise = float(np.median(self._noise)) ** 2 + self.scales[3] ** 2
         found: np.ndarray = ((covariance / figures) ** 2).mean(axis=1) / (variance + noise)
@@ -375,6 +372,8 @@ class Surrogate:
     def _solve(self, grams: Sequence[np.ndarray]) -> None:
         self._variances = _variances(self.features, self.scales)
         self._lower = np.linalg.cholesky(self._kernel(grams, self.scales))
+        # Of each column, what the measurements tell: its square is the variance that they take.
+        self._explained = np.linalg.solve(self._lower, self._rows * self._variances)
         half = np.linalg.solve(self._lower, self._residuals)
         self._correlated = np.linalg.solve(self._lower.T, half)
         self._weights = self._variances * (self._rows.T @ self._correlated)

@@ -31,16 +31,22 @@ N_RESAMPLES = 1000
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 """Student's quantiles for `CONFIDENCE_LEVEL`, two-sided, at 1, 2, ... degrees of freedom."""
 MAX_PARTS = len(STUDENT) + 1
-"""Parts of a measurement whose medians are held against each other; whole sittings each."""
-SESSION_SPREAD = 0.011
-"""Standard deviation of the ratio of two sessions of one file: on an idle x86 core it has an
-interquartile range of 1.5 %, from where the sessions happen to lie in memory."""
-LARGEST_SESSION_SPREAD = 2 * SESSION_SPREAD
-"""What sessions are taken to spread by where there are too few to show it. A choice, twice what
-was measured on one kind of machine."""
-MIN_SITTINGS = 4
-"""Before the first look. With three, Student's quantile is a third larger, and an interval of
-±2 % needs sessions that agree better than they do."""
+"""Parts of a measurement whose medians are held against each other; whole sittings each. With more
+of them a ratio that changes half way would not be seen."""
+MEDIAN_INEFFICIENCY = math.sqrt(math.pi / 2)
+"""By how much the median of normal values spreads wider than their mean, many of them; of nine it
+is 1.23 (Kendall and Stuart 1977, section 10.12)."""
+SESSION_SPREAD = 0.028
+"""Standard deviation of the ratio of two sessions of INT8 mobilenet_v2 at 224 pixels to two of its
+FP32 file, from where they happen to lie in memory: on an idle x86 core 0.030 from sitting to
+sitting with three pairs each, and 0.012 from pair to pair. Sittings of one process differ as much
+as those of fresh ones, and means of six by no more than independent sittings would (0.011).
+Two sessions of one FP32 file differ by less than half of that."""
+MIN_SITTINGS = 9
+"""Before the first look. Of eight sittings that differ by `SESSION_SPREAD` the mean is known to
+±2 %; what looks narrow before that is luck. With a first look after four, half of the measurements
+that stopped early stated an interval with the long-run ratio (18 of 33), of those that went on
+nine in ten (43 of 47)."""
 TREND_PARTS = 9
 """Parts of a measurement whose medians are put in order to see a trend."""
 TREND_SCORE = 28
@@ -228,9 +234,12 @@ def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
     long as it lasts, by where it lies in memory. In simulation with sessions that spread by
     `SESSION_SPREAD`, intervals from one pair of sessions that stop at ±1 % cover the ratio in
     half of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
-    medians, and their spread the standard error of the whole (batch means: Conway 1963). A
-    device that throttles half way, or shares a core with a neighbour who comes and goes, shows
-    here too. Infinite for a single sitting.
+    medians, and their spread the standard error of their mean (batch means: Conway 1963). The
+    ratio is a median, and where sessions are what differs it is known less well than a mean by
+    `MEDIAN_INEFFICIENCY`: without that, intervals that stopped at ±2 % left out the long-run
+    ratio in 4 of 36 cases on an idle and a loaded core. A device that throttles half way, or
+    shares a core with a neighbour who comes and goes, shows here too. Infinite for a single
+    sitting.
 
     It helps and does not cure where the ratio itself switches between two states that last a
     fifth of the measurement: see `tests/unit/test_latency.py`, which repeats all of it.
@@ -240,7 +249,8 @@ def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
         return math.inf
     medians = [float(median(logs[part])) for part in parts]
     student = STUDENT[len(parts) - 2]
-    return student * float(np.std(medians, ddof=1)) / math.sqrt(len(parts))
+    error = float(np.std(medians, ddof=1)) / math.sqrt(len(parts))
+    return student * MEDIAN_INEFFICIENCY * error
 
 
 def sitting_parts(sittings: NDArray[np.int_]) -> list[NDArray[np.int_]]:
@@ -254,10 +264,10 @@ def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:
     """The ratio of candidate to reference with its interval; below 1 is faster.
 
     The wider of two intervals: `median_interval` for what changes from pair to pair,
-    `sitting_half_width` for what changes from sitting to sitting. With fewer than `MAX_PARTS`
-    sittings, which is all that a slow model or a short time cap leaves, Student's quantile makes
+    `sitting_half_width` for what changes from sitting to sitting. With fewer than `MIN_SITTINGS`
+    sittings, which is all that a short time cap leaves of a slow model, Student's quantile makes
     the latter very wide under noise: there it is bounded by the former together with
-    `LARGEST_SESSION_SPREAD`.
+    `SESSION_SPREAD`.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
@@ -267,8 +277,8 @@ def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:
     low, center, high = median_interval(logs, seed=seed)
     slow, n_sittings = sitting_half_width(logs, sittings), distinct(sittings).size
     known = math.inf
-    if n_sittings < MAX_PARTS:
-        known = NORMAL_QUANTILE * LARGEST_SESSION_SPREAD / math.sqrt(n_sittings)
+    if n_sittings < MIN_SITTINGS:
+        known = NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(n_sittings)
     low = center - max(center - low, min(slow, math.hypot(center - low, known)))
     high = center + max(high - center, min(slow, math.hypot(high - center, known)))
     return Interval(low=math.exp(low), high=_exp(high), center=math.exp(center))

@@ -21,10 +21,10 @@ import numpy as np
 
 from device_agents.latency import (
     CONFIDENCE_LEVEL,
-    LARGEST_SESSION_SPREAD,
     MAX_PARTS,
     MIN_SITTINGS,
     NORMAL_QUANTILE,
+    SESSION_SPREAD,
     Floats,
     distinct,
     quantiles,
@@ -79,7 +79,7 @@ def upper_bounds(
     n_sittings = distinct(sittings).size
     spread = 0.0
     if n_sittings < MIN_SITTINGS:
-        spread = NORMAL_QUANTILE * LARGEST_SESSION_SPREAD / math.sqrt(n_sittings)
+        spread = NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(n_sittings)
     found: dict[str, float | None] = {}
     for name, share in QUANTILES.items():
         bound = upper_quantile(samples, share)

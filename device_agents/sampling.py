@@ -56,8 +56,11 @@ further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
 MIN_SITTING_PAIRS = 2
-"""Of one sitting, which is sampled for as long as it took to load: what is best for the
-interval depends on how much sessions and pairs differ, and is within a factor of two of that."""
+"""Of one sitting, which is sampled for half as long as it took to load: sessions of INT8 differ by
+more than their pairs do on a quiet machine, by less on a noisy one, and what is best for the
+interval is the ratio of the two times the root of the times that they take (Cochran 1977, section
+10.6); it is within a factor of two of that."""
+LOADING_SHARE = 0.5
 MAX_SITTING_SHARE = 0.5 / MIN_SITTINGS
 """Of the time cap, after which a sitting ends however long it took to load: else there would be
 time for one or two."""
@@ -326,7 +329,8 @@ class _Attempt:
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
         """Pairs of one sitting."""
         start_ns, n_before = self.clock.now_ns(), self._n_pairs
-        enough_ns = min(self.seats.loading_ns, MAX_SITTING_SHARE * self.plan.time_cap_s * 1e9)
+        longest_ns = MAX_SITTING_SHARE * self.plan.time_cap_s * 1e9
+        enough_ns = min(LOADING_SHARE * self.seats.loading_ns, longest_ns)
         before = self.watch.look()
         for pair in order:
             blocks = [self._block(subject) for subject in pair]

@@ -118,7 +118,7 @@ def test_a_device_that_goes_on_drifting_is_unstable_with_its_figures(tmp_path):
         candidate=artifact(tmp_path, latency_ns=2e5, drift_per_s=0.3),
         reference=artifact(tmp_path, "reference", drift_per_s=0.3),
         runtime=SIMULATED,
-        plan=MeasurementPlan(target_half_width=0.001),
+        plan=MeasurementPlan(target_half_width=0.001, time_cap_s=15.0),
     ).run()
     assert ended.outcome is Outcome.UNSTABLE
     assert "4 attempts" in ended.reason

@@ -47,7 +47,7 @@ probability of 97 %."""
 
 DRAWN_EVERY = 8
 """Of the order of samples, each of this number is drawn at random. Where one class of ten alone
-is shifted, the bounds of at most 5 % of simulated candidates are wrong all the same
+is shifted, the bounds of 6 % [4, 8] of simulated candidates are wrong all the same
 (`tests/benchmarks/accuracy_per_image.py`)."""
 
 KNOWN_SHARE = 1 / 6

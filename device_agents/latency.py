@@ -233,7 +233,7 @@ def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
     In every sitting both models are loaded anew, because a session is faster or slower for as
     long as it lasts, by where it lies in memory. In simulation with sessions that spread by
     `SESSION_SPREAD`, intervals from one pair of sessions that stop at ±1 % cover the ratio in
-    half of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
+    a third of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
     medians, and their spread the standard error of their mean (batch means: Conway 1963). The
     ratio is a median, and where sessions are what differs it is known less well than a mean by
     `MEDIAN_INEFFICIENCY`: without that, intervals that stopped at ±2 % left out the long-run

@@ -193,7 +193,7 @@ def test_one_sitting_is_credited_with_the_spread_that_sessions_may_have():
     assert latency.ratio_interval(blocks, seed=0).half_width > 1.96 * latency.SESSION_SPREAD
 
 
-def test_one_pair_of_sessions_covers_the_ratio_in_half_of_the_cases():
+def test_one_pair_of_sessions_covers_the_ratio_in_a_third_of_the_cases():
     covered = 0
     for seed in range(100):
         is_candidate, medians = simulated_device("quiet", seed, 9)
@@ -201,7 +201,7 @@ def test_one_pair_of_sessions_covers_the_ratio_in_half_of_the_cases():
         logs = latency.log_ratios(is_candidate, medians) + luck
         low, _, high = latency.median_interval(logs, seed=seed)
         covered += low <= math.log(RATIO) <= high
-    assert 35 <= covered <= 75
+    assert 20 <= covered <= 50
 
 
 def test_a_switching_ratio_is_covered_more_often_than_by_the_bootstrap_alone():

@@ -185,7 +185,9 @@ def _reason(race: Race, standing: Standing, seen: int, total: int) -> str:
             f"{enough}: the accuracy drop exceeds {100 * race.limit:g} points "
             f"(error rate {100 * race.alpha:g} %)"
         )
-    return f"{enough}: {standing.expected[0]:.2g} of those left are expected to change sides"
+    expected = float(standing.expected[0])
+    how_many = f"{expected:.2g}" if expected >= 0.05 else "almost none"
+    return f"{enough}: {how_many} of those left are expected to change sides"
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:

@@ -161,7 +161,7 @@ def test_a_race_ends_when_the_rest_would_hardly_change_what_is_known() -> None:
     assert fp32.n_samples == 32
     assert fp32.drop == pytest.approx(0.0, abs=1e-9) and fp32.drop_error == 1 / 320
     assert fp32.stopped_early is not None
-    assert fp32.stopped_early.endswith("of those left are expected to change sides")
+    assert fp32.stopped_early.endswith("almost none of those left are expected to change sides")
 
 
 def test_a_stopped_report_survives_storage_and_old_ones_saw_all_samples() -> None:

@@ -39,9 +39,9 @@ is 1.23 (Kendall and Stuart 1977, section 10.12)."""
 SESSION_SPREAD = 0.028
 """Standard deviation of the ratio of two sessions of INT8 mobilenet_v2 at 224 pixels to two of its
 FP32 file, from where they happen to lie in memory: on an idle x86 core 0.030 from sitting to
-sitting with three pairs each, and 0.012 from pair to pair. Sittings of one process differ as much
-as those of fresh ones, and means of six by no more than independent sittings would (0.011).
-Two sessions of one FP32 file differ by less than half of that."""
+sitting with three pairs each, and 0.011 to 0.023 from pair to pair, 0.06 and more while the host is
+busy. Sittings of one process differ as much as those of fresh ones, and means of six by no more
+than independent sittings would (0.011)."""
 MIN_SITTINGS = 9
 """Before the first look. Of eight sittings that differ by `SESSION_SPREAD` the mean is known to
 ±2 %; what looks narrow before that is luck. With a first look after four, half of the measurements

@@ -1,5 +1,7 @@
 """What the benchmarks of measurements and of the fleet make of what they saw."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -95,8 +97,16 @@ def test_device_seconds_are_summed_over_the_models_medians():
     }
     found = device_time.figures(turns)
     assert found["device_seconds_ratio"].value == pytest.approx((1 + 5) / (1 + 19))
+    assert found["device_seconds_ratio_once"].value == found["device_seconds_ratio"].value
     assert found["coverage"].value == pytest.approx(3 / 4)
     assert found["coverage_fixed"].value == found["coverage_fixed_2pct"].value == 1
+
+
+def test_fixed_runs_that_spread_are_done_as_often_as_two_per_cent_takes():
+    off = [measured(math.exp(x), device_s=2) for x in (0.05, -0.05)]
+    found = device_time.figures({"model": {"agent": [measured(1.0, device_s=12)], "fixed": off}})
+    assert found["device_seconds_ratio_once"].value == pytest.approx(6)
+    assert found["device_seconds_ratio"].value == pytest.approx(6 / (1.96 * 2.5) ** 2, rel=1e-3)
 
 
 def done(name, token):

@@ -272,8 +272,8 @@ def _learn_layer(
     plan: Plan, layer: WeightedNode, rounding: Rounding, fit: Rows, held: Rows, iterations: int
 ) -> RoundedWeight | None:
     """New codes for the layer; None where held-back positions like the old ones as well."""
-    task = _task(plan, layer)
     known = rounding.of(layer.name, stretched=layer.input in plan.stretched)
+    task = _task(plan, layer, known)
     if known is None:
         start, start_error = np.rint(task.steps), np.zeros(task.offset.shape)
         trust = 0.0
@@ -287,14 +287,21 @@ def _learn_layer(
         return None
     return RoundedWeight(
         codes=weight_like(plan.view, layer, codes).astype(np.int8),
+        widening=_widening(known, task.scale.shape).reshape(-1),
         mean_error=mean_error.reshape(-1).astype(np.float32),
     )
 
 
-def _task(plan: Plan, layer: WeightedNode) -> LayerTask:
+def _widening(known: RoundedWeight | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The steps stay those that the weights were rounded in before."""
+    return np.ones(shape, np.float32) if known is None else known.widening.reshape(shape)
+
+
+def _task(plan: Plan, layer: WeightedNode, known: RoundedWeight | None) -> LayerTask:
     view, before = plan.view, plan.stretched.get(layer.input)
     weights = weight_rows(view, layer, before)
-    scale = int8_scales(weights).astype(np.float64)
+    narrowest = int8_scales(weights)
+    scale = (narrowest * _widening(known, narrowest.shape)).astype(np.float64)
     own = np.zeros(weights.shape[0] * weights.shape[1])
     if layer.bias is not None:
         own = own + view.array(layer.bias)

@@ -24,11 +24,12 @@ from autotune.compression.calibration import Calibration
 from autotune.compression.rounding import Rounding
 from autotune.errors import CompressionError, DiskFull
 
-BASE_VERSION = 3
+BASE_VERSION = 4
 # Version 1 (2026-11-21): model.onnx, calibration.json, base.json with facts and the file's sha256.
 # Version 2 (2026-11-21): facts.pruning; the recovery says why it stopped.
 # Version 3 (2026-11-21): rounding.npz with rounded weights, facts.post_training; calibration.json
 # holds histograms, each channel's range and the method of each tensor's.
+# Version 4 (2026-11-21): rounding.npz holds each output's step too.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,6 +80,7 @@ def layer_codes(
         corrected = None if plain is None else plain - rounded.mean_error * gain
         if _has_same_steps(largest, scale, corrected, input_scale):
             codes, plain = rounded.codes, corrected
+            scale = scale * rounded.widening
     if codes is None:
         codes = weight_codes(weight, scale, axis=axis, factors=factors, largest_code=largest_code)
     return LayerCodes(
@@ -114,7 +115,7 @@ def offset_terms(
 def _has_same_steps(
     largest: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, input_scale: float
 ) -> bool:
-    """No scale was widened for its bias' sake: the codes were chosen for max / 127."""
+    """No scale was widened for its bias' sake: the codes were chosen for multiples of max / 127."""
     same = (largest == 0) | (scale <= largest / INT8_MAX * (1 + 1e-6))
     if bias is not None:
         same &= np.abs(bias) <= input_scale * scale.astype(np.float64) * BIAS_MAX

@@ -23,7 +23,9 @@ from autotune.compression.rounding import Rounding, round_weights
 from autotune.errors import CompressionError
 from search_spaces import INT8
 
-POST_TRAINING_VERSION = 4
+POST_TRAINING_VERSION = 5
+# Version 5 (2026-11-21): the ranges of a residual stream share its factors at the least cost;
+# rounded weights have steps of their own.
 # Version 4 (2026-11-21): channels are stretched through a HardSwish; weights are rounded for it.
 # Version 3 (2026-11-21): ranges around a HardSwish end lower.
 # Version 2 (2026-11-21): what a Relu behind a residual Add swallows is not in the ranges.

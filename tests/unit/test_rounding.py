@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from autotune.compression import rounding
 from autotune.compression.calibration import calibrate
 from autotune.compression.equalization import Equalization
 from autotune.compression.graph import GraphView
@@ -67,6 +69,24 @@ def test_rounding_survives_being_written_and_is_the_same_every_time() -> None:
     data = first.to_bytes()
     assert round_weights(view, x, stretched).to_bytes() == data
     assert Rounding.from_bytes(data).to_bytes() == data
+
+
+def test_outputs_of_few_inputs_take_the_step_that_moves_them_least() -> None:
+    model = tiny_source().graph
+    view, x = GraphView(model), samples(8)
+    errors = []
+    for widenings in (rounding._WIDENINGS, np.ones(1, np.float32)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounding, "_WIDENINGS", widenings)
+            stem = round_weights(view, x, {}).plain[find_layers(view)[0].name]
+        layer = find_layers(view)[0]
+        weight = view.array(layer.weight)
+        scale = np.abs(weight).max(axis=(1, 2, 3)) / 127 * stem.widening
+        error = stem.codes * scale[:, None, None, None] - weight
+        rows = input_rows(view, layer, x, np.random.default_rng(0), n_samples=8)[:, 0]
+        made = rows @ error.reshape(len(error), -1).T
+        errors.append(made.var(axis=0))
+    assert (errors[0] <= errors[1] * 1.001).all() and errors[0].sum() < 0.9 * errors[1].sum()
 
 
 def test_what_a_base_keeps_diverges_no_more_than_the_plain_way() -> None:

@@ -368,7 +368,8 @@ def equalizing_factors(
     With r the larger of a channel's two magnitudes, its factor in a tensor is max(r) / r over
     the headroom: the tensor's largest channel, and so its range, stays as it is. (Equation 11
     without the weights' part, which their own scales carry.) Channels of several tensors, as
-    those of a residual stream, get the geometric mean, but no more than a Clip has room for.
+    those of a stream that a Relu cuts, get the geometric mean, but no more than a Clip has room
+    for; those of a linear stream get others afterwards (`shared_factors.py`).
     Tensors that no 8-bit range ends in (before the activation that a range replaces) do not
     count; what a HardSwish takes limits the factors instead (`hard_swish.py`).
     """

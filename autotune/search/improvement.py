@@ -31,7 +31,9 @@ that a design for the model would have, spread over the search. Without them the
 near to the front that a tenth and more of all mixtures is mispredicted by over 10 %."""
 
 _UNSEEN = 128
-"""Random mixtures on which the model is to be sure; some of them are measured for that."""
+"""Random mixtures on which the model is to be sure; those measured for that are of them: points
+near the front would teach it less (of fifty groups' mixtures 0.87 instead of 0.98 are predicted
+within 10 % after 24 runs)."""
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
@@ -170,20 +172,19 @@ def most_promising(
         if chosen:
             landscape = landscape.believing(chosen[-1].point)
             front = front_of(np.vstack([front, landscape.predict(chosen[-1].point[None])[0]]))
-        gain: float | None = None
-        if _is_to_teach(landscape.first, unseen, len(points) + len(chosen)):
-            have = known | {_key(point) for point, _ in pool} | {_key(p.point) for p in chosen}
-            new = {_key(point): (point, "random") for point in unseen}
-            pool += [pair for key, pair in new.items() if key not in have]
-            lessons = landscape.first.lessons(np.array([point for point, _ in pool]), unseen)
-            best = int(np.argmax(lessons))
-        else:
-            mean, deviation = landscape.predict(np.array([point for point, _ in pool]))
-            gains = expected_improvement(mean, deviation, front, reference)
-            best = int(np.argmax(gains))
-            gain = float(gains[best])
+        have = known | {_key(promise.point) for promise in chosen}
+        mixtures = [point for point in unseen if _key(point) not in have]
+        if mixtures and _is_to_teach(landscape.first, unseen, len(points) + len(chosen)):
+            lessons = landscape.first.lessons(np.array(mixtures), unseen)
+            point = mixtures[int(np.argmax(lessons))]
+            pool = [pair for pair in pool if _key(pair[0]) != _key(point)]
+            chosen.append(Promise(point=point, gain=None, origin="random"))
+            continue
+        mean, deviation = landscape.predict(np.array([point for point, _ in pool]))
+        gains = expected_improvement(mean, deviation, front, reference)
+        best = int(np.argmax(gains))
         point, origin = pool.pop(best)
-        chosen.append(Promise(point=point, gain=gain, origin=origin))
+        chosen.append(Promise(point=point, gain=float(gains[best]), origin=origin))
     return chosen
 
 

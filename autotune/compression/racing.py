@@ -24,6 +24,14 @@ several points of its drop, as its `error` says. Ordering and
 drawing samples by what is known beforehand is that of Shekhar et al. 2023 ("Risk-limiting
 financial audits via weighted sampling without replacement"); their bounds assume nothing of the
 samples, and would take a third of 300 to exclude 3 points.
+
+A race is looked at after every block, and each look is another chance of a wrong verdict. What
+corrects for it is the forecast's own error in the bound (`_FORECAST_ERROR`), which hardly changes
+from look to look and is reckoned with at each: so the error rate is that of whole races with all
+their looks. Over 60 scenarios of 2,000 simulated candidates at most 1.8 % had a drop outside the
+bounds that their race ended with, 0.4 % a wrong "worse" among them (`racing_error_rate` of
+`tests/benchmarks/accuracy_per_image.py`); where a single class of ten breaks and no sample of the
+others moves, 7 %.
 """
 
 from __future__ import annotations

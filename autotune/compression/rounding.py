@@ -38,7 +38,8 @@ squared logit error of uniform INT8 falls by 3 % on mobilenet_v2 and by 0.5 % on
 mobilenet_v3_small (digits, 2,000 held-out images, means of 6 builds whose ranges differ).
 """
 _MOST_INPUTS_WIDENED = 64
-"""Layers with more inputs take `max / 127`: up to 200 they add 0.5 %, and a third of the time."""
+"""Layers with more inputs take `max / 127`: widening up to 200 gains another 0.5 % of the squared
+error of mobilenet_v2's answers, and all rounding takes half as long again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -37,6 +37,8 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-21: `MeasurementPlan.quantile`; `p90_high_ns` and `p99_high_ns` of `LatencyReport`, which
 # the service computes from the samples of an agent that does not; `energy_source` and
 # `energy_missing` of `DeviceDescription`, both None where an agent says neither.
+# 2026-11-21: bounds of `LatencyReport` are wider where the reference was off its calibrated
+# latency; those of an agent without it only say how sure it was in the state that it met.
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quantile = Literal["p50", "p90", "p99"]
@@ -372,7 +374,8 @@ class LatencyReport(Message):
 
     All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
     calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
-    of a block bootstrap's and one over the sittings, of the ratio, scaled likewise. `p90_ns` and
+    of a block bootstrap's and one over the sittings, of the ratio, scaled likewise, and wider by
+    what the reference's distance from its calibrated latency leaves open. `p90_ns` and
     `p99_ns` are the candidate's sample quantiles scaled by the same calibration; their upper
     bounds (`quantiles.py`) pass for as sure as `p50_high_ns` and are None where the samples are
     too few for one. A sample of a model faster than 0.1 ms is a mean of some calls. `ratio`

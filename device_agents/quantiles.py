@@ -29,6 +29,7 @@ from device_agents.latency import (
     distinct,
     quantiles,
     sitting_parts,
+    state_uncertainty,
 )
 
 TAIL = (1 - CONFIDENCE_LEVEL) / 2
@@ -62,8 +63,9 @@ def upper_bounds(
     None: by nothing) over the one measured. What is not known of that one is added in
     quadrature of logarithms (Zou and Donner 2008, "Construction of confidence limits about
     effect measures", for a ratio), and so is the spread of sessions where there are fewer than
-    `MIN_SITTINGS` to show it. None where the samples are too few for a bound: p90 takes 36
-    independent ones at least, p99 368; and where blocks are no pairs of positive samples.
+    `MIN_SITTINGS` to show it; `state_uncertainty` comes on top. None where the samples are too
+    few for a bound: p90 takes 36 independent ones at least, p99 368; and where blocks are no
+    pairs of positive samples.
     """
     candidate = [b for b in blocks if b.subject == "candidate"]
     paired = [b for b in blocks if b.subject == "reference"]
@@ -74,7 +76,8 @@ def upper_bounds(
     places = _parts(sittings)
     reference = float(median(medians))
     lowest = lower_median([np.asarray(medians)[part] for part in places])
-    scale = 1.0 if reference_latency_ns is None else reference_latency_ns / reference
+    calibrated = reference if reference_latency_ns is None else reference_latency_ns
+    scale = calibrated / reference * math.exp(state_uncertainty(reference, calibrated))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
     n_sittings = distinct(sittings).size
     spread = 0.0

@@ -51,7 +51,7 @@ MODELS = (
 )
 """About 0.1, 0.5, 1.6, 7, 29 and 100 ms on one x86 core."""
 QUICK_MODELS = (("mobilenet_v2", 64), ("efficientnet_b0", 224))
-REPEATS, QUICK_REPEATS = 10, 2
+REPEATS, QUICK_REPEATS = 6, 2
 FIXED_RUNS = 100
 TARGET, TIME_CAP_S = 0.02, 30.0
 

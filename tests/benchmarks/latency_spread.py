@@ -4,7 +4,8 @@ mobilenet_v2 with all groups in 8 bits against its FP32 file, 40 times on an idl
 times while another process computes on one core. In each repeat the agent's measurement (as a job
 screens by default: to ±2 %, but 8 s at most) takes turns with what is usually done, 10 warm-up and
 20 timed runs of each model and the ratio of the means, all in fresh processes. FP32 against FP32
-is measured by the agent half as often. Keys:
+is measured by the agent half as often; once beforehand in each condition, which calibrates the
+reference, as a job's FP32 baseline does. Keys:
 
 - `iqr_ratio_idle`, `iqr_ratio_loaded`: interquartile range of the agent's ratios over that of the
   usual ones, of their logarithms; at most a third under load;
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -89,13 +91,15 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
     screening = MeasurementSpec()
     target = screening.target_half_width
     cap = QUICK_TIME_CAP_S if benchmark.quick else screening.time_cap_s
+    measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap)
+    calibrated_ns = measure(fp32, seed=0).reference_ns
+    measure = partial(measure, reference_latency_ns=calibrated_ns)
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
-        found["agent"].append(by_agent(int8, fp32, target=target, time_cap_s=cap, seed=seed))
+        found["agent"].append(measure(int8, seed=seed))
         found["usual"].append(by_fixed_runs(int8, fp32, runs=USUAL_RUNS, seed=seed))
         if seed % 2 == 0:
-            same = by_agent(fp32, fp32, target=target, time_cap_s=cap, seed=seed)
-            found["agent_same"].append(same)
+            found["agent_same"].append(measure(fp32, seed=seed))
         benchmark.say(
             f"{condition} {seed + 1}: "
             + ", ".join(f"{way} {said(values[-1])}" for way, values in found.items())

@@ -64,16 +64,22 @@ def by_agent(
     time_cap_s: float,
     seed: int,
     runtime: RuntimeRequest | None = None,
+    reference_latency_ns: float | None = None,
 ) -> Measured:
     """The agent's measurement, in the child process that an agent starts.
 
-    `runtime` is the candidate's, by default one thread of onnxruntime as the reference's is.
+    `runtime` is the candidate's, by default one thread of onnxruntime as the reference's is;
+    `reference_latency_ns` is the reference's calibrated latency, as a job has it.
 
     Raises:
         SystemExit: there is no report.
     """
     plan = MeasurementPlan(
-        target_half_width=target, time_cap_s=time_cap_s, timeout_s=10 * time_cap_s + 60, seed=seed
+        target_half_width=target,
+        time_cap_s=time_cap_s,
+        timeout_s=10 * time_cap_s + 60,
+        reference_latency_ns=reference_latency_ns,
+        seed=seed,
     )
     ended = Measurement(
         candidate=candidate,

@@ -244,6 +244,16 @@ def test_latencies_are_scaled_to_the_calibrated_reference():
     assert scaled.p50_low_ns < scaled.p50_ns < scaled.p50_high_ns
 
 
+def test_bounds_leave_open_what_another_state_of_the_device_does_to_the_ratio():
+    blocks = blocks_of(*simulated_device("quiet", 2, 20))
+    plain = summary_of(blocks)
+    slow = summary_of(blocks, reference_latency_ns=plain.reference_p50_ns / 1.1)
+    apart = 1.1**latency.STATE_SHARE
+    assert slow.ratio_high == pytest.approx(plain.ratio_high * apart)
+    assert slow.ratio_low == pytest.approx(plain.ratio_low / apart)
+    assert (slow.ratio, slow.is_steady) == (plain.ratio, True)
+
+
 def test_quantiles_are_those_of_the_candidates_samples():
     is_candidate, medians = simulated_device("quiet", 2, 20)
     blocks = [

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from device_agents.latency import TimedBlock
+from device_agents.latency import STATE_SHARE, TimedBlock
 from device_agents.quantiles import independent, is_bounded, upper_bounds, upper_quantile
 
 
@@ -82,11 +82,11 @@ def test_few_samples_have_no_bound_and_more_are_asked_for() -> None:
     assert is_bounded(few, "p50"), "the median has its interval"
 
 
-def test_a_reference_that_was_slow_here_scales_the_bound() -> None:
+def test_a_reference_that_was_slow_here_scales_the_bound_and_widens_it() -> None:
     blocks = measured(1, pairs=80)
     at_rest, slow = (upper_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in (2e6, 1e6))
     assert at_rest is not None
-    assert slow == pytest.approx(at_rest / 2)
+    assert slow == pytest.approx(at_rest / 2 * 2**STATE_SHARE)
 
 
 def test_one_sitting_leaves_room_for_how_sessions_differ() -> None:

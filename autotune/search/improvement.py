@@ -284,7 +284,7 @@ def weighted_optima(
     values = first.at(starts)[None] + weights[:, None] * second.at(starts)[None]
     best = starts[np.argmin(values, axis=1)]
     held: list[int] = []
-    while (order := elimination_order(sums.sizes, list(sums.pairs))) is None:
+    while (order := elimination_order(sums.sizes, tuple(sums.pairs))) is None:
         ends = np.bincount(np.array(list(sums.pairs), dtype=int).ravel())
         held.append(int(np.argmax(ends)))
         sums.hold(held[-1], best[:, held[-1]])
@@ -308,9 +308,9 @@ class _Sums:
                 self.pairs[pair] = self.pairs[pair] + own if pair in self.pairs else own
 
     @property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """Options per factor; one where it is held."""
-        return [table.shape[1] for table in self.singles]
+        return tuple(table.shape[1] for table in self.singles)
 
     def hold(self, column: int, options: np.ndarray) -> None:
         """Leave one factor at these options, one per weight."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,8 +22,14 @@ _Table = tuple[tuple[int, ...], np.ndarray]
 """The factors that a table is over, and `(n_sums, options, ...)` with an axis for each."""
 
 
-def elimination_order(sizes: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[int] | None:
-    """All factors, the cheapest to eliminate first; None where a table would be too large."""
+@lru_cache(maxsize=16)
+def elimination_order(
+    sizes: tuple[int, ...], pairs: tuple[tuple[int, int], ...]
+) -> tuple[int, ...] | None:
+    """All factors, the cheapest to eliminate first; None where a table would be too large.
+
+    Kept, because what is linked changes far less often than what the links cost.
+    """
     linked: list[set[int]] = [set() for _ in sizes]
     for first, second in pairs:
         linked[first].add(second)
@@ -40,7 +47,7 @@ def elimination_order(sizes: Sequence[int], pairs: Sequence[tuple[int, int]]) ->
             linked[other].discard(column)
         for other in linked[column]:
             cost[other] = _cells(sizes, other, linked)
-    return order
+    return tuple(order)
 
 
 def _cells(sizes: Sequence[int], column: int, linked: Sequence[set[int]]) -> int:

@@ -151,6 +151,7 @@ def most_promising(
     n: int,
     rng: np.random.Generator,
     excluded: Sequence[np.ndarray] = (),
+    teaching_runs: int = TEACHING_RUNS,
 ) -> list[Promise]:
     """Up to `n` new points, each the best once those before it are believed.
 
@@ -158,7 +159,8 @@ def most_promising(
     the first model most.
 
     `points` `(m, n_factors)` were measured, the first that the models were fitted to; nor is any
-    of `excluded` proposed. The front that counts is that of their figures less their noise, so
+    of `excluded` proposed. `teaching_runs` points are measured before none is only to teach. The
+    front that counts is that of their figures less their noise, so
     that a lucky measurement hides little.
     """
     chosen: list[Promise] = []
@@ -174,7 +176,9 @@ def most_promising(
             front = front_of(np.vstack([front, landscape.predict(chosen[-1].point[None])[0]]))
         have = known | {_key(promise.point) for promise in chosen}
         mixtures = [point for point in unseen if _key(point) not in have]
-        if mixtures and _is_to_teach(landscape.first, unseen, len(points) + len(chosen)):
+        n_measured = len(points) + len(chosen)
+        is_time = n_measured < teaching_runs and n_measured % 2 == 1
+        if mixtures and is_time and _is_unsure(landscape.first, unseen):
             lessons = landscape.first.lessons(np.array(mixtures), unseen)
             point = mixtures[int(np.argmax(lessons))]
             pool = [pair for pair in pool if _key(pair[0]) != _key(point)]
@@ -188,10 +192,8 @@ def most_promising(
     return chosen
 
 
-def _is_to_teach(model: Surrogate, unseen: np.ndarray, n_measured: int) -> bool:
-    """Whether the next point is one for the model rather than for the front."""
-    if n_measured >= TEACHING_RUNS or n_measured % 2 == 0:
-        return False
+def _is_unsure(model: Surrogate, unseen: np.ndarray) -> bool:
+    """Whether the model is less sure of a mixture than one measurement is."""
     mean, deviation = model.predict(unseen)
     return float(np.sqrt(((deviation / mean) ** 2).mean())) > model.noise_share
 

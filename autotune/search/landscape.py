@@ -16,7 +16,7 @@ import numpy as np
 from autotune.search import device_latency
 from autotune.search.drop_model import DropModel, Drops
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, ranks
-from autotune.search.improvement import Landscape, Promise, most_promising
+from autotune.search.improvement import TEACHING_RUNS, Landscape, Promise, most_promising
 from autotune.search.priors import (
     BASE_SCALE,
     EFFECT_SCALE,
@@ -40,6 +40,13 @@ INT8_SAVING = 0.4
 """Share of its time that a group is thought to save at 8 bits, before anything is measured:
 the 3x3 convolution of design.md saves 0.7, a depthwise one costs 0.35 more; the scale below
 says how little this is trusted."""
+
+_TEACHING_SHARE = 4
+"""One part of this many of a job's trials may be measured to teach: of 14 trials every second one
+was too many, and the job ended without the answer that was there."""
+
+LONG_BUDGET = _TEACHING_SHARE * TEACHING_RUNS
+"""Trials of a job in which teaching is not cut short."""
 
 _RUNTIME_SCALE = 0.5
 _UNKNOWN_DAMAGE = 0.002
@@ -329,13 +336,15 @@ def propose(
     *,
     n: int,
     seed: int,
+    budget: int = LONG_BUDGET,
     earlier: Earlier = NOTHING,
     on_fitted: Callable[[Fitted], None] = lambda _: None,
 ) -> list[tuple[Candidate, Promise]]:
     """The `n` most promising candidates that no trial has, most promising first.
 
     Empty where nothing ranks yet or nothing new is left. `earlier` results teach the models;
-    what they measured may be proposed again. `on_fitted` gets the models.
+    what they measured may be proposed again. In a job of `budget` trials the first quarter may be
+    spent on teaching the models: what they learn has to be of use yet. `on_fitted` gets them.
     """
     fitted = fit(encoding, knowledge, trials, earlier=earlier)
     if fitted is None:
@@ -349,6 +358,7 @@ def propose(
         n=n,
         rng=np.random.default_rng(seed + len(trials)),
         excluded=[p for p in unranked if p is not None],
+        teaching_runs=min(TEACHING_RUNS, budget // _TEACHING_SHARE),
     )
     return [(encoding.candidate(promise.point), promise) for promise in promises]
 

@@ -90,8 +90,16 @@ class Proposals:
         share = 2 if self._seeks_small else 4
         return max(max(BATCH, (budget - by["baseline"]) // share) - warm, 0)
 
-    def refine(self, trials: Sequence[TrialRecord], *, size: int = BATCH) -> list[Proposal]:
+    def refine(
+        self,
+        trials: Sequence[TrialRecord],
+        *,
+        budget: int = landscape.LONG_BUDGET,
+        size: int = BATCH,
+    ) -> list[Proposal]:
         """A batch of `size`: most of it from the model fitted to the trials, the rest Optuna's.
+
+        `budget` is how many trials the job has in all.
 
         The model knows two figures, so that Optuna has half where others count or are limited.
         Empty where nothing new is left.
@@ -103,6 +111,7 @@ class Proposals:
             trials,
             n=size - size // (2 if self._has_further_figures else 4),
             seed=self.seed,
+            budget=budget,
             earlier=self.earlier,
             on_fitted=self.on_fitted,
         )

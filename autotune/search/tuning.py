@@ -271,13 +271,14 @@ class Tuning:
             on_fitted=lambda fitted: self._event("model", news_of_model(fitted)),
         )
         trials = self._trials()
-        due = proposals.warm_trials_left(trials, budget=self._spec.search.trials)
+        budget = self._spec.search.trials
+        due = proposals.warm_trials_left(trials, budget=budget)
         queue = proposals.warm_start(trials)[:due]
         while not self._is_over():
             self._check_pools(evaluation)
             trials = self._trials()
             size = max(BATCH, self._host.fleet.capacity(self._job, self._devices))
-            batch = queue[:size] or proposals.refine(trials, size=size)
+            batch = queue[:size] or proposals.refine(trials, budget=budget, size=size)
             queue = queue[size:]
             idle = self._stopping.is_idle(batch, trials)
             if idle or not batch:

@@ -43,7 +43,9 @@ class Rival(Proposals):
         """Nothing: structure is what the rivals do not know."""
         return []
 
-    def refine(self, trials: Sequence[TrialRecord], *, size: int = BATCH) -> list[Proposal]:
+    def refine(
+        self, trials: Sequence[TrialRecord], *, budget: int = 0, size: int = BATCH
+    ) -> list[Proposal]:
         """The sampler's next points, told all that was measured."""
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
         if not self.conversations:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
-from ray.exceptions import ActorDiedError
 
 from autotune.search.workers import Call, CallFailed, WorkerPool
+
+
+class ActorDied(Exception):
+    """In the place of Ray's, which must not be imported before its environment is set."""
 
 
 class Actor:
@@ -57,14 +61,19 @@ class Stage:
     def get(self, future: object) -> Any:
         (answer,) = (actor.done[future] for actor in self.actors if future in actor.done)
         if answer is None:
-            raise ActorDiedError
+            raise ActorDied("the actor died")
         return answer
 
     def pool(self, monkeypatch: pytest.MonkeyPatch, n_workers: int = 2) -> WorkerPool:
-        monkeypatch.setattr(ray, "put", lambda value: value)
-        monkeypatch.setattr(ray, "wait", self.wait)
-        monkeypatch.setattr(ray, "get", self.get)
-        monkeypatch.setattr(ray, "kill", lambda actor: setattr(actor, "held", []))
+        ray = SimpleNamespace(
+            put=lambda value: value,
+            wait=self.wait,
+            get=self.get,
+            kill=lambda actor: setattr(actor, "held", []),
+        )
+        errors = SimpleNamespace(RayError=ActorDied, RayTaskError=type("Raised", (ActorDied,), {}))
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setitem(sys.modules, "ray.exceptions", errors)
         spec: Any = None
         return WorkerPool(
             spec, spec, cache_dir=Path(), n_workers=n_workers, trust=False, starter=self

@@ -11,7 +11,9 @@ rows locked by the statements that need it.
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Self
@@ -28,6 +30,7 @@ from storage.tables import Base
 
 BUSY_TIMEOUT_S: Final = 30.0  # other processes may read a file while its owner writes it
 CONNECT_TIMEOUT_S: Final = 10
+_RETRY_S: Final = 0.01
 POOL_SIZE: Final = 8
 POOL_OVERFLOW: Final = 32  # Starlette serves sync routes from 40 threads
 
@@ -193,8 +196,26 @@ def _sqlite_engine(location: URL) -> Engine:
 def _prepare_sqlite(connection: Any, _: Any) -> None:
     # The driver's own transactions begin late and not before DDL; None leaves BEGIN to us.
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    _write_ahead(connection)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _write_ahead(connection: Any) -> None:
+    """Switch to the write-ahead log, however many switch a new file at the same time.
+
+    Of connections that each read the file and want it for themselves SQLite refuses all but one
+    at once, without the busy timeout: waiting would be a deadlock (sqlite.org/c3ref/busy_handler).
+    """
+    give_up_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if str(error) not in _LOCKED or time.monotonic() > give_up_s:
+                raise
+        time.sleep(_RETRY_S)
 
 
 def _begin_sqlite(connection: Connection) -> None:

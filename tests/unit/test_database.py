@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from storage.database import Database, _translate, open_database
+from storage.database import Database, _prepare_sqlite, _translate, open_database
 from storage.errors import DatabaseFull, DatabaseLocked, DatabaseUnavailable, StorageError
 from storage.repository import Repository
 from storage.tables import JobRow
@@ -44,6 +45,24 @@ def test_every_connection_is_durable_and_checks_references(
 ) -> None:
     with database.reading():  # a second connection beside the first
         assert pragma(database, name) == value
+
+
+def test_many_may_open_a_new_file_at_the_same_time(tmp_path: Path) -> None:
+    refusals = ["database is locked", "database is locked"]
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+            if refusals and "journal_mode" in statement:
+                raise sqlite3.OperationalError(refusals.pop())
+            return super().execute(statement, *parameters)
+
+    connection = sqlite3.connect(tmp_path / "new.db", factory=Connection)
+    _prepare_sqlite(connection, None)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    refusals.append("disk I/O error")
+    with pytest.raises(sqlite3.OperationalError, match="disk"):
+        _prepare_sqlite(connection, None)
+    connection.close()
 
 
 def test_the_folder_of_a_new_database_is_made(database: Database, path: Path) -> None:

@@ -159,9 +159,9 @@ def most_promising(
     the first model most.
 
     `points` `(m, n_factors)` were measured, the first that the models were fitted to; nor is any
-    of `excluded` proposed. `teaching_runs` points are measured before none is only to teach. The
-    front that counts is that of their figures less their noise, so
-    that a lucky measurement hides little.
+    of `excluded` proposed. Once `teaching_runs` are measured none is chosen only to teach. The
+    front that counts is that of their figures less their noise, so that a lucky measurement hides
+    little.
     """
     chosen: list[Promise] = []
     known = {_key(row) for row in (*points, *excluded)}

@@ -66,16 +66,9 @@ class WorkerProcess:
             torchvision_repair.import_torchvision()
         self._worker: CompressionWorker | None = None
 
-    def begin(
-        self,
-        spec: JobSpec,
-        splits: DataSplits,
-        cache_dir: str,
-        trust: bool,
-        devices: Sequence[DeviceDescription] = (),
-    ) -> None:
-        """Become a worker of this job."""
-        self._worker = CompressionWorker(spec, splits, cache_dir, trust, devices)
+    def begin(self, *arguments: Any) -> None:
+        """Become a worker of a job: the arguments are those of `CompressionWorker`."""
+        self._worker = CompressionWorker(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """One method of the worker."""

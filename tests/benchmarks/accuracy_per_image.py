@@ -1,4 +1,4 @@
-"""Images evaluated per second, and how few of them a race needs: three keys.
+"""Images evaluated per second, and how few of them a race needs. Keys:
 
 - `throughput_ratio`: images per second that all workers of a real pool evaluate together, over
   (workers x a plain onnxruntime loop's), median of alternating rounds. Both sides end with

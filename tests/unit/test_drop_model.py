@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,13 +28,18 @@ def divergence(points: np.ndarray) -> np.ndarray:
     return found
 
 
-def drops(points: np.ndarray, **changed: object) -> Drops:
+def drops(points: np.ndarray) -> Drops:
     """Whole samples: what is expected, with luck."""
     expected = divergence(points)
     luck = np.random.default_rng(7).normal(0, 0.5 * np.sqrt(expected / SAMPLES))
     counted = np.maximum(np.round((expected + luck) * SAMPLES), 0.0) / SAMPLES
-    figures = {"measured": counted, "diverged": expected, "errors": np.zeros(len(points))}
-    return Drops(**{**figures, "n_samples": SAMPLES, "ceiling": 0.2, **changed})  # type: ignore[arg-type]
+    return Drops(
+        measured=counted,
+        diverged=expected,
+        errors=np.zeros(len(points)),
+        n_samples=SAMPLES,
+        ceiling=0.2,
+    )
 
 
 def measured(n: int = 24) -> np.ndarray:
@@ -56,7 +62,9 @@ def test_with_divergence_it_predicts_better_than_from_counts_alone() -> None:
 def test_a_choice_that_diverges_and_loses_nothing_is_learned() -> None:
     points = measured(40)
     harmless = divergence(points) - 0.5 * DAMAGE[3] * points[:, 3]
-    model = DropModel(features(), points, drops(points, measured=np.maximum(harmless, 0.0)))
+    model = DropModel(
+        features(), points, replace(drops(points), measured=np.maximum(harmless, 0.0))
+    )
     without, (change,) = EVERYTHING[0], np.diff(model.predict(np.eye(N, dtype=int)[[3, 0]])[0])
     assert model.predict(without[None])[0] == pytest.approx([0.0], abs=1e-3)
     assert change < -0.25 * DAMAGE[3] + DAMAGE[0], "half of its divergence counts"
@@ -99,8 +107,8 @@ def test_a_drop_on_few_samples_bends_the_model_little() -> None:
     wrong = told.measured.copy()
     wrong[5] += 0.05
     errors = np.zeros(len(points))
-    sure = DropModel(features(), points, drops(points, measured=wrong))
+    sure = DropModel(features(), points, replace(drops(points), measured=wrong))
     errors[5] = 0.05
-    unsure = DropModel(features(), points, drops(points, measured=wrong, errors=errors))
+    unsure = DropModel(features(), points, replace(drops(points), measured=wrong, errors=errors))
     shifts = [m.predict(points[5:6])[0][0] - divergence(points[5:6])[0] for m in (sure, unsure)]
     assert abs(shifts[1]) < abs(shifts[0])

@@ -236,44 +236,35 @@ def _components(view: GraphView, free: FreeChannels, calibration: Calibration) -
     }
     offsets = centring_offsets(view, variables, channels)
     joined = _joined(variables, free.n_variables)
-    limited = {
-        name for names in joined if _is_limited(own := _of(names, variables), free) for name in own
-    }
+    limited = {name for own in joined if _is_limited(own, free) for name in own}
     factors = equalizing_factors(view, variables, offsets, channels, free, limited=limited)
-    linear: set[str] = set()
-    for names in joined:
-        rounded = {n: x for n, x in _of(names, variables).items() if not _is_hardly_felt(view, n)}
+    components = []
+    for own in joined:
+        rounded = {name: own[name] for name in own if not _is_hardly_felt(view, name)}
         reaches = {name: _reach(channels[name], offsets[name]) for name in rounded}
         # A Relu's outputs are on one side of 0.
         is_linear = all(below.max() > 0 and above.max() > 0 for below, above in reaches.values())
-        if rounded and is_linear and not names & limited:
+        is_stream = bool(rounded) and is_linear and limited.isdisjoint(own)
+        if is_stream:
             widths = {name: np.maximum(*reach) for name, reach in reaches.items()}
-            numbers, found = stream_factors(rounded, widths, largest_factor=LARGEST_FACTOR)
-            factors[numbers] = found
-            linear |= names
-    components = []
-    for names in joined:
+            shared, found = stream_factors(rounded, widths, largest_factor=LARGEST_FACTOR)
+            factors[shared] = found
         tensors = {
             name: _stretched(
-                variables[name],
+                numbers,
                 factors,
                 offsets[name],
                 channels[name],
                 bounds=free.bounds.get(name),
-                headroom=STREAM_HEADROOM if name in linear else 1.0,
+                headroom=STREAM_HEADROOM if is_stream else 1.0,
             )
-            for name in variables
-            if name in names
+            for name, numbers in own.items()
         }
-        nodes = {view.producer[name].name for name in names if name in view.producer}
-        nodes |= {taker.name for name in names for taker in view.consumers.get(name, [])}
+        nodes = {view.producer[name].name for name in own if name in view.producer}
+        nodes |= {taker.name for name in own for taker in view.consumers.get(name, [])}
         if any((t.factors != 1).any() or t.offsets.any() for t in tensors.values()):
             components.append(Component(tensors=tensors, nodes=frozenset(nodes)))
     return components
-
-
-def _of(names: set[str], variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: variables[name] for name in variables if name in names}
 
 
 def _is_limited(variables: Mapping[str, np.ndarray], free: FreeChannels) -> bool:
@@ -455,8 +446,8 @@ def channel_factors(
     return [factor.T for factor in factors] if transposed else factors
 
 
-def _joined(variables: Mapping[str, np.ndarray], n_variables: int) -> list[set[str]]:
-    """The tensors by component: those that share a variable belong together."""
+def _joined(variables: Mapping[str, np.ndarray], n_variables: int) -> list[dict[str, np.ndarray]]:
+    """The tensors' variables by component: tensors that share a variable belong together."""
     names = list(variables)
     parent = list(range(len(names)))
 
@@ -472,9 +463,9 @@ def _joined(variables: Mapping[str, np.ndarray], n_variables: int) -> list[set[s
             if other >= 0:
                 parent[root(place)] = root(other)
         owner[own] = place
-    groups: dict[int, set[str]] = {}
+    groups: dict[int, dict[str, np.ndarray]] = {}
     for place, name in enumerate(names):
-        groups.setdefault(root(place), set()).add(name)
+        groups.setdefault(root(place), {})[name] = variables[name]
     return list(groups.values())
 
 

@@ -20,10 +20,10 @@ What the forecast assumes is that samples not seen shift like those seen. It was
 point of three measured tables (4,096 candidates, 300 samples, `tests/benchmarks/tables.py`):
 the drop over all samples lay outside the race's bounds for 0, 0 and 2 % of a model's points,
 and no point was called worse that was not. A candidate that is called worse may be off by
-several points of its drop, as its `error` says. Ordering and
-drawing samples by what is known beforehand is that of Shekhar et al. 2023 ("Risk-limiting
-financial audits via weighted sampling without replacement"); their bounds assume nothing of the
-samples, and would take a third of 300 to exclude 3 points.
+several points of its drop, as its `error` says. Ordering and drawing samples by what is known
+beforehand is that of Shekhar et al. 2023 ("Risk-limiting financial audits via weighted sampling
+without replacement"); their bounds assume nothing of the samples, and would take a third of 300
+to exclude 3 points.
 
 A race is looked at after every block, and each look is another chance of a wrong verdict. What
 corrects for it is the forecast's own error in the bound (`_FORECAST_ERROR`), which hardly changes
@@ -55,7 +55,7 @@ probability of 97 %."""
 
 DRAWN_EVERY = 8
 """Of the order of samples, each of this number is drawn at random. Where one class of ten alone
-is shifted, the bounds of 6 % [4, 8] of simulated candidates are wrong all the same
+is shifted, the bounds of 7 % [6, 8] of 2,000 simulated candidates are wrong all the same
 (`tests/benchmarks/accuracy_per_image.py`)."""
 
 KNOWN_SHARE = 1 / 6

@@ -4,8 +4,8 @@ Owns the two stages. Divergence from FP32's answers resolves what counts of answ
 samples a drop is a multiple of a third of a point, and which answers flip is luck. The first
 regression is of the divergence, as a drop; the second of what the drops have beside it; the sum
 predicts (autoregressive cokriging: Kennedy and O'Hagan 2000, "Predicting the output from a
-complex computer code when fast approximations are available", section 2). Each is `surrogate.py`'s;
-reads like one of them. What to try next is `improvement.py`'s.
+complex computer code when fast approximations are available", section 2). Each is a `Surrogate`,
+and the whole reads like one. What to try next is `improvement.py`'s.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autotune.errors import AutotuneError
 from autotune.search.compression_worker import CompressionWorker
@@ -141,8 +141,12 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
-_Waiting: TypeAlias = tuple[int, Call, int]
-"""A call's index, the call, and how often it has failed."""
+class _Asked(NamedTuple):
+    """A call, its position among those of the run, and how often it has failed."""
+
+    position: int
+    call: Call
+    n_failed: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,7 +154,7 @@ class _Sent:
     """A call that a worker has; `since` is when it could begin."""
 
     future: Any
-    call: _Waiting
+    asked: _Asked
     since: float
 
 
@@ -212,7 +216,7 @@ class WorkerPool:
             Stopped: `should_stop` became true; unfinished calls were ended.
         """
         # Taken from the end.
-        waiting = [(index, call, 0) for index, call in reversed(list(enumerate(calls)))]
+        waiting = [_Asked(index, call) for index, call in reversed(list(enumerate(calls)))]
         try:
             self._occupy(waiting)
             while sent := [s.future for worker in self._workers for s in worker.sent]:
@@ -230,7 +234,7 @@ class WorkerPool:
                     self._ray.kill(worker.actor)
                     self._replace(worker)
 
-    def _occupy(self, waiting: list[_Waiting]) -> None:
+    def _occupy(self, waiting: list[_Asked]) -> None:
         """Give idle workers a call, and busy ones a brief one ahead while all can have one."""
         for worker in self._workers:
             if waiting and not worker.sent:
@@ -238,14 +242,15 @@ class WorkerPool:
         if len(waiting) < len(self._workers):
             return
         for worker in self._workers:
-            methods = {call.method for _, call, _ in (*(s.call for s in worker.sent), waiting[-1])}
+            both = (*(sent.asked for sent in worker.sent), waiting[-1])
+            methods = {asked.call.method for asked in both}
             if len(worker.sent) == 1 and methods <= self._brief:
                 self._send(waiting.pop(), worker)
 
-    def _send(self, call: _Waiting, worker: _Worker) -> None:
-        method, arguments = call[1].method, map(self._sendable, call[1].arguments)
-        future = worker.actor.call.remote(method, *arguments)
-        worker.sent.append(_Sent(future=future, call=call, since=time.monotonic()))
+    def _send(self, asked: _Asked, worker: _Worker) -> None:
+        arguments = map(self._sendable, asked.call.arguments)
+        future = worker.actor.call.remote(asked.call.method, *arguments)
+        worker.sent.append(_Sent(future=future, asked=asked, since=time.monotonic()))
 
     def _sendable(self, argument: Any) -> Any:
         """The argument; bytes in place of a file that the workers do not see."""
@@ -271,21 +276,20 @@ class WorkerPool:
         self._workers = []
 
     def _collected(
-        self, worker: _Worker, done: Sequence[Any], waiting: list[_Waiting]
+        self, worker: _Worker, done: Sequence[Any], waiting: list[_Asked]
     ) -> list[tuple[int, Any]]:
         """What the worker has ended of its calls, which it takes in the order they were sent."""
         results = []
         while any(sent.future in done for sent in worker.sent):
             sent = worker.sent.pop(0)
-            index, call, attempt = sent.call
-            result = self._result(sent, worker, waiting)
-            if isinstance(result, CallFailed) and result.exception is None and not attempt:
-                waiting.append((index, call, attempt + 1))
+            asked, result = sent.asked, self._result(sent, worker, waiting)
+            if isinstance(result, CallFailed) and result.exception is None and not asked.n_failed:
+                waiting.append(asked._replace(n_failed=1))
             else:
-                results.append((index, result))
+                results.append((asked.position, result))
         return results
 
-    def _result(self, sent: _Sent, worker: _Worker, waiting: list[_Waiting]) -> Any:
+    def _result(self, sent: _Sent, worker: _Worker, waiting: list[_Asked]) -> Any:
         """The call's result. A worker that died on it gives way to a fresh one."""
         from ray.exceptions import RayError, RayTaskError
 
@@ -298,14 +302,16 @@ class WorkerPool:
             result = CallFailed(error=str(cause), exception=known)
         except RayError as error:  # it died, was ended for memory, or cannot be reached
             # What was sent ahead has not begun, and waits for its first attempt again.
-            waiting.extend(ahead.call for ahead in reversed(worker.sent))
+            waiting.extend(ahead.asked for ahead in reversed(worker.sent))
             self._replace(worker)
             return CallFailed(error=f"a worker process died: {str(error).splitlines()[0]}")
         worker.last_done = time.monotonic()
-        is_brief = worker.last_done - sent.since < _BRIEF_S
-        (self._brief.add if is_brief else self._brief.discard)(sent.call[1].method)
-        for ahead in worker.sent[:1]:
-            ahead.since = worker.last_done
+        if worker.last_done - sent.since < _BRIEF_S:
+            self._brief.add(sent.asked.call.method)
+        else:
+            self._brief.discard(sent.asked.call.method)
+        if worker.sent:
+            worker.sent[0].since = worker.last_done
         return result
 
     def _replace(self, worker: _Worker) -> None:

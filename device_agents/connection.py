@@ -13,6 +13,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ from device_agents.errors import (
 )
 from device_agents.protocol import (
     PROTOCOL_VERSION,
+    REQUEST_HEADER,
     ArtifactSegments,
     DeviceDescription,
     EnrolReply,
@@ -111,6 +113,7 @@ class ServiceConnection:
             base_url=self.url,
             timeout=self._after(timeouts.read_s),
             trust_env=parts.hostname not in LOOPBACK,  # no proxy leads back to this machine
+            event_hooks={"request": [_name], "response": [_require_own]},
         )
         self.use_key(agent_key)
 
@@ -249,6 +252,17 @@ class ServiceConnection:
     def _unreachable(self, error: httpx.HTTPError) -> ServiceUnreachable:
         cause = str(error) or type(error).__name__
         return ServiceUnreachable(f"the service at {self.url} does not answer: {cause}")
+
+
+def _name(request: httpx.Request) -> None:
+    request.headers[REQUEST_HEADER] = uuid4().hex
+
+
+def _require_own(response: httpx.Response) -> None:
+    """Refuse the answer to another request; httpx then closes the connection that brought it."""
+    asked = response.request.headers[REQUEST_HEADER]
+    if response.headers.get(REQUEST_HEADER, asked) != asked:
+        raise httpx.RemoteProtocolError("the answer to another request came twice")
 
 
 def _require_success(response: httpx.Response) -> None:

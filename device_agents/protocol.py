@@ -39,6 +39,11 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # `energy_missing` of `DeviceDescription`, both None where an agent says neither.
 # 2026-11-21: bounds of `LatencyReport` are wider where the reference was off its calibrated
 # latency; those of an agent without it only say how sure it was in the state that it met.
+# 2026-11-21: `REQUEST_HEADER`; an answer of a service without it is taken as it comes.
+
+REQUEST_HEADER = "X-Request-ID"
+"""Names a request; its answer bears the same name. Behind a line that says things twice, a late
+copy of an answer would else be taken for the answer to what was asked next."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quantile = Literal["p50", "p90", "p99"]

@@ -37,6 +37,7 @@ from autotune.service.context import ServiceContext
 from autotune.service.identities import Identities
 from autotune.service.known_agents import KnownAgents
 from autotune.service.problems import install_problem_handlers, problem_responses
+from autotune.service.request_names import RequestNames
 from autotune.service.security import require_user
 from autotune.settings import Settings
 from autotune.spec import JobSpec
@@ -104,6 +105,7 @@ def create_app(context: ServiceContext) -> FastAPI:
             responses=problem_responses(401, 422),
         )
     app.add_middleware(BodyLimit, limit_of=partial(_body_limit, context.settings))
+    app.add_middleware(RequestNames)
     install_problem_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from autotune.service.problems import MEDIA_TYPE
+from device_agents.protocol import REQUEST_HEADER
 from storage.records import MeasurementState
 from tests.running_service import RunningService, running_service, versioned
 from tests.unit import fabricated_job
@@ -34,6 +35,23 @@ def test_a_lease_carries_the_request_and_its_fencing_token(service: RunningServi
     assert lease["request"] == record.request.model_dump(mode="json")
     assert lease["fencing_token"] == 1
     assert lease["ttl_s"] == 15.0
+
+
+def test_every_answer_bears_the_name_of_its_request(service: RunningService) -> None:
+    agent, device = service.enrol()
+    service.queue_measurement(device)
+    artifact = f"/v1/agent/artifacts/{service.context.artifacts.put(b'a model').sha256}"
+    for status, method, path, body in (
+        (200, "POST", "/v1/agent/lease", versioned(wait_s=0)),
+        (200, "GET", artifact, None),
+        (404, "GET", f"/v1/agent/artifacts/{'0' * 64}", None),
+        (413, "POST", "/v1/agent/heartbeat", {"name": "x" * 5 * 1024**2}),
+        (422, "POST", "/v1/agent/heartbeat", {}),
+    ):
+        name = f"{status} {path}"
+        answer = agent.request(method, path, json=body, headers={REQUEST_HEADER: name})
+        assert (answer.status_code, answer.headers[REQUEST_HEADER]) == (status, name)
+    assert REQUEST_HEADER not in agent.get(artifact).headers  # an agent that gives no name
 
 
 def test_no_work_within_the_time_is_204(service: RunningService) -> None:

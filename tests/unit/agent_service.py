@@ -13,6 +13,7 @@ from device_agents.agent import Agent, AgentSettings
 from device_agents.backoff import Backoff
 from device_agents.errors import DeviceAgentError
 from device_agents.protocol import (
+    REQUEST_HEADER,
     ArtifactReference,
     DeviceDescription,
     Lease,
@@ -48,6 +49,7 @@ class FakeService:
     """The agent's routes, with knobs.
 
     `answers` maps a route to the statuses of its next calls; afterwards it works again.
+    `name_of` gives the name that the answer to a request of some name bears.
     `pauses` are the seconds between the last sign that the agent was at one lease and the next.
     """
 
@@ -63,6 +65,7 @@ class FakeService:
         self.sent = defaultdict(list)
         self.drop_lease = False
         self.hold_s = 0.0
+        self.name_of = lambda name: name
         self.cut_after = None
         self.ranges = []
         self.pauses = []
@@ -183,6 +186,7 @@ def handler_for(service):
             data = b"" if document is None else plain
             try:
                 self.send_response(status)
+                self.send_header(REQUEST_HEADER, service.name_of(self.headers[REQUEST_HEADER]))
                 if status != 204:
                     self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

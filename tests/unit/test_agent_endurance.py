@@ -196,6 +196,22 @@ def test_a_large_result_gets_the_time_that_a_slow_line_needs(service):
             connection.upload(small)
 
 
+def test_a_late_copy_of_an_earlier_answer_is_not_taken_for_the_one_that_is_due(service):
+    model = service.add(b"a model")
+    result = MeasurementResult(lease_id="l", fencing_token=1, measurement_id="m", outcome="oom")
+    with ServiceConnection(service.url, agent_key=KEY) as connection:
+        service.name_of = lambda _: "an earlier request"
+        for ask in (
+            lambda: connection.upload(result),
+            lambda: connection.heartbeat(heartbeat_of(None)),
+            lambda: connection.download(model.sha256).__enter__(),
+        ):
+            with pytest.raises(ServiceUnreachable, match="the answer to another request"):
+                ask()
+        service.name_of = lambda name: name
+        assert connection.upload(result) is Acknowledgement.ACCEPTED
+
+
 @pytest.mark.parametrize("ask", [lambda x: x.heartbeat(heartbeat_of(None)), lambda x: x.new_key()])
 def test_what_holds_up_the_heartbeat_gives_a_dead_line_up_before_a_lease_is_over(service, ask):
     service.hold_s = 0.5

@@ -47,17 +47,23 @@ class Outbox:
             file.write(result.model_dump_json().encode())
 
     def withdraw(self) -> None:
-        """The promise is not needed: the agent lived."""
+        """The promise is not needed: the agent lived. When this returns a power cut keeps it so."""
         (self._folder / PROMISE).unlink(missing_ok=True)
+        sync_folder(self._folder)
 
     def redeem(self) -> None:
         """At a start: what an earlier process promised is a result now.
+
+        Unless that process came to keep the better one and only not to withdraw the promise.
 
         Raises:
             DeviceDiskFull: there is no room.
         """
         with suppress(FileNotFoundError, ValidationError):
-            self.put(MeasurementResult.model_validate_json((self._folder / PROMISE).read_bytes()))
+            content = (self._folder / PROMISE).read_bytes()
+            promised = MeasurementResult.model_validate_json(content)
+            if not self._path(promised).exists():
+                self.put(promised)
         self.withdraw()
 
     def pending(self) -> list[MeasurementResult]:

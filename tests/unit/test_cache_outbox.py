@@ -228,3 +228,24 @@ def test_an_agent_that_lives_withdraws_its_promise(tmp_path):
     outbox.withdraw()
     outbox.redeem()
     assert outbox.pending() == []
+
+
+def test_a_promise_does_not_replace_the_result_that_its_agent_came_to_keep(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.promise(a_result().model_copy(update={"outcome": Outcome.LOST, "reason": "killed"}))
+    outbox.put(a_result())
+    again = Outbox(tmp_path)
+    again.redeem()
+    assert again.pending() == [a_result()]
+    again.acknowledge(a_result())
+    again.redeem()
+    assert again.pending() == []
+
+
+def test_a_promise_is_withdrawn_for_good_also_over_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    outbox = Outbox(tmp_path)
+    outbox.promise(a_result())
+    monkeypatch.setattr(files.os, "fsync", lambda _: synced.append(list(tmp_path.iterdir())))
+    outbox.withdraw()
+    assert synced == [[]]

@@ -16,6 +16,10 @@ from typing import BinaryIO
 from device_agents.errors import DeviceDiskFull
 
 PART_SUFFIX = ".part"
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What an `OSError` bears where the disk is full or the quota is used up."""
+NO_ROOM_EXIT = os.EX_CANTCREAT
+"""How a measuring child ends whose report found no room (sysexits.h)."""
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise DeviceDiskFull(
                 f"no room left in {path.parent}: free some space or lower the cache bound"
             ) from error

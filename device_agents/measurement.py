@@ -7,6 +7,7 @@ it does to the child. The child's own work is `measurement_child.py`.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from device_agents.conditions import ROOT, Memory, NotAvailable
+from device_agents.files import NO_ROOM, NO_ROOM_EXIT
 from device_agents.protocol import (
     LatencyReport,
     MeasurementPlan,
@@ -32,6 +34,10 @@ from device_agents.protocol import (
 MEMORY_FRACTION = 0.9
 """Share of the memory that is available at the start which a measurement may take."""
 LOG_TAIL_BYTES = 2000
+NO_ROOM_REASON = (
+    "no room left for the measurement in the folder of temporary files: free some space, or set "
+    "TMPDIR to a folder on another disk"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +84,31 @@ class Measurement:
         self._kill(Outcome.CANCELLED)
 
     def run(self) -> MeasurementOutcome:
-        """Measure. Takes at most the plan's `timeout_s`; never raises for what the child does."""
-        with tempfile.TemporaryDirectory(prefix="autotune-measurement-") as name:
-            folder = Path(name)
-            job_path, report_path = folder / "job.json", folder / "report.json"
-            job_path.write_text(json.dumps(self._job()), encoding="utf-8")
-            with (folder / "log").open("wb") as log:
-                self._start(job_path, report_path, log)
-            kills_before = system_oom_kills()
-            return_code = self._wait()
-            ended = ChildEnd(
-                return_code=return_code,
-                killed=self._killed,
-                was_oom_killed=kills_before != system_oom_kills(),
-                document=_read_document(report_path),
-                log_tail=_tail(folder / "log"),
-            )
+        """Measure. Takes at most the plan's `timeout_s`; never raises for what the child does.
+
+        Nor for a device without room for a folder or for another process, which are outcomes.
+        """
+        try:
+            with tempfile.TemporaryDirectory(prefix="autotune-measurement-") as name:
+                ended = self._run_in(Path(name))
+        except OSError as error:
+            return _not_begun(error)
         return interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
+
+    def _run_in(self, folder: Path) -> ChildEnd:
+        job_path, report_path = folder / "job.json", folder / "report.json"
+        job_path.write_text(json.dumps(self._job()), encoding="utf-8")
+        with (folder / "log").open("wb") as log:
+            self._start(job_path, report_path, log)
+        kills_before = system_oom_kills()
+        return_code = self._wait()
+        return ChildEnd(
+            return_code=return_code,
+            killed=self._killed,
+            was_oom_killed=kills_before != system_oom_kills(),
+            document=_read_document(report_path),
+            log_tail=_tail(folder / "log"),
+        )
 
     def _job(self) -> dict[str, Any]:
         plan, runtime, reference = self._plan, self._runtime, self._reference_runtime
@@ -172,6 +186,18 @@ class ChildEnd:
     log_tail: str
 
 
+def _not_begun(error: OSError) -> MeasurementOutcome:
+    """The outcome where the device had no room for the child; anything else is not for us."""
+    # Where no folder for temporary files can be written to, `tempfile` names none.
+    has_no_folder = isinstance(error, FileNotFoundError) and error.filename is None
+    if error.errno in NO_ROOM or has_no_folder:
+        return MeasurementOutcome(outcome=Outcome.DEVICE_DISK, reason=NO_ROOM_REASON)
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        reason = f"the device could not start a process: {error.strerror}"
+        return MeasurementOutcome(outcome=Outcome.OOM, reason=reason)
+    raise error
+
+
 def interpret(ended: ChildEnd, *, runtime: RuntimeRequest, timeout_s: float) -> MeasurementOutcome:
     """The outcome of a child that ended so.
 
@@ -184,6 +210,8 @@ def interpret(ended: ChildEnd, *, runtime: RuntimeRequest, timeout_s: float) -> 
         return MeasurementOutcome(outcome=ended.killed, reason="the lease was taken back")
     if ended.return_code < 0:
         return _ended_by_signal(ended)
+    if ended.document is None and ended.return_code == NO_ROOM_EXIT:
+        return MeasurementOutcome(outcome=Outcome.DEVICE_DISK, reason=NO_ROOM_REASON)
     if ended.document is None:
         reason = f"the process ended with code {ended.return_code} and without a result"
         return MeasurementOutcome(outcome=Outcome.RUNTIME_CRASH, reason=reason + _quote(ended))

@@ -26,6 +26,7 @@ from device_agents.conditions import cpu_ticks, read_conditions
 from device_agents.energy import ACCELERATED, EnergyMeter, NoEnergySensor, open_meter
 from device_agents.errors import RuntimeUnavailable
 from device_agents.feeds import make_feeds
+from device_agents.files import NO_ROOM, NO_ROOM_EXIT
 from device_agents.isolation import die_with_parent, leave_network
 from device_agents.latency import energy_per_inference, summarize
 from device_agents.profile import profile
@@ -80,14 +81,22 @@ class ChildJob:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure as the job file says and write the report; 0 also for a refused model."""
+    """Measure as the job file says and write the report; 0 also for a refused model.
+
+    `NO_ROOM_EXIT` where there is no room for the report: that is the device's, not the model's.
+    """
     job_path, report_path = (Path(argument) for argument in arguments)
     job = ChildJob.read(job_path)
     confine(job)
     document = attempt(job)
     part = report_path.with_suffix(".part")
-    part.write_text(json.dumps(document), encoding="utf-8")
-    part.replace(report_path)
+    try:
+        part.write_text(json.dumps(document), encoding="utf-8")
+        part.replace(report_path)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            return NO_ROOM_EXIT
+        raise
     return 0
 
 

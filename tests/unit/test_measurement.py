@@ -1,12 +1,15 @@
 """One child per measurement: every way it can end is an outcome of its own."""
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 
 from device_agents import measurement_child
 from device_agents.feeds import make_feeds
+from device_agents.files import NO_ROOM_EXIT
 from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
 from device_agents.measurement_child import ChildJob
@@ -288,6 +292,7 @@ def test_an_interval_without_an_end_is_no_report():
         ({"return_code": -24}, Outcome.TIMEOUT, "SIGXCPU"),
         ({"return_code": -6, "log_tail": "x\nstd::bad_alloc\n"}, Outcome.OOM, "bad_alloc"),
         ({"return_code": -4}, Outcome.RUNTIME_CRASH, "SIGILL"),
+        ({"return_code": NO_ROOM_EXIT}, Outcome.DEVICE_DISK, "TMPDIR"),
         ({"return_code": 1, "log_tail": "a\nb\n\n"}, Outcome.RUNTIME_CRASH, "last wrote: b"),
         ({"document": {"outcome": "fine"}}, Outcome.RUNTIME_CRASH, "makes no sense"),
         ({"document": {"outcome": "ok", "report": {}}}, Outcome.RUNTIME_CRASH, "no sense"),
@@ -297,6 +302,49 @@ def test_every_end_of_a_child_has_an_outcome(changes, outcome, said):
     ended = end(**changes)
     assert ended.outcome is outcome
     assert said in ended.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "outcome"),
+    [
+        ("tempfile.mkdtemp", errno.ENOSPC, Outcome.DEVICE_DISK),
+        ("pathlib.Path.write_text", errno.EDQUOT, Outcome.DEVICE_DISK),
+        ("subprocess.Popen", errno.EAGAIN, Outcome.OOM),
+        ("subprocess.Popen", errno.ENOMEM, Outcome.OOM),
+    ],
+)
+def test_a_device_without_room_for_a_child_is_an_outcome(
+    tmp_path, monkeypatch, function, number, outcome
+):
+    never = measurement(tmp_path)
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(function, refused)
+    assert never.run().outcome is outcome
+
+
+def test_a_device_that_has_no_folder_for_temporary_files_is_out_of_room(tmp_path, monkeypatch):
+    never = measurement(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/dev/full"])
+    assert never.run().outcome is Outcome.DEVICE_DISK
+
+
+def test_a_process_that_cannot_be_started_for_another_reason_is_no_outcome(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        measurement(tmp_path).run()
+
+
+def test_a_report_without_room_is_not_laid_at_the_models_door(tmp_path):
+    job = asdict(child_job(tmp_path, parent_pid=os.getpid()))
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    (tmp_path / "report.part").symlink_to("/dev/full")
+    command = [sys.executable, "-m", "device_agents.measurement_child"]
+    ended = subprocess.run([*command, tmp_path / "job.json", tmp_path / "report.json"], timeout=60)
+    assert ended.returncode == NO_ROOM_EXIT
 
 
 def child_job(folder, **changes):

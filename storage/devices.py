@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select, update
+from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
 from device_agents.protocol import DeviceDescription
@@ -48,14 +48,7 @@ def enrol(
     token = _use(session, token_hash, instance=instance, now=now)
     take_turns(session, "enrolment")
     wanted = name or description.hostname
-    # Two devices come to be alike where one was changed (`describe`): the one seen last is meant.
-    row = session.scalars(
-        select(DeviceRow)
-        .where(DeviceRow.fingerprint == description.fingerprint, DeviceRow.enrolled_as == wanted)
-        .order_by(DeviceRow.last_seen_at.desc())
-        .limit(1)
-        .with_for_update(key_share=True)
-    ).one_or_none()
+    row = _enrolled_before(session, wanted, description)
     if row is None:
         row = DeviceRow(
             id=identifiers.new_id(identifiers.DEVICE),
@@ -180,6 +173,29 @@ def _use(
         raise InvalidToken(f"this enrolment token expired at {token.expires_at:%F %T %Z}; {again}")
     token.used_at, token.used_by = now, instance
     return token
+
+
+def _enrolled_before(
+    session: Session, wanted: str, description: DeviceDescription
+) -> DeviceRow | None:
+    """The device of that name and fingerprint that this is, locked; None for a new one.
+
+    On the same host it is that device again. On another it is, once the device's agent was
+    revoked, one that was installed anew: no enrolment ends the agent of another machine.
+    Machines cloned from one image may share a host id, and so may those that know none: their
+    names have to tell them apart.
+    """
+    has_agent = exists().where(AgentRow.device_id == DeviceRow.id, AgentRow.revoked_at.is_(None))
+    # Two devices come to be alike where one was changed (`describe`): the one seen last is meant.
+    alike = session.execute(
+        select(DeviceRow.id, DeviceRow.description, has_agent)
+        .where(DeviceRow.fingerprint == description.fingerprint, DeviceRow.enrolled_as == wanted)
+        .order_by(DeviceRow.last_seen_at.desc())
+    ).all()
+    here = [one for one, known, _ in alike if known.host_id == description.host_id]
+    without_agent = [one for one, _, is_served in alike if not is_served]
+    same = next(iter([*here, *without_agent]), None)
+    return None if same is None else locked_by_id(session, DeviceRow, "device", same)
 
 
 def _free_name(session: Session, wanted: str) -> str:

@@ -365,11 +365,13 @@ class Repository:
     ) -> tuple[DeviceRecord, AgentRecord]:
         """Use up an enrolment token for an agent and its device.
 
-        `name` is the host name where None. The same fingerprint under the same name is the
-        same device again: it keeps its id, and its earlier agent is revoked, because two
-        agents that measure on one device disturb each other. Another device that comes with
-        a taken name is called `NAME-2`, `NAME-3`, ... `instance` is a secret of the process
-        that enrols: with it the same token works again, for one whose answer was lost.
+        `name` is the host name where None. The same fingerprint under the same name on the
+        same host is the same device again: it keeps its id, and its earlier agent is revoked,
+        because two agents that measure on one device disturb each other. So is one on another
+        host where the device's agent was revoked: a device that was installed anew. Another
+        device that comes with a taken name is called `NAME-2`, `NAME-3`, ... `instance` is a
+        secret of the process that enrols: with it the same token works again, for one whose
+        answer was lost.
 
         Raises:
             InvalidToken: the token is unknown, used or expired; nothing was changed.

@@ -142,14 +142,19 @@ class World:
         return self.repository.create_job(spec={"model": "torchvision:resnet18"}, name=name)
 
     def agent(
-        self, name: str = "pi", *, fingerprint: str = "f" * 64, pool: str | None = None
+        self,
+        name: str = "pi",
+        *,
+        fingerprint: str = "f" * 64,
+        host_id: str = "h" * 64,
+        pool: str | None = None,
     ) -> tuple[DeviceRecord, AgentRecord]:
         self.enrolled += 1
         self.repository.add_enrolment_token(f"token-{self.enrolled}", pool=pool, expires_in_s=60)
         return self.repository.enrol(
             f"token-{self.enrolled}",
             name=name,
-            description=description(fingerprint=fingerprint),
+            description=description(fingerprint=fingerprint, host_id=host_id),
             agent_key_hash=f"key-{self.enrolled}",
         )
 
@@ -177,10 +182,12 @@ def candidate(n: int) -> Candidate:
     return Candidate(precisions={f"conv{n}": INT8}, prune_ratios={"conv1": 0.25})
 
 
-def description(*, fingerprint: str = "f" * 64, hostname: str = "raspberrypi") -> DeviceDescription:
+def description(
+    *, fingerprint: str = "f" * 64, hostname: str = "raspberrypi", host_id: str = "h" * 64
+) -> DeviceDescription:
     return DeviceDescription(
         hostname=hostname,
-        host_id="h" * 64,
+        host_id=host_id,
         architecture="aarch64",
         cpu_model="Cortex-A76",
         cpu_flags=("asimddp",),

@@ -315,6 +315,28 @@ def test_another_device_under_a_taken_name_gets_a_number(world: World) -> None:
     assert world.agent("pi", fingerprint="2" * 64)[0].id == other.id
 
 
+def test_identical_devices_that_were_given_no_names_live_side_by_side(world: World) -> None:
+    enrolled = [world.agent("raspberrypi", host_id=card) for card in ("card 1", "card 2")]
+    assert [device.name for device, _ in enrolled] == ["raspberrypi", "raspberrypi-2"]
+    for device, agent in enrolled:
+        assert world.repository.find_agent(agent.key_hash).device_id == device.id
+    for n, card in enumerate(("card 1", "card 2")):
+        assert world.agent("raspberrypi", host_id=card)[0].id == enrolled[n][0].id
+    assert len(world.repository.list_devices()) == 2
+
+
+def test_a_device_that_was_installed_anew_takes_its_name_back_once_its_agent_is_revoked(
+    world: World,
+) -> None:
+    device, _ = world.agent("pi", host_id="old card")
+    world.repository.fleet.revoke("pi")
+    again, agent = world.agent("pi", host_id="new card")
+    assert (again.id, again.description.host_id) == (device.id, "new card")
+    other, _ = world.agent("pi", host_id="another device")
+    assert other.name == "pi-2"
+    assert world.repository.find_agent(agent.key_hash) == agent
+
+
 def test_a_device_without_a_name_is_called_after_its_host(world: World) -> None:
     world.repository.add_enrolment_token("t", expires_in_s=60)
     device, _ = world.repository.enrol(

@@ -190,7 +190,7 @@ class GraphWriter:
         codes, held = operand_codes(self._view.array(name))
         signed = self._plan.kernels.signed_activations
         written = (codes - _SIGN_SHIFT).astype(np.int8) if signed else codes.astype(np.uint8)
-        self._parts.arrays((f"{name}/q",), lambda: {f"{name}/q": written})
+        self._parts.arrays((f"{name}/q", signed), lambda: {f"{name}/q": written})
         if f"{name}/dq" not in self._made:
             self._made.add(f"{name}/dq")
             self._dequantize(name, name, held.scale, held.zero_point)
@@ -213,7 +213,7 @@ class GraphWriter:
         names = f"{node.name}.weight", f"{node.name}.bias"
         largest = self._plan.kernels.largest_weight_code
         self._parts.arrays(
-            (names[0], scale),
+            (names[0], scale, largest),
             lambda: norm_arrays(names, *arrays, input_scale=scale, largest_code=largest),
         )
         constants = [self._dequantize_constant(n, 0, is_scalar=False) for n in names]

@@ -229,6 +229,17 @@ def baseline_trials(
     return by_digest.get(fp32), None if int8 == fp32 else by_digest.get(int8)
 
 
+def compared_with(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """FP32, uniform INT8, and the best baseline on each device as it stands now.
+
+    Once that was measured again, it may be another one.
+    """
+    limit = job.spec.get("max_accuracy_drop")
+    best = [view.best_baseline(limit) for view in views(job, trials)]
+    usual = () if job.space is None else baseline_trials(job.space, trials)
+    return [trial for trial in (*usual, *best) if trial is not None]
+
+
 def conclude(
     job: JobRecord,
     view: View,

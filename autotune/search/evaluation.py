@@ -24,6 +24,7 @@ from autotune.compression.racing import Race
 from autotune.errors import CompressionError, DiskFull
 from autotune.search.best_baseline import BASELINE
 from autotune.search.compression_worker import Built
+from autotune.search.confirmation import contradicted
 from autotune.search.feasibility import limits_of
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.front import REFERENCE_DROP, further_objectives, non_dominated
@@ -113,8 +114,9 @@ class Evaluation:
         """Measure an `OK` trial again: a fresh process, a narrower interval, held-out data.
 
         On every target where it is `OK`. Returns the trial with what could be confirmed; where
-        the measurement did not succeed or was not steady the trial ends as `UNCONFIRMED` and
-        leaves the front. A baseline stays: everything is compared with it.
+        the measurement did not succeed or was not steady, or held-out data contradict the
+        accuracy that the search saw, the trial ends as `UNCONFIRMED` and leaves the front. A
+        baseline stays: everything is compared with it.
         """
         if _has_raced(trial):
             self._complete([trial])
@@ -233,6 +235,14 @@ class Evaluation:
         for (_, devices), report in self._judge("held_out", todo):
             if not isinstance(report, CallFailed):
                 self._note(trial, *devices, held_out_accuracy=report)
+            elif trial.proposed_by != BASELINE:
+                reason = f"it could not be judged on held-out data: {report.error}"
+                self._note(trial, *devices, outcome=TrialOutcome.UNCONFIRMED, reason=reason)
+        judged = self.repository.get_trial(trial.id)
+        for device in self.unconfirmed_on(judged):
+            why = contradicted(judged.on(device.id))
+            if why is not None and trial.proposed_by != BASELINE:
+                self._note(trial, device, outcome=TrialOutcome.UNCONFIRMED, reason=why)
 
     def _judge(
         self, method: str, todo: Sequence[_Judged]

@@ -21,6 +21,11 @@ _MEANING: tuple[tuple[type[Exception], type[errors.AutotuneError]], ...] = (
 )
 
 
+def as_defect(error: Exception) -> str:
+    """What a user is told of an error that nobody foresaw."""
+    return f"an error inside the service: {error!r}; its log has the details"
+
+
 def in_users_terms(error: Exception) -> Exception:
     """The error of `autotune.errors` that means the same; the error itself where none does."""
     for lower, upper in _MEANING:

@@ -24,6 +24,10 @@ REFERENCE_RATIO = 1.05
 REFERENCE_DROP = 0.03
 """Accuracy drop of the hypervolume's reference point: three points lost."""
 
+_LIMIT_SHARE = 2 / 3
+"""Where a job's limit on the drop lies in its own box, at most: in the usual box a limit of two
+points does, and what lies at the limit itself has to count for something."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -113,15 +117,24 @@ def non_dominated(
     return [trial for trial, _ in front]
 
 
-def hypervolume(trials: Sequence[TrialRecord]) -> float:
+def reference_drop(max_accuracy_drop: float | None) -> float:
+    """The drop, as a fraction, past which nothing counts in a job with that limit.
+
+    >>> [round(reference_drop(limit), 3) for limit in (None, 0.01, 0.1)]
+    [0.03, 0.03, 0.15]
+    """
+    return max(REFERENCE_DROP, (max_accuracy_drop or 0.0) / _LIMIT_SHARE)
+
+
+def hypervolume(trials: Sequence[TrialRecord], *, largest_drop: float = REFERENCE_DROP) -> float:
     """The share of the reference box that the trials dominate, from 0 to 1; larger is better.
 
-    The box spans (ratio to FP32 latency, accuracy drop) from (0, 0) to (1.05, 0.03); drops
-    below zero count as zero, because they are within the noise of the metric.
+    The box spans (ratio to FP32 latency, accuracy drop) from (0, 0) to (1.05, `largest_drop`);
+    drops below zero count as zero, because they are within the noise of the metric.
     """
     points = sorted(
         (
-            (latency.ratio, min(max(trial.accuracy.drop, 0.0), REFERENCE_DROP))
+            (latency.ratio, min(max(trial.accuracy.drop, 0.0), largest_drop))
             for trial in trials
             if ranks(trial)
             and (latency := latency_of(trial)) is not None
@@ -135,8 +148,8 @@ def hypervolume(trials: Sequence[TrialRecord]) -> float:
     for index, (ratio, _) in enumerate(points):
         right = REFERENCE_RATIO if index == 0 else min(points[index - 1][0], REFERENCE_RATIO)
         drop = min(d for r, d in points[index:])
-        area += max(right - ratio, 0.0) * (REFERENCE_DROP - drop)
-    return area / (REFERENCE_RATIO * REFERENCE_DROP)
+        area += max(right - ratio, 0.0) * (largest_drop - drop)
+    return area / (REFERENCE_RATIO * largest_drop)
 
 
 def answer(

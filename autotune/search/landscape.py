@@ -258,10 +258,12 @@ def fit(
     trials: Sequence[TrialRecord],
     *,
     earlier: Earlier = NOTHING,
+    largest_drop: float = REFERENCE_DROP,
 ) -> Fitted | None:
     """The models of latency (ratio to FP32) and accuracy drop; None before FP32 itself ranks.
 
-    They are fitted to `earlier` results, too, which come behind the job's own.
+    They are fitted to `earlier` results, too, which come behind the job's own. How far beyond
+    `largest_drop` a trial is says little.
     """
     measured = _encoded(encoding, [t for t in trials if ranks(t)])
     origin = next((latency_of(t) for p, t in measured if not p.any()), None)
@@ -277,7 +279,7 @@ def fit(
     )
     landscape = Landscape(
         _latency_model(encoding, knowledge, measured, latencies, base=origin.ratio),
-        _drop_model(encoding, knowledge, measured, drops),
+        _drop_model(encoding, knowledge, measured, drops, ceiling=largest_drop),
     )
     return Fitted(
         encoding=encoding, knowledge=knowledge, landscape=landscape, trials=ranked, points=points
@@ -306,7 +308,12 @@ def _latency_model(
 
 
 def _drop_model(
-    encoding: Encoding, knowledge: Knowledge, measured: _Measured, earlier: Sequence[TrialRecord]
+    encoding: Encoding,
+    knowledge: Knowledge,
+    measured: _Measured,
+    earlier: Sequence[TrialRecord],
+    *,
+    ceiling: float,
 ) -> DropModel:
     """Of the job's trials, then of earlier ones."""
     known = [*measured, *_encoded(encoding, earlier)]
@@ -317,7 +324,7 @@ def _drop_model(
         diverged=per_nat * np.array([report.mean_kl for report in reports]),
         errors=np.array([report.drop_error or 0.0 for report in reports]),
         n_samples=max(report.n_samples for report in reports),
-        ceiling=REFERENCE_DROP,
+        ceiling=ceiling,
     )
     points = np.array([point for point, _ in known])
     return DropModel(drop_features(encoding, knowledge, per_nat), points, drops)
@@ -337,16 +344,20 @@ def propose(
     n: int,
     seed: int,
     budget: int = LONG_BUDGET,
+    largest_drop: float = REFERENCE_DROP,
     earlier: Earlier = NOTHING,
     on_fitted: Callable[[Fitted], None] = lambda _: None,
 ) -> list[tuple[Candidate, Promise]]:
     """The `n` most promising candidates that no trial has, most promising first.
 
+    What they promise is hypervolume up to `largest_drop`, which is that of
+    `front.reference_drop` where the job limits its drop.
+
     Empty where nothing ranks yet or nothing new is left. `earlier` results teach the models;
     what they measured may be proposed again. In a job of `budget` trials the first quarter may be
     spent on teaching the models: what they learn has to be of use yet. `on_fitted` gets them.
     """
-    fitted = fit(encoding, knowledge, trials, earlier=earlier)
+    fitted = fit(encoding, knowledge, trials, earlier=earlier, largest_drop=largest_drop)
     if fitted is None:
         return []
     on_fitted(fitted)
@@ -354,7 +365,7 @@ def propose(
     promises = most_promising(
         fitted.landscape,
         fitted.points,
-        reference=(REFERENCE_RATIO, REFERENCE_DROP),
+        reference=(REFERENCE_RATIO, largest_drop),
         n=n,
         rng=np.random.default_rng(seed + len(trials)),
         excluded=[p for p in unranked if p is not None],

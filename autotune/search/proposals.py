@@ -14,6 +14,8 @@ from itertools import zip_longest
 
 from autotune.search import landscape, planner
 from autotune.search.feasibility import ANY, Limits
+from autotune.search.front import reference_drop
+from autotune.search.improvement import Promise
 from autotune.search.landscape import Encoding, Fitted, Knowledge
 from autotune.search.planner import Proposal
 from autotune.search.priors import NOTHING, Earlier
@@ -105,16 +107,8 @@ class Proposals:
         Empty where nothing new is left.
         """
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
-        promising = landscape.propose(
-            encoding,
-            Knowledge(inventory=self.inventory, damage=self.damage, taught=self.earlier.taught),
-            trials,
-            n=size - size // (2 if self._has_further_figures else 4),
-            seed=self.seed,
-            budget=budget,
-            earlier=self.earlier,
-            on_fitted=self.on_fitted,
-        )
+        n = size - size // (2 if self._has_further_figures else 4)
+        promising = self._promising(encoding, trials, n, budget=budget)
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
         sampler = Sampler(
             encoding=encoding,
@@ -131,6 +125,26 @@ class Proposals:
             ),
             *(Proposal(candidate=c, proposed_by="optuna") for c in asked),
         ]
+
+    def _promising(
+        self, encoding: Encoding, trials: Sequence[TrialRecord], n: int, *, budget: int
+    ) -> list[tuple[Candidate, Promise]]:
+        """The fitted model's proposals; none where it fails, for Optuna goes on without it."""
+        try:
+            return landscape.propose(
+                encoding,
+                Knowledge(inventory=self.inventory, damage=self.damage, taught=self.earlier.taught),
+                trials,
+                n=n,
+                seed=self.seed,
+                budget=budget,
+                largest_drop=reference_drop(self.max_accuracy_drop),
+                earlier=self.earlier,
+                on_fitted=self.on_fitted,
+            )
+        except (ArithmeticError, ValueError):  # LinAlgError is a ValueError
+            _log.warning("the models could not be fitted; Optuna alone proposes", exc_info=True)
+            return []
 
     @property
     def _seeks_small(self) -> bool:

@@ -11,10 +11,13 @@ Training is `autotune.compression`'s; what is tried on the bases is `planner.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from autotune.errors import DiskFull
 from autotune.search.screening import pruned_macs
+from autotune.search.workers import Call, CallFailed
 from search_spaces import Candidate, LayerInventory, SearchSpace
 from storage.records import TrialRecord
 
@@ -126,6 +129,32 @@ def next_levels(top: int, drops: Mapping[float, float], *, limit: float, n: int)
         return []
     parts = min(n + 1, math.floor((lost - kept) / FINEST))
     return [kept + (lost - kept) * part / parts for part in range(1, parts)]
+
+
+def make_bases(
+    bases: Sequence[Mapping[str, float]],
+    *,
+    run: Callable[[Sequence[Call]], Iterable[tuple[int, Any]]],
+    notice: Callable[[str], None],
+    on_made: Callable[[Mapping[str, Any]], None],
+) -> list[float | None]:
+    """Train them; what each lost on the search data, None where it could not be made.
+
+    `run` has workers do the calls; `on_made` gets what they say of each base.
+
+    Raises:
+        DiskFull: there is no room for one.
+    """
+    lost: list[float | None] = [None] * len(bases)
+    for index, result in run([Call(method="prepare_base", arguments=(base,)) for base in bases]):
+        if isinstance(result, CallFailed):
+            if isinstance(result.exception, DiskFull):
+                raise result.exception
+            notice(f"a pruned base could not be made: {result.error}")
+        else:
+            lost[index] = result["accuracy"]["drop"]
+            on_made(result)
+    return lost
 
 
 def mildest_base(

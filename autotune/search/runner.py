@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotune.search.conclusion import conclude_cancelled
+from autotune.search.failures import as_defect
 from autotune.search.fleet import ONLINE_WITHIN_S, Fleet, QuietWindow
 from autotune.search.host import Host
 from autotune.search.interruption import Stopped
@@ -242,9 +243,8 @@ class Runner:
             self._fail(job, error)
 
     def _fail(self, job: JobRecord, error: Exception) -> None:
-        reason = f"an error inside the service: {error!r}; its log has the details"
         try:
-            self._move(job, JobState.FAILED, reason, finished_at=datetime.now(UTC))
+            self._move(job, JobState.FAILED, as_defect(error), finished_at=datetime.now(UTC))
         except StorageError:
             _log.exception("the failure of job %s could not be recorded", job.id)
             self._stopping.wait(_IDLE_S)

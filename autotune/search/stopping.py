@@ -11,18 +11,28 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
 
-from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, hypervolume, latency_of
+from autotune.search.front import (
+    REFERENCE_DROP,
+    REFERENCE_RATIO,
+    hypervolume,
+    latency_of,
+    reference_drop,
+)
 from autotune.search.planner import Proposal
 from autotune.spec import SearchSpec
 from storage.records import TrialRecord, TrialState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Stopping:
-    """The budget of one job, counted from `started`."""
+    """The budget of one job, counted from `started`.
+
+    What a batch gains is hypervolume up to `front.reference_drop` of `max_accuracy_drop`.
+    """
 
     search: SearchSpec
     started: datetime
+    max_accuracy_drop: float | None = None
 
     def trials_left(self, trials: Sequence[TrialRecord]) -> int:
         """How many of the job's trials are not finished yet."""
@@ -50,7 +60,9 @@ class Stopping:
         that the device measures, is held against `least_gain_per_minute`. A batch without a
         prediction is always worth it: nothing says that it is not.
         """
-        least, gain = self.search.least_gain_per_minute, gain_per_minute(batch, trials)
+        least = self.search.least_gain_per_minute
+        largest = reference_drop(self.max_accuracy_drop)
+        gain = gain_per_minute(batch, trials, largest_drop=largest)
         if least is None or gain is None or gain >= least:
             return None
         return (
@@ -59,17 +71,23 @@ class Stopping:
         )
 
 
-def gain_per_minute(batch: Sequence[Proposal], trials: Sequence[TrialRecord]) -> float | None:
+def gain_per_minute(
+    batch: Sequence[Proposal],
+    trials: Sequence[TrialRecord],
+    *,
+    largest_drop: float = REFERENCE_DROP,
+) -> float | None:
     """The hypervolume that the batch is expected to add per minute of measuring, as a share.
 
-    Of the hypervolume that the trials have. A trial takes the median of what earlier ones took
-    on the device. None where the models predict nothing, or nothing has been gained so far.
+    Of the hypervolume that the trials have, both up to `largest_drop`. A trial takes the median
+    of what earlier ones took on the device. None where the models predict nothing, or nothing
+    has been gained so far.
     """
     gains = [proposal.gain for proposal in batch if proposal.gain is not None]
     reports = [latency_of(trial) for trial in trials]
     seconds = [report.wall_s for report in reports if report is not None]
-    reached = hypervolume(trials)
+    reached = hypervolume(trials, largest_drop=largest_drop)
     if not gains or not seconds or reached <= 0:
         return None
-    share = sum(gains) / (REFERENCE_RATIO * REFERENCE_DROP) / reached
+    share = sum(gains) / (REFERENCE_RATIO * largest_drop) / reached
     return share / (len(gains) * median(seconds) / 60)

@@ -9,6 +9,7 @@ repeating a finished trial. What happens to one candidate is `evaluation.py`'s.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,15 +25,21 @@ from autotune.search.conclusion import (
     all_limits,
     baseline_trials,
     build_space,
+    compared_with,
     conclude_views,
     news_of,
     nothing_ranks,
 )
-from autotune.search.confirmation import MOST_CONFIRMED, next_to_confirm, reopen_unconfirmed
+from autotune.search.confirmation import (
+    MOST_CONFIRMED,
+    next_to_confirm,
+    reopen_fp32,
+    reopen_unconfirmed,
+)
 from autotune.search.earlier_jobs import take_over, teach
 from autotune.search.evaluation import Evaluation, race_of
 from autotune.search.explanation import news_of_model
-from autotune.search.failures import in_users_terms
+from autotune.search.failures import as_defect, in_users_terms
 from autotune.search.feasibility import limits_of, require_sensors
 from autotune.search.front import REFERENCE_DROP, Answer, further_objectives, non_dominated
 from autotune.search.host import Host
@@ -40,7 +47,7 @@ from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.planner import Proposal
 from autotune.search.priors import NOTHING
 from autotune.search.proposals import BATCH
-from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier
+from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier, make_bases
 from autotune.search.runtimes import contending, require_judges, require_offered
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.stopping import Stopping
@@ -61,7 +68,6 @@ from storage.records import (
     DeviceRecord,
     JobRecord,
     JobState,
-    TrialOutcome,
     TrialRecord,
     TrialState,
 )
@@ -69,6 +75,9 @@ from storage.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from autotune.compression.data import DataSplits
+
+
+_log = logging.getLogger(__name__)
 
 
 class Tuning:
@@ -84,7 +93,8 @@ class Tuning:
         self._stopped_because = ""
         self._tried: set[str] = set()
         self._earlier = NOTHING
-        self._stopping = Stopping(search=self._spec.search, started=self._started)
+        limit = self._spec.max_accuracy_drop
+        self._stopping = Stopping(self._spec.search, self._started, max_accuracy_drop=limit)
         self._pool: WorkerPool | None = None
 
     def run(self) -> JobRecord:
@@ -93,14 +103,8 @@ class Tuning:
         Raises:
             Stopped: the service is going down; the job goes on after the next start.
         """
-        self._job = self._update(
-            state=JobState.RUNNING,
-            phase="loading",
-            started_at=self._started,
-            reason=None,
-            **chosen(self._job, self._devices),
-        )
-        self._event("state", {"state": JobState.RUNNING.value, "reason": None})
+        targets = chosen(self._job, self._devices)
+        self._move(JobState.RUNNING, phase="loading", started_at=self._started, **targets)
         # What an interrupted run left with the device would be measured while workers compute.
         self._repository.cancel_measurements(self._job.id)
         try:
@@ -113,13 +117,16 @@ class Tuning:
             self._stopped_because = CANCELLED_BY_HAND
             return self._end(JobState.CANCELLED)
         except DeviceAway as away:
-            return self._wait_for_device(str(away))
+            return self._move(JobState.WAITING_FOR_DEVICE, str(away))
         except (AutotuneError, StorageError) as error:
             known = in_users_terms(error)
             if isinstance(known, DiskFull):
                 self._host.make_room()
             reason = name_uploads(str(error), parse_job(self._job.spec), self._spec)
             return self._end(JobState.FAILED, reason=reason, error=type(known).__name__)
+        except Exception as error:  # noqa: BLE001 - what was measured is an answer all the same
+            _log.exception("job %s failed", self._job.id)
+            return self._end(JobState.FAILED, reason=as_defect(error), error=type(error).__name__)
         finally:
             if self._pool is not None:
                 self._pool.close()
@@ -176,7 +183,7 @@ class Tuning:
         reference = self._store_reference(inspection.fp32)
         self._check_pools(self._evaluation(reference))
         evaluation = self._evaluation(reference)
-        self._reopen_fp32()
+        reopen_fp32(self._repository, baseline_trials(self._space, self._trials())[0])
         reopen_unconfirmed(self._repository, self._job)
         first, *others = planner.baselines(self._space)
         fp32 = self._evaluate(evaluation, [first])
@@ -185,14 +192,6 @@ class Tuning:
         # What a restart left open comes before anything new.
         evaluation.run([t for t in self._stored_trials() if t.state is not TrialState.FINISHED])
         return evaluation
-
-    def _reopen_fp32(self) -> None:
-        """A job that failed for want of its FP32 latency tries again when it is resumed."""
-        fp32, _ = baseline_trials(self._space, self._trials())
-        if fp32 is not None and fp32.outcome not in (None, TrialOutcome.OK):
-            self._repository.update_trial(
-                fp32.id, state=TrialState.PROPOSED, outcome=None, reason=None, further=()
-            )
 
     def _sensitivity(self, inventory: LayerInventory) -> tuple[Sensitivity, ...]:
         """The damage of each choice alone; what an earlier run stored is not measured again."""
@@ -232,19 +231,13 @@ class Tuning:
         return found + [base for base, lost in zip(used, made, strict=True) if lost is not None]
 
     def _make_bases(self, bases: Sequence[Mapping[str, float]]) -> list[float | None]:
-        """Make them; what each lost on the search data, None where it could not be made."""
-        lost: list[float | None] = [None] * len(bases)
-        calls = [Call(method="prepare_base", arguments=(base,)) for base in bases]
         with self._host.window.computing():
-            for index, result in self._workers.run(calls, should_stop=self._must_stop):
-                if isinstance(result, CallFailed):
-                    if isinstance(result.exception, DiskFull):
-                        raise result.exception
-                    self._notice(f"a pruned base could not be made: {result.error}")
-                else:
-                    lost[index] = result["accuracy"]["drop"]
-                    self._event("base_prepared", {"base": result})
-        return lost
+            return make_bases(
+                bases,
+                run=lambda calls: self._workers.run(calls, should_stop=self._must_stop),
+                notice=self._notice,
+                on_made=lambda base: self._event("base_prepared", {"base": base}),
+            )
 
     @property
     def _prunes(self) -> bool:
@@ -291,17 +284,16 @@ class Tuning:
         """Confirm baselines, winner and front; what does not confirm gives way to the next."""
         self._enter("confirming")
         evaluation.complete_front()
-        stored = self._stored_trials()
-        seen = views(self._job, stored)
-        best = [view.best_baseline(self._spec.max_accuracy_drop) for view in seen]
-        for trial in (*baseline_trials(self._space, stored), *best):
-            if trial is not None:
-                self._confirm_trial(evaluation, trial)
+        while left := self._untried(compared_with(self._job, self._stored_trials())):
+            self._confirm_trial(evaluation, left[0])
         n_before = len(self._tried)
         while (due := self._next_to_confirm()) and len(self._tried) - n_before < MOST_CONFIRMED:
             self._confirm_trial(evaluation, due)
         if self._spec.rounding.adaround:
             self._learn_rounding(evaluation)
+
+    def _untried(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        return [trial for trial in trials if trial.id not in self._tried]
 
     def _next_to_confirm(self) -> TrialRecord | None:
         winners = [found.winner for _, found in self._answers() if found is not None]
@@ -338,16 +330,18 @@ class Tuning:
 
     def _confirm_trial(self, evaluation: Evaluation, trial: TrialRecord) -> None:
         current = self._repository.get_trial(trial.id)
-        if trial.id in self._tried or not evaluation.unconfirmed_on(current):
-            return
+        due = evaluation.unconfirmed_on(current)
         self._tried.add(trial.id)
+        if not due:
+            return
         confirmed = evaluation.confirm(current)
-        missing = [device.name for device in evaluation.unconfirmed_on(confirmed)]
+        missing = [d.name for d in due if confirmed.on(d.id).confirmed_latency is None]
         if missing:
             # It could not be measured again: it stays a trial but cannot be the answer there.
             where = f" on {', '.join(missing)}" if len(self._devices) > 1 else ""
-            self._notice(f"trial {trial.number} could not be confirmed{where} and cannot win")
-        if len(missing) < len(self._devices):
+            why = f": {confirmed.reason}" if confirmed.reason else ""
+            self._notice(f"trial {trial.number} is not confirmed{where} and cannot win{why}")
+        if len(missing) < len(due):
             self._event("trial_confirmed", {"trial": trial.id, "number": trial.number})
 
     def _store_reference(self, fp32: bytes) -> ArtifactReference:
@@ -463,20 +457,22 @@ class Tuning:
             reason = reason or result.explanation
         elif result is None and state is JobState.FINISHED:
             state, reason = JobState.FAILED, nothing_ranks(self._trials())
-        self._job = self._update(
-            state=state,
-            phase=state.value,
-            reason=reason,
-            result=None if result is None else result.model_dump(),
-            finished_at=datetime.now(UTC),
-        )
-        self._event("state", {"state": state.value, "reason": reason, "error": error})
-        return self._job
+        stored = None if result is None else result.model_dump()
+        ended = {"phase": state.value, "result": stored, "finished_at": datetime.now(UTC)}
+        return self._move(state, reason, error=error, **ended)
 
     # Telling the user.
 
     def _update(self, **changes: Any) -> JobRecord:
         return self._repository.update_job(self._job.id, **changes)
+
+    def _move(
+        self, state: JobState, reason: str | None = None, error: str | None = None, **changes: Any
+    ) -> JobRecord:
+        """Change the job's state, and say so."""
+        self._job = self._update(state=state, reason=reason, **changes)
+        self._event("state", {"state": state.value, "reason": reason, "error": error})
+        return self._job
 
     def _enter(self, phase: str) -> None:
         if self._must_stop():
@@ -489,8 +485,3 @@ class Tuning:
 
     def _notice(self, message: str) -> None:
         self._event("notice", {"message": message})
-
-    def _wait_for_device(self, reason: str) -> JobRecord:
-        self._job = self._update(state=JobState.WAITING_FOR_DEVICE, reason=reason)
-        self._event("state", {"state": self._job.state.value, "reason": reason})
-        return self._job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 
 from autotune.search.confirmation import next_to_confirm, overlapping, reopen_unconfirmed
 from autotune.search.front import non_dominated
+from autotune.search.workers import CallFailed
 from device_agents.protocol import Outcome
 from search_spaces import Candidate
+from storage.artifacts import ArtifactFile
 from storage.records import TrialOutcome, TrialRecord
-from tests.unit.fakes import FakeAgent
-from tests.unit.records import latency, trial
+from tests.unit.fakes import FakeAgent, FakePool, fake_ms
+from tests.unit.records import accuracy, latency, trial
 from tests.unit.tuning_bench import Bench
 
 
@@ -90,8 +93,6 @@ def test_a_member_that_turns_out_slower_gives_its_place_to_the_next(
     lucky: set[str] = set()
 
     def report(candidate: Candidate) -> Any:
-        from tests.unit.fakes import fake_ms
-
         is_again = agent.now.kind == "confirmation"
         if is_again and candidate.prune_ratios and not lucky:
             lucky.add(candidate.digest)
@@ -104,6 +105,59 @@ def test_a_member_that_turns_out_slower_gives_its_place_to_the_next(
     assert lucky and not lucky & {t.candidate.digest for t in front}
     assert all(t.confirmed_latency for t in front[:3])
     assert job.result is not None and job.result["verdict"] == "within_budget"
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["no judgement", "a far larger drop"])
+def test_what_held_out_data_do_not_confirm_leaves_the_front(
+    bench: Bench, agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    judge = FakePool._held_out
+    doubted: set[str] = set()
+
+    def held_out(self: FakePool, artifact: ArtifactFile, runtime: str) -> Any:
+        candidate = Candidate.from_json(json.loads(artifact.read()))
+        if not (doubted or candidate.prune_ratios) or (doubted and candidate.digest not in doubted):
+            return judge(self, artifact, runtime)
+        doubted.add(candidate.digest)
+        return CallFailed(error="out of memory") if fails else accuracy(0.5, split="held_out")
+
+    monkeypatch.setattr(FakePool, "_held_out", held_out)
+    job = bench.run(bench.job(max_accuracy_drop=0.2))
+    (left,) = _unconfirmed(bench, job.id)
+    front = non_dominated(bench.repository.list_trials(job.id))
+    assert {left.candidate.digest} == doubted
+    assert ("out of memory" if fails else "on held-out data it loses") in (left.reason or "")
+    assert left.confirmed_latency is None and left.id not in {t.id for t in front}
+    notices = [str(e.payload.get("message")) for e in bench.repository.list_events(job.id)]
+    assert any(f"trial {left.number} is not confirmed and cannot win" in text for text in notices)
+
+
+def test_a_baseline_that_turns_out_slower_has_the_next_best_measured_again(
+    bench: Bench, agent: FakeAgent
+) -> None:
+    """Uniform INT8 on two threads looks best and is not; then that on three is the best.
+
+    Mixtures beat them all, so that no baseline is measured again for being on the front.
+    """
+    baselines: set[str] = set()
+
+    def report(candidate: Candidate) -> Any:
+        factors = {1: 1.5, 2: 2.0 if agent.now.kind == "confirmation" else 0.8, 3: 1.0}
+        if len(agent.measured) < 6:
+            baselines.add(candidate.digest)
+        is_mixture = candidate.digest not in baselines
+        return latency(fake_ms(candidate) * (0.2 if is_mixture else factors[threads(candidate)]))
+
+    def threads(candidate: Candidate) -> int:
+        return candidate.runtime.threads
+
+    agent.report_of = report
+    job = bench.run(bench.job(search={"trials": 14, "threads": [1, 2, 3]}, max_accuracy_drop=0.2))
+    trials = bench.repository.list_trials(job.id)
+    int8 = [t for t in trials if t.proposed_by == "baseline" and t.candidate.precisions]
+    front = {t.id for t in non_dominated(trials)}
+    assert len(int8) == 3 and not front & {t.id for t in int8}
+    assert all(t.confirmed_latency for t in int8)
 
 
 def test_a_job_that_goes_on_gives_what_did_not_confirm_another_chance(

@@ -106,6 +106,17 @@ def test_the_group_that_hurts_is_left_in_fp32_first() -> None:
     assert any(c.precision("stem") == FP32 and c.precision("body") == INT8 for c in unpruned)
 
 
+def test_a_job_that_may_lose_more_goes_on_beyond_three_points() -> None:
+    # INT8 everywhere loses five points, so that up to three a base on top of it gains nothing.
+    pruned = replace(encoding().space.uniform_int8(), prune_ratios=BASE)
+
+    def gain(**limit: float) -> float:
+        found = propose(encoding(), knowledge(), measured(), n=400, seed=0, budget=0, **limit)
+        return {c.digest: promise.gain or 0.0 for c, promise in found}[pruned.digest]
+
+    assert gain(largest_drop=0.3) > 10 * gain()
+
+
 def test_without_a_measured_fp32_nothing_is_proposed() -> None:
     assert propose(encoding(), knowledge(), measured()[1:], n=4, seed=0) == []
 

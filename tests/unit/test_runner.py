@@ -130,6 +130,16 @@ def test_a_job_that_is_cancelled_behind_another_ends_at_once(
     assert states == [JobState.RUNNING, JobState.CANCELLED]
 
 
+def test_an_error_nobody_foresaw_leaves_the_best_of_what_was_measured(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotune.search.tuning.teach", lambda *_, **__: 1 / 0)
+    with FakeAgent(loop.repository, loop.artifacts.read):
+        failed = loop.wait_for(loop.job(), JobState.FAILED)
+    assert "ZeroDivisionError" in (failed.reason or "")
+    assert failed.result is not None and failed.result["winner"]
+
+
 def test_an_error_nobody_foresaw_ends_that_job_only(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, hypervolume
+from autotune.search.front import (
+    REFERENCE_DROP,
+    REFERENCE_RATIO,
+    hypervolume,
+    reference_drop,
+)
 from autotune.search.planner import Proposal
 from autotune.search.stopping import Stopping, gain_per_minute
 from autotune.spec import SearchSpec
@@ -19,7 +24,7 @@ from tests.unit.spaces import space
 
 def stopping(*, seconds_ago: float = 0.0, **search: object) -> Stopping:
     started = datetime.now(UTC) - timedelta(seconds=seconds_ago)
-    return Stopping(search=SearchSpec.model_validate(search), started=started)
+    return Stopping(SearchSpec.model_validate(search), started)
 
 
 def measured() -> list[TrialRecord]:
@@ -52,6 +57,18 @@ def test_the_time_counts_from_the_start_and_without_a_limit_never_ends() -> None
     )
     assert stopping(time_s=60, seconds_ago=30).time_spent == pytest.approx(0.5, abs=0.01)
     assert stopping(seconds_ago=1e6).is_spent([]) is None
+
+
+def test_a_job_that_may_lose_more_gains_from_what_lies_beyond_three_points() -> None:
+    # Three times as fast at 8 points lost: worthless up to 3 points, not up to 15.
+    lossy = trial(2, 1.0, 0.87, candidate=space().uniform_int8())
+    trials = [*measured(), lossy]
+    assert reference_drop(0.1) == pytest.approx(0.15)
+    assert hypervolume(trials) == hypervolume(measured())
+    wide = [hypervolume(own, largest_drop=reference_drop(0.1)) for own in (trials, measured())]
+    assert wide[0] > 1.05 * wide[1]
+    gains = [gain_per_minute([promising(0.01)], measured(), largest_drop=d) for d in (0.03, 0.15)]
+    assert gains[1] < gains[0]  # the same gain is a smaller share of the larger box
 
 
 def test_a_gain_is_a_share_of_the_hypervolume_per_minute_of_the_device() -> None:

@@ -102,6 +102,7 @@ class Agent:
         self._fatal: Exception | None = None
         self._held: HeldLease | None = None
         self._may_be_left = False
+        self._kept_because: str | None = None
         self._threads: list[threading.Thread] = []
         self._request_id = new_request_id()
         self._users = 0
@@ -405,10 +406,22 @@ class Agent:
     def _hand_in(self) -> None:
         for result in self._outbox.pending():
             self._held = HeldLease(lease_id=result.lease_id, fencing_token=result.fencing_token)
-            if self._connection.upload(result) is Acknowledgement.REFUSED:
+            if self._upload(result) is Acknowledgement.REFUSED:
                 self._say(f"the service did not take the result of {result.measurement_id}: late")
             self._outbox.acknowledge(result)
         self._held = None
+
+    def _upload(self, result: MeasurementResult) -> Acknowledgement:
+        try:
+            answer = self._connection.upload(result)
+        except ServiceUnreachable as error:
+            # Something on the way that lets heartbeats through, but not this: say so, once.
+            if self._pulse.is_connected and self._kept_because != str(error):
+                self._kept_because = str(error)
+                self._say(f"the result of {result.measurement_id} is kept: {error}; trying again")
+            raise
+        self._kept_because = None
+        return answer
 
 
 def _result(

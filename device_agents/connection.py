@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -46,8 +46,10 @@ SLOWEST_BYTES_PER_S = 4000
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416  # RFC 9110, sections 15.3.7 and 15.5.17
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
+PROBLEM_TYPE = "application/problem+json"
+"""What every error of a service is (RFC 9457); one of a portal or a proxy on the way is not."""
 REFUSED = frozenset({400, 404, 409, 410, 413, 422})
-"""Answers to a result that trying again will not change."""
+"""A service's answers to a result that trying again will not change."""
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -57,6 +59,12 @@ class Acknowledgement(Enum):
 
     ACCEPTED = "accepted"
     REFUSED = "refused"
+
+
+class Acceptance(BaseModel):
+    """What a service says to a result that it has stored."""
+
+    accepted: Literal[True]
 
 
 class Greeting(BaseModel):
@@ -222,11 +230,15 @@ class ServiceConnection:
         return tuple(Segment(identity=name, size_bytes=size) for name, size in found)
 
     def upload(self, result: MeasurementResult) -> Acknowledgement:
-        """Send a result; REFUSED if it came too late or the service cannot read it."""
+        """Send a result; REFUSED if it came too late or the service cannot read it.
+
+        Only what the service itself says counts: the agent forgets the one copy after it.
+        """
         response = self._send("/v1/agent/results", result)
-        if response.status_code in REFUSED:
+        if response.status_code in REFUSED and _is_problem(response):
             return Acknowledgement.REFUSED
         _require_success(response)
+        _parse(Acceptance, response)
         return Acknowledgement.ACCEPTED
 
     def _post(self, path: str, message: BaseModel | None, **options: Any) -> httpx.Response:
@@ -276,6 +288,11 @@ def _require_success(response: httpx.Response) -> None:
     if response.status_code == 426:
         raise IncompatibleProtocol(f"the service wants another release of the agent: {detail}")
     raise ServiceUnreachable(f"the service answered {response.status_code}: {detail}")
+
+
+def _is_problem(response: httpx.Response) -> bool:
+    media_type = response.headers.get("Content-Type", "").partition(";")[0]
+    return bool(media_type.strip().lower() == PROBLEM_TYPE)
 
 
 def _detail(response: httpx.Response) -> str:

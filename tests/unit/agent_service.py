@@ -45,10 +45,16 @@ DEVICE = DeviceDescription(
 )
 
 
+def as_planned(answer):
+    """The answer of a status, or a status with what is sent in place of the service's."""
+    return answer if isinstance(answer, tuple) else (answer, {"detail": "as planned"})
+
+
 class FakeService:
     """The agent's routes, with knobs.
 
-    `answers` maps a route to the statuses of its next calls; afterwards it works again.
+    `answers` maps a route to the statuses of its next calls; afterwards it works again. A pair
+    of a status and a text is the answer of a portal or a proxy on the way.
     `name_of` gives the name that the answer to a request of some name bears.
     `pauses` are the seconds between the last sign that the agent was at one lease and the next.
     """
@@ -105,7 +111,7 @@ class FakeService:
             self.changed.notify_all()
             planned = self.answers.get(name) or self.answers.get("*")
             if planned:
-                return planned.pop(0), {"detail": "as planned"}
+                return as_planned(planned.pop(0))
             if name == "enrol":
                 return self.enrol(json.loads(body))
             if key not in self.keys:
@@ -147,6 +153,19 @@ class FakeService:
         return 200, {"accepted": True}
 
 
+def encoded(document):
+    if isinstance(document, bytes):
+        return document
+    return document.encode() if isinstance(document, str) else json.dumps(document).encode()
+
+
+def media_type(status, document):
+    """What a service's answer is; text stands for one of something else on the way."""
+    if isinstance(document, str):
+        return "text/html; charset=utf-8"
+    return "application/json" if status < 400 else "application/problem+json"
+
+
 def handler_for(service):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -182,13 +201,13 @@ def handler_for(service):
             key = self.headers.get("Authorization", "").removeprefix("Bearer ")
             threading.Event().wait(service.hold_s)
             status, document = service.answer(route, body, key)
-            plain = document if isinstance(document, bytes) else json.dumps(document).encode()
-            data = b"" if document is None else plain
+            data = b"" if status == 204 else encoded(document)
             try:
                 self.send_response(status)
                 self.send_header(REQUEST_HEADER, service.name_of(self.headers[REQUEST_HEADER]))
                 if status != 204:
                     self.send_header("Content-Length", str(len(data)))
+                    self.send_header("Content-Type", media_type(status, document))
                 self.end_headers()
                 self.wfile.write(data)
             except OSError:

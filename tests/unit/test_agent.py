@@ -147,6 +147,17 @@ def test_a_late_result_is_dropped_and_said(service, tmp_path):
     assert Outbox(tmp_path / "outbox").pending() == []
 
 
+@pytest.mark.parametrize("status", [200, 201, 204, 404, 409, 413, 422])
+def test_what_something_on_the_way_answers_does_not_cost_the_result(service, tmp_path, status):
+    service.answers["results"] = [(status, "<html>Log in to this network</html>")]
+    service.offer(SimulatedModel())
+    with RunningAgent(service.url, tmp_path) as running:
+        service.wait_for(lambda s: s.calls["results"] == 2)
+        service.wait_for(lambda s: s.calls["lease"] > 2)
+    assert [result.measurement_id for result in service.results] == ["m1"]
+    assert sum("the result of m1 is kept" in line for line in running.lines) == 1
+
+
 def test_a_lease_taken_back_kills_the_measurement(service, tmp_path):
     service.offer(SimulatedModel(verb="hang"))
     service.drop_lease = True

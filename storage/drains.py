@@ -12,10 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from device_agents.protocol import LatencyReport
+from device_agents.protocol import LatencyReport, Outcome
+from storage import quarantine
 from storage.records import (
     CanaryRecord,
     DeviceRecord,
@@ -27,7 +28,7 @@ from storage.records import (
     TrialState,
 )
 from storage.rows import locked_by_id, to_record
-from storage.tables import CrashRow, DeviceRow, JobRow, MeasurementRow, TrialRow
+from storage.tables import DeviceRow, JobRow, MeasurementRow, TrialRow
 
 _FINAL = tuple(state for state in JobState if state.is_final)
 
@@ -87,7 +88,8 @@ def end_leases(session: Session, device_id: str, why: str) -> None:
 def distrust(session: Session, device_id: str, *, since: datetime, because: str) -> None:
     """Open again what the device's results since then made of unfinished jobs' trials.
 
-    Its crashes since then are forgotten: they may be the device's and not the artifacts'.
+    Its crashes since then are forgotten: they may be the device's and not the artifacts'. What
+    is in quarantine no longer without them is tried again, too.
     """
     rows = session.scalars(
         select(MeasurementRow)
@@ -105,8 +107,24 @@ def distrust(session: Session, device_id: str, *, since: datetime, because: str)
     ).all()
     for row in rows:
         _doubt(session, row, because)
-    crashes = delete(CrashRow).where(CrashRow.device_id == device_id, CrashRow.created_at >= since)
-    session.execute(crashes)
+    ended = quarantine.forget(session, device_id, since=since)
+    if not ended:
+        return
+    barred = (
+        select(MeasurementRow, DeviceRow.fingerprint)
+        .join(JobRow, JobRow.id == MeasurementRow.job_id)
+        .join(DeviceRow, DeviceRow.id == MeasurementRow.device_id)
+        .where(
+            MeasurementRow.outcome == Outcome.QUARANTINED,
+            MeasurementRow.distrusted_because.is_(None),
+            JobRow.state.not_in(_FINAL),
+        )
+        .order_by(MeasurementRow.serial)
+        .with_for_update(key_share=True, of=MeasurementRow)
+    )
+    for row, fingerprint in session.execute(barred).all():
+        if quarantine.cause_of(row.request, fingerprint) in ended:
+            _doubt(session, row, because)
 
 
 def outdate(session: Session, job_id: str, device_id: str, *, because: str) -> None:

@@ -28,6 +28,9 @@ MAX_CRASHES_OF_ONE: Final = 3
 """One crash may be the device's fault and two the same one's; a second device, or a third time,
 makes the artifact the likelier cause. Choices, not measurements."""
 
+Cause = tuple[str, str, str]
+"""What crashes count for: an artifact's digest, a fingerprint and a runtime."""
+
 
 def note(
     session: Session,
@@ -56,13 +59,15 @@ def note(
         )
     )
     session.flush()
-    why = _reason(session, row.request, device.fingerprint)
+    cause = cause_of(row.request, device.fingerprint)
+    why = _reason(session, cause)
     if why is None or find(session, row.request, device.fingerprint) is not None:
         return
+    artifact_sha256, fingerprint, runtime = cause
     entry = QuarantineRow(
-        artifact_sha256=row.request.artifact.sha256,
-        fingerprint=device.fingerprint,
-        runtime=row.request.runtime.runtime,
+        artifact_sha256=artifact_sha256,
+        fingerprint=fingerprint,
+        runtime=runtime,
         reason=why,
         job_id=row.job_id,
         created_at=now,
@@ -74,9 +79,12 @@ def note(
 
 def find(session: Session, request: MeasurementRequest, fingerprint: str) -> QuarantineRow | None:
     """The quarantine that keeps this request from devices of the fingerprint."""
-    return session.get(
-        QuarantineRow, (request.artifact.sha256, fingerprint, request.runtime.runtime)
-    )
+    return session.get(QuarantineRow, cause_of(request, fingerprint))
+
+
+def cause_of(request: MeasurementRequest, fingerprint: str) -> Cause:
+    """What a crash of the request counts for on a device of the fingerprint."""
+    return request.artifact.sha256, fingerprint, request.runtime.runtime
 
 
 def end_quarantined(row: MeasurementRow, why: QuarantineRow, *, now: datetime) -> None:
@@ -113,13 +121,30 @@ def clear(session: Session, prefix: str) -> list[QuarantineRecord]:
     return found
 
 
-def _reason(session: Session, request: MeasurementRequest, fingerprint: str) -> str | None:
+def forget(session: Session, device_id: str, *, since: datetime) -> set[Cause]:
+    """Forget the device's crashes since then; returns what is in quarantine no longer for that."""
+    its = and_(CrashRow.device_id == device_id, CrashRow.created_at >= since)
+    counted = select(CrashRow.artifact_sha256, CrashRow.fingerprint, CrashRow.runtime).where(its)
+    causes: set[Cause] = {(sha, like, runtime) for sha, like, runtime in session.execute(counted)}
+    session.execute(delete(CrashRow).where(its))
+    ended = set()
+    for cause in sorted(causes):
+        entry = session.get(QuarantineRow, cause)
+        if entry is not None and _reason(session, cause) is None:
+            session.delete(entry)
+            ended.add(cause)
+    return ended
+
+
+def _reason(session: Session, cause: Cause) -> str | None:
     rows = session.execute(
         select(DeviceRow.name, CrashRow.reason)
         .join(DeviceRow, DeviceRow.id == CrashRow.device_id)
-        .where(_of(request, fingerprint))
+        .where(_of(cause))
         .order_by(CrashRow.serial)
     ).all()
+    if not rows:
+        return None
     times = Counter(name for name, _ in rows)
     last = rows[-1].reason or "no reason given"
     if len(times) >= MAX_CRASHED_DEVICES:
@@ -130,11 +155,12 @@ def _reason(session: Session, request: MeasurementRequest, fingerprint: str) -> 
     return None
 
 
-def _of(request: MeasurementRequest, fingerprint: str) -> ColumnElement[bool]:
+def _of(cause: Cause) -> ColumnElement[bool]:
+    artifact_sha256, fingerprint, runtime = cause
     return and_(
-        CrashRow.artifact_sha256 == request.artifact.sha256,
+        CrashRow.artifact_sha256 == artifact_sha256,
         CrashRow.fingerprint == fingerprint,
-        CrashRow.runtime == request.runtime.runtime,
+        CrashRow.runtime == runtime,
     )
 
 

@@ -66,11 +66,31 @@ class Pool:
     def lease(self, name: str) -> MeasurementRecord | None:
         return self.world.lease(self.agents[name])
 
-    def crash(self, measurement: str, on: str) -> MeasurementRecord:
-        self.enqueue(measurement)
-        lease = self.lease(on)
+    def crash(self, measurement: str, on: str, **options: object) -> MeasurementRecord:
+        self.enqueue(measurement, **options)
+        return self.answer(on, **CRASH)
+
+    def answer(self, name: str, **changes: object) -> MeasurementRecord:
+        """The result of what the device leases next."""
+        lease = self.lease(name)
         assert lease is not None
-        return self.repository.accept_result(result_of(lease, **CRASH), agent_id=self.agents[on].id)
+        result = result_of(lease, **changes)
+        return self.repository.accept_result(result, agent_id=self.agents[name].id)
+
+    def trial(self) -> str:
+        """The id of a trial that is yet to be measured."""
+        return self.repository.add_trial(self.job.id, Candidate(), proposed_by="optuna").id
+
+    def fail(self, trial_id: str, measured: MeasurementRecord) -> None:
+        """The trial ends as the search ends one whose measurement went wrong."""
+        self.repository.update_trial(
+            trial_id,
+            state=TrialState.FINISHED,
+            outcome=TrialOutcome.MEASUREMENT_FAILED,
+            reason=f"{measured.outcome}: {measured.reason}",
+            artifact_sha256="a" * 64,
+            artifact_size_bytes=12,
+        )
 
     def drain(self, name: str, *, cause: DrainCause = DrainCause.CANARY) -> DeviceRecord:
         return self.repository.fleet.drain(
@@ -172,21 +192,18 @@ CONV1 = KernelTime(name="conv1", operator="Conv", time_ns=1e6)
 
 def measured_trial(pool: Pool, *, report: LatencyReport | None = None) -> str:
     """A trial with the latency that device `one` reported for it; its id."""
-    trial = pool.repository.add_trial(pool.job.id, Candidate(), proposed_by="optuna")
-    pool.enqueue("m-1", trial_id=trial.id)
-    lease = pool.lease("one")
-    assert lease is not None
-    result = result_of(lease, report=report or latency_report())
-    done = pool.repository.accept_result(result, agent_id=pool.agents["one"].id)
+    trial_id = pool.trial()
+    pool.enqueue("m-1", trial_id=trial_id)
+    done = pool.answer("one", report=report or latency_report())
     pool.repository.update_trial(
-        trial.id,
+        trial_id,
         state=TrialState.FINISHED,
         outcome=TrialOutcome.OK,
         artifact_sha256="a" * 64,
         artifact_size_bytes=12,
         latency=done.report,
     )
-    return trial.id
+    return trial_id
 
 
 def test_what_a_drained_device_measured_is_open_again(world: World) -> None:
@@ -197,6 +214,18 @@ def test_what_a_drained_device_measured_is_open_again(world: World) -> None:
     assert (trial.state, trial.outcome, trial.latency) == (TrialState.RUNNING, None, None)
     assert trial.artifact_sha256 == "a" * 64
     assert pool.repository.get_measurement("m-1").distrusted_because == "12 % slower"
+
+
+def test_what_failed_on_a_drained_device_is_open_again(world: World) -> None:
+    pool = Pool(world, "one", "two")
+    trial_id = pool.trial()
+    pool.enqueue("m-1", trial_id=trial_id)
+    pool.fail(trial_id, pool.answer("one", outcome=Outcome.TIMEOUT, reason="it hung", report=None))
+    pool.drain("two")
+    assert pool.repository.get_trial(trial_id).state is TrialState.FINISHED
+    pool.drain("one")
+    trial = pool.repository.get_trial(trial_id)
+    assert (trial.state, trial.outcome, trial.reason) == (TrialState.RUNNING, None, None)
 
 
 def test_a_confirmation_by_a_drained_device_goes_and_the_rest_of_the_trial_stays(
@@ -292,6 +321,41 @@ def test_a_quarantine_holds_for_its_runtime_and_its_kind_of_device_alone(world: 
         request=request.model_copy(update={"runtime": openvino}),
     )
     assert elsewhere.state is MeasurementState.QUEUED
+
+
+def test_a_quarantine_that_rests_on_a_drained_device_ends_and_its_trial_is_open(
+    world: World,
+) -> None:
+    pool = Pool(world, "one", "odd")
+    trial_id = pool.trial()
+    for n in range(3):
+        pool.crash(f"m-{n}", on="odd", trial_id=trial_id)
+    barred = pool.enqueue("m-3", trial_id=trial_id)
+    assert (barred.outcome, barred.device_id) == (Outcome.QUARANTINED, pool.devices["one"].id)
+    pool.fail(trial_id, barred)
+    pool.drain("odd")
+    assert pool.repository.fleet.list_quarantine() == []
+    trial = pool.repository.get_trial(trial_id)
+    assert (trial.state, trial.outcome, trial.reason) == (TrialState.RUNNING, None, None)
+    assert pool.repository.get_measurement("m-3").distrusted_because == "12 % slower"
+    assert pool.enqueue("m-4", trial_id=trial_id).state is MeasurementState.QUEUED
+    assert pool.lease("one") is not None
+
+
+def test_a_quarantine_that_holds_without_the_drained_device_stays(world: World) -> None:
+    pool = Pool(world, "one", "two", "odd")
+    late = pool.enqueue("m-0")
+    assert pool.lease("odd") is not None
+    pool.crash("m-1", on="one"), pool.crash("m-2", on="two")
+    world.repository.accept_result(
+        result_of(world.repository.get_measurement(late.id), **CRASH),
+        agent_id=pool.agents["odd"].id,
+    )
+    trial_id = pool.trial()
+    pool.fail(trial_id, pool.enqueue("m-3", trial_id=trial_id))
+    pool.drain("odd")
+    assert len(pool.repository.fleet.list_quarantine()) == 1
+    assert pool.repository.get_trial(trial_id).outcome is TrialOutcome.MEASUREMENT_FAILED
 
 
 def test_an_agent_that_died_counts_and_its_measurement_is_queued_again(world: World) -> None:

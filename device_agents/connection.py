@@ -203,7 +203,7 @@ class ServiceConnection:
         path = f"/v1/agent/artifacts/{sha256}"
         try:
             with self._client.stream("GET", path, headers=headers) as response:
-                if response.status_code == 404:
+                if response.status_code == 404 and _is_problem(response):
                     raise ArtifactMissing(f"the service does not have artifact {sha256[:8]}")
                 if response.status_code == RANGE_NOT_SATISFIABLE:
                     yield Download(offset=offset, chunks=iter(()))  # all of it is here already
@@ -281,11 +281,13 @@ def _require_success(response: httpx.Response) -> None:
     if response.is_success:
         return
     detail = _detail(response)
-    if response.status_code in (401, 403):
+    # Either of the two ends the agent for good: a portal on the way must not.
+    status = response.status_code if _is_problem(response) else None
+    if status in (401, 403):
         way_out = "make another token with `autotune device enroll`"
         advice = "" if "autotune device enroll" in detail else f"; {way_out}"
         raise EnrolmentRefused(f"the service refused this agent: {detail}{advice}")
-    if response.status_code == 426:
+    if status == 426:
         raise IncompatibleProtocol(f"the service wants another release of the agent: {detail}")
     raise ServiceUnreachable(f"the service answered {response.status_code}: {detail}")
 

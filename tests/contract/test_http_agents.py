@@ -153,6 +153,7 @@ def test_a_late_result_is_a_conflict(service: RunningService) -> None:
     lease = agent.post("/v1/agent/lease", json=versioned(wait_s=0)).json()
     late = agent.post("/v1/agent/results", json={**result_of(lease), "fencing_token": 0})
     assert late.status_code == 409
+    assert late.headers["content-type"] == MEDIA_TYPE  # else the agent would keep it for ever
     assert "no longer current" in late.json()["detail"]
 
 

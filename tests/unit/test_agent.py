@@ -92,6 +92,25 @@ def test_a_revoked_agent_ends(service, tmp_path):
         assert isinstance(running.join(), EnrolmentRefused)
 
 
+def test_a_portal_on_the_way_does_not_end_an_enrolled_agent(service, tmp_path):
+    with RunningAgent(service.url, tmp_path) as running:
+        service.wait_for(lambda s: s.heartbeats)
+        service.answers["*"] = [(status, "<html>Log in</html>") for status in (401, 403, 426)] * 4
+        service.wait_for(lambda s: not s.answers["*"])
+        service.offer(SimulatedModel())
+        service.wait_for(lambda s: s.results)
+    assert running.error is None
+    assert service.results[0].outcome is Outcome.OK
+
+
+def test_an_artifact_that_a_proxy_says_is_not_there_is_asked_for_again(service, tmp_path):
+    service.answers["artifacts"] = [(404, "<html>Not here</html>")]
+    service.offer(SimulatedModel())
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: s.results)
+    assert service.results[0].outcome is Outcome.OK
+
+
 def test_an_agent_of_another_release_is_told_to_upgrade(service, tmp_path):
     service.answers["enrol"] = [426]
     with RunningAgent(service.url, tmp_path) as running:

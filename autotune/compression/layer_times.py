@@ -8,10 +8,10 @@ the device's work.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from autotune.errors import CompressionError
-from device_agents.protocol import KernelTime, Profile
+from device_agents.protocol import KernelTime, LatencyReport, Profile
 from search_spaces import LayerGroup
 
 # onnxruntime: `conv1_token_4`, `relu_nchwc`, `fused conv1`; OpenVINO: `conv1/WithoutBiases`.
@@ -23,6 +23,22 @@ _BETWEEN = frozenset(
     }
 )  # fmt: skip
 """Operators that carry data from one group to the next: what they take is the boundary's."""
+
+
+def by_group(
+    report: LatencyReport, artifact: Callable[[], bytes], groups: Iterable[LayerGroup]
+) -> LatencyReport:
+    """The report with the layer groups of its profile's kernels; itself without a profile.
+
+    `artifact` gives the file that was measured, where it is asked for.
+    """
+    if report.profile is None or not report.profile.kernels:
+        return report
+    try:
+        profile = with_groups(report.profile, artifact(), groups)
+    except CompressionError:  # no ONNX graph: a simulated artifact
+        return report
+    return report.model_copy(update={"profile": profile})
 
 
 def with_groups(profile: Profile, artifact: bytes, groups: Iterable[LayerGroup]) -> Profile:

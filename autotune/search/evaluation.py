@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotune.compression.kernels import kernels_of
-from autotune.compression.layer_times import with_groups
+from autotune.compression.layer_times import by_group
 from autotune.compression.racing import Race
-from autotune.errors import CompressionError, DiskFull
+from autotune.errors import DiskFull
 from autotune.search.best_baseline import BASELINE
 from autotune.search.compression_worker import Built
 from autotune.search.confirmation import contradicted
@@ -313,15 +313,10 @@ class Evaluation:
 
     def _by_group(self, report: LatencyReport, trial: TrialRecord) -> LatencyReport:
         """The report with the layer groups of its profile's kernels; itself without a profile."""
-        inventory = self.job.inventory
-        if report.profile is None or not report.profile.kernels or inventory is None:
+        if self.job.inventory is None:
             return report
-        artifact = self.artifacts.read(_artifact_of(trial).sha256)
-        try:
-            profile = with_groups(report.profile, artifact, inventory.groups)
-        except CompressionError:  # no ONNX graph: a simulated artifact
-            return report
-        return report.model_copy(update={"profile": profile})
+        digest = _artifact_of(trial).sha256
+        return by_group(report, lambda: self.artifacts.read(digest), self.job.inventory.groups)
 
     def _note(self, trial: TrialRecord, *devices: DeviceRecord, **figures: Any) -> None:
         """Keep figures of a trial that hold on those devices; one that has some is under way."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from autotune.compression.layer_times import by_group
 from autotune.errors import BundleError, DeviceUnavailable, JobNotReady
 from autotune.search.evaluation import measurement_plan
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
@@ -104,11 +105,15 @@ def verify(
                 runtime=made.candidate.runtime,
                 reference_runtime=job.space.runtimes[0],
                 plan=plan,
+                profile=True,
             ),
             should_stop=should_stop,
         )
     except DeviceAway as away:
         raise DeviceUnavailable(str(away)) from away
+    if measurement.report is not None and job.inventory is not None:
+        report = by_group(measurement.report, lambda: model, job.inventory.groups)
+        measurement = replace(measurement, report=report)
     keep_confirmation(repository, job, made, measurement, held_out)
     return VerificationOutcome(
         artifact_sha256=digest, device=device, measurement=measurement, held_out=held_out

@@ -92,6 +92,10 @@ class PowerMonitor:
         self._rails = [rail for folder in monitors if (rail := _rail(folder))][:1]
         if not self._rails:
             raise NoEnergySensor("no INA power monitor among the hwmon sensors")
+        try:
+            _watts(self._rails[0])  # one that cannot be read is not offered
+        except (OSError, ValueError) as error:
+            raise NoEnergySensor(f"the INA power monitor cannot be read: {error}") from error
         self._last_s = self.now_s()
 
     def joules(self) -> float:

@@ -165,6 +165,9 @@ def measure(job: ChildJob) -> dict[str, Any]:
     sampled = sample(models.load, plan, runtime.clock, watch=watch, meter=meter)
     blocks = sampled.blocks
     gc.enable()
+    joules = energy_per_inference(blocks)
+    if joules is None:
+        source = sampled.energy_missing or source
     after = read_conditions(since=ticks)
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
     if sampled.drift is not None:
@@ -184,7 +187,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
             "before": before,
             "after": after,
             "peak_memory_bytes": models.peak_memory_bytes,
-            "energy_joules": energy_per_inference(blocks),
+            "energy_joules": joules,
             "energy_source": source,
             "tainted_pairs": dict(sampled.tainted_pairs),
             "are_tainted_used": sampled.are_tainted_used,

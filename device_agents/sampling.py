@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
-from device_agents.energy import EnergyMeter
+from device_agents.energy import EnergyMeter, NoEnergySensor
 from device_agents.latency import (
     LARGEST_TREND,
     MIN_SITTINGS,
@@ -191,7 +191,8 @@ class Sampled:
     `tainted_pairs` counts the pairs that were measured while the device was disturbed, by
     reason; `are_tainted_used` says that they are among the blocks, because they are the rule
     here. `n_restarts` is how often the device was given a pause and everything began anew;
-    `drift` says why the result must not rank.
+    `drift` says why the result must not rank, `energy_missing` why blocks have no energy though
+    there is a meter.
     """
 
     blocks: list[TimedBlock]
@@ -199,6 +200,7 @@ class Sampled:
     are_tainted_used: bool = False
     n_restarts: int = 0
     drift: str | None = None
+    energy_missing: str | None = None
 
 
 def sample(
@@ -246,6 +248,7 @@ def sample(
         are_tainted_used=attempt.are_tainted_used,
         n_restarts=n_restarts,
         drift=drift,
+        energy_missing=attempt.energy_missing,
     )
 
 
@@ -301,6 +304,7 @@ class _Attempt:
     watch: Watch
     meter: EnergyMeter | None
     taints: Counter[str] = field(default_factory=Counter)
+    energy_missing: str | None = None
     _all: list[TimedBlock] = field(default_factory=list)
     _clean: list[TimedBlock] = field(default_factory=list)
 
@@ -344,8 +348,22 @@ class _Attempt:
                 return
 
     def _block(self, subject: Subject) -> TimedBlock:
-        block = _metered(self.seats.timers[subject], subject, self.meter)
-        return replace(block, sitting=self.seats.number)
+        before = self._joules()
+        block = replace(self.seats.timers[subject].block(subject), sitting=self.seats.number)
+        after = self._joules()
+        if before is None or after is None:
+            return block
+        return replace(block, energy_joules=after - before)
+
+    def _joules(self) -> float | None:
+        """The meter's reading; a sensor that fails costs this block's energy, not its time."""
+        if self.meter is None:
+            return None
+        try:
+            return self.meter.joules()
+        except (OSError, ValueError, NoEnergySensor) as error:
+            self.energy_missing = f"the sensor of the {self.meter.covers} cannot be read: {error}"
+            return None
 
     @property
     def _n_pairs(self) -> int:
@@ -368,14 +386,6 @@ class _Attempt:
             self._clean += blocks
         else:
             self.taints[reason] += 1
-
-
-def _metered(timer: Timer, subject: Subject, meter: EnergyMeter | None) -> TimedBlock:
-    if meter is None:
-        return timer.block(subject)
-    before = meter.joules()
-    block = timer.block(subject)
-    return replace(block, energy_joules=meter.joules() - before)
 
 
 def alternation(generator: random.Random) -> Iterator[tuple[Subject, Subject]]:

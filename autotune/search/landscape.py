@@ -48,6 +48,9 @@ was too many, and the job ended without the answer that was there."""
 LONG_BUDGET = _TEACHING_SHARE * TEACHING_RUNS
 """Trials of a job in which teaching is not cut short."""
 
+_SURE = 2.0
+"""Standard deviations past which a candidate's figures are not expected: 2.3 % on one side."""
+
 _RUNTIME_SCALE = 0.5
 _UNKNOWN_DAMAGE = 0.002
 """Drop of a group whose sensitivity is not known; two thirds of a point in ten."""
@@ -250,6 +253,21 @@ class Fitted:
     landscape: Landscape
     trials: Sequence[TrialRecord]
     points: np.ndarray
+
+    def is_hopeless(self, candidate: Candidate) -> bool:
+        """A measured trial is faster and loses no more, whatever the models' error.
+
+        Of the candidate what counts is the best end of its figures: `_SURE` standard deviations
+        below what is expected.
+        """
+        point = self.encoding.point(candidate)
+        if point is None:
+            return False
+        means, deviations = self.landscape.predict(point[None])
+        ratio, drop = means[0] - _SURE * deviations[0]
+        figures = self.landscape.told(len(self.points))
+        is_faster, loses_no_more = figures[:, 0] < ratio, figures[:, 1] <= max(drop, 0.0)
+        return bool((is_faster & loses_no_more).any())
 
 
 def fit(

@@ -16,7 +16,16 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
 from autotune.search.sizes import group_bytes
-from search_spaces import FP32, INT8, Candidate, LayerInventory, LayerKind, SearchSpace
+from search_spaces import (
+    FP16,
+    FP32,
+    INT8,
+    Candidate,
+    LayerInventory,
+    LayerKind,
+    Precision,
+    SearchSpace,
+)
 
 _SIZE_BOUNDS = 6
 """Steps of the ladder of sizes: as many as the ladder by sensitivity has on some 60 groups."""
@@ -39,9 +48,23 @@ class Proposal:
 
 
 def baselines(space: SearchSpace) -> list[Proposal]:
-    """FP32 and uniform INT8, on every runtime option; what any result must beat."""
+    """FP32 and uniform INT8, on every runtime option; what any result must beat.
+
+    On the first option also what else is usual, where it is offered everywhere: FP16, and 8-bit
+    weights alone.
+    """
     candidates = [space.fp32(runtime) for runtime in space.runtimes]
     candidates += [space.uniform_int8(runtime) for runtime in space.runtimes]
+    reducible = [set(offered) - {FP32} for offered in space.precisions.values() if len(offered) > 1]
+    usual = (FP16, Precision(8, 32))
+    candidates += [
+        Candidate(
+            precisions={g: p for g, offered in space.precisions.items() if p in offered},
+            runtime=space.runtimes[0],
+        )
+        for p in usual
+        if reducible and all(p in offered for offered in reducible)
+    ]
     return [Proposal(candidate=c, proposed_by="baseline") for c in _distinct(candidates)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -103,13 +103,20 @@ class Proposals:
 
         `budget` is how many trials the job has in all.
 
-        The model knows two figures, so that Optuna has half where others count or are limited.
+        The model knows two figures, so that Optuna has half where others count or are limited;
+        where none do, what the model is sure to be beaten is not measured for Optuna's sake.
         Empty where nothing new is left.
         """
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
         n = size - size // (2 if self._has_further_figures else 4)
-        promising = self._promising(encoding, trials, n, budget=budget)
+        promising, fitted = self._promising(encoding, trials, n, budget=budget)
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
+
+        def is_unwanted(candidate: Candidate) -> bool:
+            if candidate.digest in known:
+                return True
+            return fitted is not None and fitted.is_hopeless(candidate)
+
         sampler = Sampler(
             encoding=encoding,
             seed=self.seed,
@@ -117,7 +124,7 @@ class Proposals:
             max_accuracy_drop=self.max_accuracy_drop,
             beside=self.beside,
         )
-        asked = _sampled(sampler, trials, size - len(promising), known)
+        asked = _sampled(sampler, trials, size - len(promising), is_unwanted)
         return [
             *(
                 Proposal(candidate=c, proposed_by=promise.origin, gain=promise.gain)
@@ -128,10 +135,19 @@ class Proposals:
 
     def _promising(
         self, encoding: Encoding, trials: Sequence[TrialRecord], n: int, *, budget: int
-    ) -> list[tuple[Candidate, Promise]]:
-        """The fitted model's proposals; none where it fails, for Optuna goes on without it."""
+    ) -> tuple[list[tuple[Candidate, Promise]], Fitted | None]:
+        """The fitted model's proposals, and the model where it knows all figures that count.
+
+        Neither where it fails: Optuna goes on without it.
+        """
+        told: list[Fitted] = []
+
+        def tell(fitted: Fitted) -> None:
+            told.append(fitted)
+            self.on_fitted(fitted)
+
         try:
-            return landscape.propose(
+            found = landscape.propose(
                 encoding,
                 Knowledge(inventory=self.inventory, damage=self.damage, taught=self.earlier.taught),
                 trials,
@@ -140,11 +156,12 @@ class Proposals:
                 budget=budget,
                 largest_drop=reference_drop(self.max_accuracy_drop),
                 earlier=self.earlier,
-                on_fitted=self.on_fitted,
+                on_fitted=tell,
             )
         except (ArithmeticError, ValueError):  # LinAlgError is a ValueError
             _log.warning("the models could not be fitted; Optuna alone proposes", exc_info=True)
-            return []
+            return [], None
+        return found, told[0] if told and not self._has_further_figures else None
 
     @property
     def _seeks_small(self) -> bool:
@@ -171,11 +188,14 @@ class Proposals:
 
 
 def _sampled(
-    sampler: Sampler, trials: Sequence[TrialRecord], n: int, known: Set[str]
+    sampler: Sampler,
+    trials: Sequence[TrialRecord],
+    n: int,
+    is_unwanted: Callable[[Candidate], bool],
 ) -> list[Candidate]:
     """The sampler's proposals; none where it fails, for the model's own go on without it."""
     try:
-        return sampler.propose(trials, n, is_known=lambda c: c.digest in known)
+        return sampler.propose(trials, n, is_unwanted=is_unwanted)
     except Exception:  # noqa: BLE001 - whatever Optuna raises, it is one of two who propose
         _log.warning("Optuna's sampler failed; the model alone proposes", exc_info=True)
         return []

@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from autotune.search.feasibility import ANY, Limits, constraints
-from autotune.search.front import FURTHER_OBJECTIVES, latency_of, ranks
+from autotune.search.front import FURTHER_OBJECTIVES, latency_of, non_dominated, ranks
 from autotune.search.landscape import Encoding
 from search_spaces import Candidate
 from storage.records import TrialRecord
@@ -51,22 +52,36 @@ class Sampler:
         trials: Sequence[TrialRecord],
         n: int,
         *,
-        is_known: Callable[[Candidate], bool],
+        is_unwanted: Callable[[Candidate], bool],
     ) -> list[Candidate]:
-        """Up to `n` candidates that are new; fewer where the space is nearly exhausted.
+        """Up to `n` new candidates that are not unwanted; fewer where hardly any are left.
 
+        They have the choices on which all members of the front agree, as long as there are such.
         The same trials and the same seed give the same proposals.
         """
         study, distributions = self.study(trials), self.distributions()
         proposals: list[Candidate] = []
-        for _ in range(_ATTEMPTS + n):
-            if len(proposals) == n:
-                break
-            asked = study.ask(distributions)
-            candidate = self._decode(asked.params)
-            if not is_known(candidate) and candidate not in proposals:
-                proposals.append(candidate)
+        for fixed in (self.agreed(trials), {}):
+            for _ in range(_ATTEMPTS + n):
+                if len(proposals) == n:
+                    break
+                study.enqueue_trial(fixed)
+                candidate = self._decode(study.ask(distributions).params)
+                if not is_unwanted(candidate) and candidate not in proposals:
+                    proposals.append(candidate)
         return proposals
+
+    def agreed(self, trials: Sequence[TrialRecord]) -> dict[str, int]:
+        """The choices that all members of the front have in common, by name."""
+        front = non_dominated(trials, beside=self.beside)
+        members = [self.encoding.point(trial.candidate) for trial in front]
+        points = np.array([point for point in members if point is not None])
+        if not len(points):
+            return {}
+        is_common = (points == points[0]).all(axis=0)
+        options = zip(self._names, points[0].tolist(), is_common, strict=True)
+        varies = self.distributions()
+        return {name: option for name, option, common in options if common and name in varies}
 
     def study(self, trials: Sequence[TrialRecord]) -> optuna.Study:
         """An in-memory study that holds every ranking trial of this space."""

@@ -13,6 +13,7 @@ from autotune.search.landscape import (
     Encoding,
     Knowledge,
     drop_per_nat,
+    fit,
     propose,
     ratio_deviation,
 )
@@ -115,6 +116,16 @@ def test_a_job_that_may_lose_more_goes_on_beyond_three_points() -> None:
         return {c.digest: promise.gain or 0.0 for c, promise in found}[pruned.digest]
 
     assert gain(largest_drop=0.3) > 10 * gain()
+
+
+def test_what_is_surely_beaten_is_hopeless_and_what_may_not_be_is_not() -> None:
+    slow = encoding().space.uniform_int8()
+    trials = [measured()[0], trial(1, 8.0, 0.95, candidate=slow)]
+    fitted = fit(encoding(), knowledge(), trials)
+    assert fitted is not None
+    assert fitted.is_hopeless(slow)
+    assert not fitted.is_hopeless(encoding().space.fp32())
+    assert not fitted.is_hopeless(replace(slow, prune_ratios=BASE))  # nobody knows yet
 
 
 def test_without_a_measured_fp32_nothing_is_proposed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autotune.search import planner
 from search_spaces import FP32, INT8, Candidate
 from tests.unit.spaces import inventory, space
@@ -23,6 +25,21 @@ def test_the_baselines_are_fp32_first_then_uniform_int8_on_every_runtime() -> No
     assert {c.digest for c in found} == {
         c.digest for r in built.runtimes for c in (built.fp32(r), built.uniform_int8(r))
     }
+
+
+def test_uniform_fp16_and_8_bit_weights_are_baselines_where_they_are_offered_everywhere() -> None:
+    from search_spaces import FP16, Precision, SearchSpace
+
+    weights = Precision.parse("w8")
+    groups = tuple(
+        replace(group, precisions=("fp32", "fp16", "w8a8", "w8")) for group in inventory().groups
+    )
+    offered = [FP32, FP16, INT8, weights, Precision.parse("w4")]
+    everywhere = SearchSpace.build(replace(inventory(), groups=groups), precisions=offered)
+    found = [set(p.candidate.precisions.values()) for p in planner.baselines(everywhere)]
+    assert found == [set(), {INT8}, {FP16}, {weights}]
+    in_some_groups = SearchSpace.build(inventory(), precisions=offered)
+    assert len(planner.baselines(in_some_groups)) == 2
 
 
 def test_a_space_without_int8_has_one_baseline() -> None:

@@ -7,7 +7,7 @@ import random
 from autotune.search.feasibility import Limits
 from autotune.search.landscape import Encoding
 from autotune.search.sampler import Sampler
-from search_spaces import Candidate
+from search_spaces import FP32, Candidate
 from storage.records import TrialOutcome, TrialRecord
 from tests.unit.records import trial
 from tests.unit.spaces import space
@@ -35,7 +35,7 @@ def _sampler(budget_ns: float | None = 3e6) -> Sampler:
 def test_proposals_lie_in_the_space_on_known_bases_and_are_new() -> None:
     trials = _trials(12)
     known = {t.candidate.digest for t in trials}
-    found = _sampler().propose(trials, 4, is_known=lambda c: c.digest in known)
+    found = _sampler().propose(trials, 4, is_unwanted=lambda c: c.digest in known)
     assert len(found) == 4
     for candidate in found:
         space().require(candidate)
@@ -45,12 +45,27 @@ def test_proposals_lie_in_the_space_on_known_bases_and_are_new() -> None:
 
 def test_the_same_trials_and_seed_give_the_same_proposals() -> None:
     trials = _trials(12)
-    first, second = (_sampler().propose(trials, 3, is_known=lambda c: False) for _ in range(2))
+    first, second = (_sampler().propose(trials, 3, is_unwanted=lambda c: False) for _ in range(2))
     assert first == second
 
 
+def test_first_the_choices_vary_in_which_the_front_differs() -> None:
+    best = space().uniform_int8().with_precision("stem", FP32)
+    trials = [
+        trial(0, 3.0, 0.95, candidate=best.with_precision("head", FP32)),
+        trial(1, 2.0, 0.94, candidate=best),
+        trial(2, 4.0, 0.90, candidate=space().uniform_int8()),  # not on the front
+    ]
+    found = _sampler().propose(trials, 3, is_unwanted=lambda c: c in (best, trials[0].candidate))
+    common = ("stem", "dw", "body")
+    in_line = [c for c in found if all(c.precision(g) == best.precision(g) for g in common)]
+    # The head has two precisions more: once those are had, the others vary too.
+    assert [c in in_line for c in found] == [True, True, False]
+    assert set(_sampler().agreed(trials)) == {f"precision:{g}" for g in common} | {"base"}
+
+
 def test_an_exhausted_space_ends_in_fewer_proposals() -> None:
-    assert _sampler().propose(_trials(12), 4, is_known=lambda c: True) == []
+    assert _sampler().propose(_trials(12), 4, is_unwanted=lambda c: True) == []
 
 
 def test_the_study_holds_each_ranking_trial_with_its_constraint() -> None:

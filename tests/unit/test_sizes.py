@@ -92,7 +92,7 @@ def test_the_sampler_has_a_third_objective_where_size_counts() -> None:
     study = sampler.study(trials)
     assert [s.name for s in study.directions] == ["MINIMIZE"] * 3
     assert [t.values[2] for t in study.trials] == [t.artifact_size_bytes for t in trials[1:]]
-    assert len(sampler.propose(trials, 3, is_known=lambda c: False)) == 3
+    assert len(sampler.propose(trials, 3, is_unwanted=lambda c: False)) == 3
 
 
 def _all() -> list[Candidate]:

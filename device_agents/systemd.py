@@ -31,7 +31,9 @@ RestartSec=2
 # Refused, or of a release that the service does not speak with: a person has to act.
 RestartPreventExitStatus=8 16
 WatchdogSec={watchdog_s}
-KillMode=control-group
+# The agent alone hears SIGTERM and ends its measurement itself: a child that died of the signal
+# would be a crash of the model. What is left when the agent is gone is killed.
+KillMode=mixed
 # The measuring child is the first that the kernel may end; the agent is among the last.
 OOMScoreAdjust=-500
 NoNewPrivileges=yes

@@ -9,7 +9,9 @@ from click.testing import CliRunner
 
 from device_agents import systemd
 from device_agents.cli import main
+from device_agents.connection import PATIENT
 from device_agents.doctor import examine
+from device_agents.heartbeat import FIRST_INTERVAL_S
 from device_agents.protocol import RuntimeBuild
 from tests.unit.test_device import RASPBERRY_PI, lay_out
 
@@ -100,6 +102,19 @@ def test_a_users_own_unit_names_no_user():
     unit = unit_of()
     assert "User" not in unit["Service"]
     assert unit["Install"]["WantedBy"] == "default.target"
+
+
+def test_a_unit_is_watched_started_again_and_ended_by_the_agent_itself():
+    service = unit_of()["Service"]
+    kept = {name: service[name] for name in ("Type", "Restart", "WatchdogSec", "KillMode")}
+    assert kept == {
+        "Type": "notify",
+        "Restart": "always",
+        "WatchdogSec": str(systemd.WATCHDOG_S),
+        "KillMode": "mixed",
+    }
+    longest_beat_s = PATIENT.connect_s + PATIENT.heartbeat_s + FIRST_INTERVAL_S
+    assert 3 * longest_beat_s < systemd.WATCHDOG_S
 
 
 def test_an_account_that_does_not_exist_is_refused():

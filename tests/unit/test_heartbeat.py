@@ -1,5 +1,7 @@
 """When an agent beats."""
 
+import socket
+
 import pytest
 
 from device_agents.backoff import Backoff
@@ -57,3 +59,20 @@ def test_a_lost_answer_is_followed_by_another_heartbeat_sooner_than_the_next_wou
     away = Service()
     away.is_there = False
     assert waits_of(away, 5) == pytest.approx([0.5, 1.0, 2.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_systemd_hears_once_that_the_agent_is_ready_and_at_each_beat_that_it_lives(
+    tmp_path, monkeypatch, is_there
+):
+    service = Service()
+    service.is_there = is_there
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        waits_of(service, 2)
+        systemd.setblocking(False)
+        heard = [systemd.recv(100) for _ in range(3)]
+        with pytest.raises(BlockingIOError):
+            systemd.recv(100)
+    assert heard == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]

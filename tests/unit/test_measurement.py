@@ -21,7 +21,7 @@ from device_agents.feeds import make_feeds
 from device_agents.files import NO_ROOM_EXIT
 from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
-from device_agents.measurement_child import ChildJob
+from device_agents.measurement_child import LARGEST_FILE_BYTES, ChildJob
 from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
 from device_agents.runtimes import RuntimeOptions, TensorSpec, UnsupportedModel
 from device_agents.runtimes.simulated import SimulatedModel
@@ -338,13 +338,33 @@ def test_a_process_that_cannot_be_started_for_another_reason_is_no_outcome(tmp_p
         measurement(tmp_path).run()
 
 
+def test_a_child_may_write_no_file_without_end_and_compute_no_longer_than_its_time(tmp_path):
+    job = job_file(tmp_path, cpu_limit_s=77, memory_limit_bytes=2**30)
+    program = f"""
+import json, resource
+from pathlib import Path
+from device_agents.measurement_child import ChildJob, confine
+confine(ChildJob.read(Path({str(job)!r})))
+kinds = ("FSIZE", "CPU", "DATA", "CORE")
+print(json.dumps([resource.getrlimit(getattr(resource, "RLIMIT_" + kind)) for kind in kinds]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, stdout=subprocess.PIPE)
+    assert json.loads(done.stdout) == [[x, x] for x in (LARGEST_FILE_BYTES, 77, 2**30, 0)]
+
+
 def test_a_report_without_room_is_not_laid_at_the_models_door(tmp_path):
-    job = asdict(child_job(tmp_path, parent_pid=os.getpid()))
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    job = job_file(tmp_path)
     (tmp_path / "report.part").symlink_to("/dev/full")
     command = [sys.executable, "-m", "device_agents.measurement_child"]
-    ended = subprocess.run([*command, tmp_path / "job.json", tmp_path / "report.json"], timeout=60)
+    ended = subprocess.run([*command, job, tmp_path / "report.json"], timeout=60)
     assert ended.returncode == NO_ROOM_EXIT
+
+
+def job_file(folder, **changes):
+    """The job of a child that this process starts."""
+    job = child_job(folder, parent_pid=os.getpid(), **changes)
+    (folder / "job.json").write_text(json.dumps(asdict(job)))
+    return folder / "job.json"
 
 
 def child_job(folder, **changes):

@@ -35,8 +35,10 @@ _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 _BATCH = 16
 _Answers = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Probabilities under 1e-12 count as 1e-12, so that one missing class cannot make the mean
-# divergence infinite: no sample contributes more than 28 nats.
+# divergence infinite.
 _LEAST_LOG = math.log(1e-12)
+LARGEST_DIVERGENCE = -_LEAST_LOG
+"""What one sample contributes at most, in nats."""
 
 
 class AccuracyEvaluator:
@@ -252,8 +254,8 @@ def kl_divergences(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 
 def _mean(divergences: np.ndarray) -> float:
-    """Not below 0, where rounding would put that of equal distributions."""
-    return max(0.0, float(divergences.mean()))
+    """Not below 0, where rounding would put that of equal distributions; NaN stays NaN."""
+    return float(np.maximum(divergences.mean(), 0.0))
 
 
 def _correlation(both: float, only_first: float, only_second: float, neither: float) -> float:

@@ -14,10 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from autotune.compression.accuracy import log_probabilities, mean_kl_divergence
+from autotune.compression.accuracy import (
+    LARGEST_DIVERGENCE,
+    log_probabilities,
+    mean_kl_divergence,
+)
 from autotune.compression.calibration import Calibration, calibrate
 from autotune.compression.equalization import Equalization
 from autotune.compression.graph import GraphView, model_bytes
+from autotune.compression.inventory import precisions_of
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.rounding import Rounding, round_weights
 from autotune.errors import CompressionError
@@ -59,7 +64,13 @@ def post_training(model: onnx.ModelProto, samples: np.ndarray, *, threads: int =
     rounding = round_weights(view, samples, stretched, threads=threads)
     plain = replace(calibration.min_max(), channels={})
     file = model_bytes(model)
-    fp32 = log_probabilities(_outputs(file, samples, threads))
+    outputs = _outputs(file, samples, threads)
+    if not np.isfinite(outputs).all():
+        raise CompressionError(
+            "the model's output becomes NaN or infinite on the calibration samples; check the "
+            "model's weights and the data"
+        )
+    fp32 = log_probabilities(outputs)
     full_kl, plain_kl = (
         _divergence(QuantizableGraph(file, held, rounding=rounded), fp32, samples, threads)
         for held, rounded in ((calibration, rounding), (plain, Rounding()))
@@ -76,9 +87,13 @@ def post_training(model: onnx.ModelProto, samples: np.ndarray, *, threads: int =
 def _divergence(
     graph: QuantizableGraph, fp32: np.ndarray, samples: np.ndarray, threads: int
 ) -> float:
-    """Uniform INT8's mean divergence from FP32, in nats."""
-    artifact = graph.emit(dict.fromkeys(graph.units, INT8))
-    return mean_kl_divergence(fp32, log_probabilities(_outputs(artifact, samples, threads)))
+    """Uniform INT8's mean divergence from FP32, in nats; the largest where it gives no numbers."""
+    possible = [name for name, unit in graph.units.items() if INT8 in precisions_of(unit)]
+    artifact = graph.emit(dict.fromkeys(possible, INT8))
+    outputs = _outputs(artifact, samples, threads)
+    if not np.isfinite(outputs).all():
+        return LARGEST_DIVERGENCE
+    return mean_kl_divergence(fp32, log_probabilities(outputs))
 
 
 def _outputs(model: bytes, x: np.ndarray, threads: int) -> np.ndarray:

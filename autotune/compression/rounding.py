@@ -10,9 +10,10 @@ samples in place of BatchNorm's). Which scale a weight has is
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from autotune.compression.operators import WeightedNode, find_layers
 from autotune.compression.weights import INT8_MAX
 from search_spaces import LayerKind
 
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _LARGEST_BLOCK = 512
 # Inputs of a layer that take up each other's error; a Hessian over 4,608 inputs (a 3x3
 # convolution of 512 channels) costs a hundred times as much and 85 MB.
@@ -122,7 +124,8 @@ def round_weights(
 ) -> Rounding:
     """Every layer's 8-bit weights after one run over the samples.
 
-    `stretched` are the tensors that uniform INT8 stretches.
+    `stretched` are the tensors that uniform INT8 stretches. A layer is left out, and keeps its
+    nearest codes, where its inputs are too large or too alike to say which code is better.
     """
     layers = [layer for layer in find_layers(view) if takes_rounding(layer)]
     moments = {layer.name: _empty(view, layer) for layer in layers}
@@ -132,13 +135,11 @@ def round_weights(
         for layer in layers:
             rows = input_rows(view, layer, values[layer.input], rng, n_samples=len(samples))
             _add(moments[layer.name], rows)
-    plain, behind = {}, {}
-    for layer in layers:
-        plain[layer.name] = _rounded(view, layer, moments[layer.name], None)
-        if layer.input in stretched:
-            tensor = stretched[layer.input]
-            behind[layer.name] = _rounded(view, layer, moments[layer.name], tensor)
-    return Rounding(plain=plain, stretched=behind)
+    behind = {layer.name: stretched[layer.input] for layer in layers if layer.input in stretched}
+    return Rounding(
+        plain=_all_rounded(view, layers, moments, {}),
+        stretched=_all_rounded(view, [x for x in layers if x.name in behind], moments, behind),
+    )
 
 
 def weight_rows(view: GraphView, layer: WeightedNode, read: Stretched | None) -> np.ndarray:
@@ -209,8 +210,26 @@ def input_rows(
 
 def int8_scales(rows: np.ndarray) -> np.ndarray:
     """The step of each output channel's codes, float32 `(groups, outputs)`: max / 127."""
-    scale = np.abs(rows).max(axis=2) / INT8_MAX
-    return np.where(scale > 0, scale, 1.0).astype(np.float32)
+    scale = (np.abs(rows).max(axis=2) / INT8_MAX).astype(np.float32)
+    return np.where(scale > 0, scale, np.float32(1.0))
+
+
+def _all_rounded(
+    view: GraphView,
+    layers: Sequence[WeightedNode],
+    moments: Mapping[str, _Moments],
+    read: Mapping[str, Stretched],
+) -> dict[str, RoundedWeight]:
+    """The layers' rounded weights, without those whose moments say nothing."""
+    found = {}
+    for layer in layers:
+        held = moments[layer.name]
+        if not all(np.isfinite(products).all() for products in held.products):
+            continue
+        # Where a channel hardly differs from its offset, what is left of its moment is rounding.
+        with contextlib.suppress(np.linalg.LinAlgError):
+            found[layer.name] = _rounded(view, layer, held, read.get(layer.name))
+    return found
 
 
 def _rounded(
@@ -240,8 +259,10 @@ def _rounded(
         start = at.stop
     codes = np.concatenate(parts, axis=2)
     scale = (narrowest * widening)[..., None].astype(np.float64)
-    # Section 4.2: the weights' error times the mean input is the outputs' mean error.
+    # Section 4.2: the weights' error times the mean input is the outputs' mean error. One beyond
+    # float32 fits into no bias: the layer will keep its nearest codes.
     mean_error = np.einsum("goi,gi->go", codes * scale - rows, (mean - offsets) * factors)
+    mean_error = np.clip(mean_error, -_LARGEST_FLOAT, _LARGEST_FLOAT)
     return RoundedWeight(
         codes=weight_like(view, layer, codes).astype(np.int8),
         widening=widening.reshape(-1),
@@ -332,7 +353,9 @@ def _add(moments: _Moments, rows: np.ndarray) -> None:
     start = 0
     for products in moments.products:
         part = by_group[:, :, start : start + products.shape[-1]]
-        products += part.transpose(0, 2, 1) @ part
+        # Squares of values from 1e19 on are infinite in float32; the layer is left as it is then.
+        with np.errstate(over="ignore", invalid="ignore"):
+            products += part.transpose(0, 2, 1) @ part
         start += products.shape[-1]
     moments.total += by_group.sum(axis=1, dtype=np.float64)
     moments.n += len(rows)
@@ -346,5 +369,7 @@ def is_transposed(layer: WeightedNode) -> bool:
 
 
 def takes_rounding(layer: WeightedNode) -> bool:
-    """Convolutions with explicit padding, and matrix products."""
+    """Convolutions with explicit padding, and matrix products; none that stays in FP32."""
+    if layer.kind is LayerKind.CONV_TRANSPOSE:
+        return False
     return layer.is_matrix_product or attribute(layer.node, "auto_pad", b"NOTSET") == b"NOTSET"

@@ -196,6 +196,7 @@ def test_the_divergence_is_the_textbook_sum() -> None:
     expected = 0.5 * np.log(2) - 0.25 * np.log(2)
     assert mean_kl_divergence(np.log(p), np.log(q)) == pytest.approx(expected)
     assert mean_kl_divergence(np.log(p), np.log(p)) == 0.0
+    assert np.isnan(mean_kl_divergence(np.log(p), np.full(p.shape, np.nan))), "not the best of all"
 
 
 @pytest.mark.parametrize("counts", [(18, 14, 0, 18), (5, 0, 9, 80), (0, 3, 4, 0)])

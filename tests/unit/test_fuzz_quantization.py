@@ -24,6 +24,7 @@ from autotune.compression.effective import effective_precisions
 from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.inventory import precisions_of
 from autotune.compression.kernels import KERNEL_CLASSES, X86, X86_VNNI
+from autotune.compression.post_training import post_training
 from autotune.compression.quantization import QuantizableGraph
 from autotune.errors import CompressionError, InvalidModel
 from search_spaces import FP16, FP32, INT8, W8, W8A16, Precision
@@ -61,6 +62,14 @@ def samples(model: onnx.ModelProto, n: int = 4) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((n, *dims)).astype(np.float32)
 
 
+def based(data: st.DataObject, model: onnx.ModelProto, x: np.ndarray) -> QuantizableGraph:
+    """The graph as a base has it, or with ranges alone."""
+    if data.draw(st.booleans(), label="post-training"):
+        found = post_training(model, x)
+        return QuantizableGraph(model, found.calibration, rounding=found.rounding)
+    return QuantizableGraph(model, calibrate(model, x))
+
+
 def planned(
     data: st.DataObject, graph: QuantizableGraph, allowed: tuple[Precision, ...] | None = None
 ) -> dict[str, Precision]:
@@ -86,7 +95,7 @@ def test_every_candidate_of_a_random_graph_answers_nearly_as_fp32(
     x = samples(model)
     expected = run(model.SerializeToString(), x)
     np.testing.assert_allclose(run(model_bytes(graph_of), x), expected, rtol=1e-4, atol=1e-4)
-    graph = QuantizableGraph(graph_of, calibrate(graph_of, x))
+    graph = based(data, graph_of, x)
     plan = planned(data, graph, MEAN_ERROR_PRECISIONS)
     kernels = data.draw(st.sampled_from([X86_VNNI, X86]), label="kernels")
     artifact = graph.emit(plan, kernels=kernels)
@@ -112,7 +121,7 @@ def test_hostile_weights_run_or_are_refused_by_name(
         x = samples(model)
         if data.draw(st.booleans(), label="constant calibration"):
             x = np.full_like(x, data.draw(st.sampled_from([0.0, 1e-42, 1.0, -3.0, 1e30])))
-        graph = QuantizableGraph(graph_of, calibrate(graph_of, x))
+        graph = based(data, graph_of, x)
         kernels = data.draw(st.sampled_from(list(KERNEL_CLASSES.values())), label="kernels")
         artifact = graph.emit(planned(data, graph), kernels=kernels)
     except (CompressionError, InvalidModel) as error:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from autotune.compression import rounding
-from autotune.compression.calibration import calibrate
-from autotune.compression.equalization import Equalization
+from autotune.compression.calibration import Range, calibrate
+from autotune.compression.equalization import Equalization, Stretched
 from autotune.compression.graph import GraphView
 from autotune.compression.post_training import post_training
 from autotune.compression.rounding import Rounding, input_rows, round_weights, second_order_codes
 from autotune.compression.units import find_layers
 from tests.unit.compression_models import samples, tiny_source
+from tests.unit.test_precisions import gemm_model
 
 
 def correlated(n: int, k: int) -> np.ndarray:
@@ -87,6 +88,23 @@ def test_outputs_of_few_inputs_take_the_step_that_moves_them_least() -> None:
         made = rows @ error.reshape(len(error), -1).T
         errors.append(made.var(axis=0))
     assert (errors[0] <= errors[1] * 1.001).all() and errors[0].sum() < 0.9 * errors[1].sum()
+
+
+def test_inputs_whose_squares_are_no_numbers_leave_a_layer_at_its_nearest_codes() -> None:
+    view, x = GraphView(gemm_model()), np.random.default_rng(3).normal(size=(64, 80))
+    assert round_weights(view, x.astype(np.float32), {}).plain.keys() == {"a"}
+    x[3, 5] = 1e30
+    assert round_weights(view, x.astype(np.float32), {}).plain.keys() == set()
+
+
+def test_inputs_that_hardly_differ_from_their_offset_leave_a_layer_at_its_nearest_codes() -> None:
+    """Of a mean of 1000 float32 keeps too little for a variance of 1e-6."""
+    view = GraphView(gemm_model())
+    x = 1000 + 1e-3 * np.random.default_rng(4).normal(size=(64, 80))
+    held = Range(low=-1.0, high=1.0)
+    around = Stretched(factors=np.ones(80), offsets=np.full(80, 1000.0), held=held)
+    rounded = round_weights(view, x.astype(np.float32), {"input": around})
+    assert (rounded.plain.keys(), rounded.stretched.keys()) == ({"a"}, set())
 
 
 def test_what_a_base_keeps_diverges_no_more_than_the_plain_way() -> None:

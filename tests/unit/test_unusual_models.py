@@ -9,8 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from autotune.compression.calibration import calibrate
+from autotune.compression.accuracy import LARGEST_DIVERGENCE
 from autotune.compression.inventory import build_inventory, precisions_of
+from autotune.compression.post_training import post_training
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, load_source_model
 from autotune.errors import CompressionError, InvalidModel
@@ -80,9 +81,9 @@ def refused(made: onnx.ModelProto, folder: Path) -> str:
 
 
 def int8(source: SourceModel, x: np.ndarray | None = None) -> tuple[bytes, QuantizableGraph]:
-    """Calibrated and written with every group in INT8 that can take it."""
-    x = samples(8) if x is None else x
-    graph = QuantizableGraph(source.graph, calibrate(source.graph, x))
+    """Made a base of, and written with every group in INT8 that can take it."""
+    found = post_training(source.graph, samples(8) if x is None else x)
+    graph = QuantizableGraph(source.graph, found.calibration, rounding=found.rounding)
     plan = {name: INT8 for name, unit in graph.units.items() if INT8 in precisions_of(unit)}
     return graph.emit(plan), graph
 
@@ -418,6 +419,30 @@ CALIBRATIONS = {
     "denormals": np.full((4, *SHAPE), 1e-42, np.float32),
     "the largest float": np.full((1, *SHAPE), np.finfo(np.float32).max, np.float32),
 }
+
+
+def test_int8_that_gives_no_numbers_diverges_as_far_as_anything_can(tmp_path: Path) -> None:
+    """A Sigmoid of 8 bits has a 0, whose logarithm nothing can be compared with."""
+    nodes = [
+        *chain()[:3],
+        helper.make_node("GlobalAveragePool", ["s"], ["p"]),
+        helper.make_node("Conv", ["p", "last"], ["l"]),
+        helper.make_node("Sigmoid", ["l"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Log", ["f"], ["y"]),
+    ]
+    last = np.random.default_rng(1).normal(0, 2, (CLASSES, 8, 1, 1)).astype(np.float32)
+    source, x = load(model(nodes, held=constants(last=last)), tmp_path), samples(8)
+    assert np.isfinite(run(source.fp32_bytes, x)).all()
+    assert post_training(source.graph, x).mean_kl == LARGEST_DIVERGENCE
+    with pytest.raises(CompressionError, match="output becomes NaN or infinite"):
+        post_training(source.graph, 100 * x)
+
+
+def test_a_transposed_convolution_among_8_bit_layers_stays_as_it_is(tmp_path: Path) -> None:
+    up = helper.make_node("ConvTranspose", ["r", "up.weight"], ["s"], "up", strides=[2, 2])
+    weight = np.random.default_rng(1).normal(0, 0.3, (8, 8, 2, 2)).astype(np.float32)
+    assert_tunable(model(chain([up]), held=constants(**{"up.weight": weight})), tmp_path, units=3)
 
 
 @pytest.mark.parametrize("name", CALIBRATIONS)

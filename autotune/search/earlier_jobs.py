@@ -2,9 +2,11 @@
 
 Owns which results of another job say something about this one: a latency where the model, the
 device and the runtime's version are the same, an accuracy where the data and the recovery are the
-same, too. They are priors: `landscape.py` fits its models to them beside the job's own trials,
-and `proposals.py` has the earlier front measured first. No trial, front or result of this job
-holds a figure that was not measured for it.
+same, too. Of a job on another device accuracies and sensitivities hold where the kernel class is
+the same, because files are written for it, and sensitivities of pruning anywhere. They are priors:
+`landscape.py` fits its models to them beside the job's own trials, and `proposals.py` has the
+earlier front measured first. No trial, front or result of this job holds a figure that was not
+measured for it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from autotune.compression.kernels import kernels_of
 from autotune.errors import InvalidJob
 from autotune.search.front import latency_of, non_dominated, ranks
 from autotune.search.landscape import Encoding, Knowledge
@@ -27,6 +30,11 @@ from storage.repository import Repository
 
 AUTO, NONE = "auto", "none"
 """Values of `search.warm_start` that name no job."""
+
+_NOTHING_ELSEWHERE = (
+    "it measured on another device, and no accuracy or sensitivity of it holds here: they would "
+    "have to be of the same data and recovery"
+)
 
 
 def take_over(
@@ -58,11 +66,12 @@ def take_over(
             f"earlier jobs on {devices[0].name} taught the cost of {len(taught.operators)} kinds "
             f"of layers in {taught.n_trials} trials; the search begins with it"
         )
-    for other in _others(repository, job) if named == AUTO else [repository.get_job(named)]:
+    others = _others(repository, job, devices) if named == AUTO else [repository.get_job(named)]
+    for other in others:
         before = job.created_at if named == AUTO else None
         found, why_not = _results_of(repository, other, job, spec, own, devices, before=before)
         if found is not None:
-            notice(_sentence(other, found, devices))
+            notice(_sentence(repository, other, found))
             return replace(found, taught=taught)
         if named != AUTO:
             notice(f"no result of job {other.id} is taken over: {why_not}")
@@ -111,18 +120,25 @@ def _taught(
     return None
 
 
-def _others(repository: Repository, job: JobRecord) -> list[JobRecord]:
-    """Jobs of the same model, newest first."""
-    return [
+def _others(
+    repository: Repository, job: JobRecord, devices: Sequence[DeviceRecord]
+) -> list[JobRecord]:
+    """Jobs of the same model, newest first; those on other devices come last."""
+    same_model = (
         other
         for other in reversed(repository.list_jobs())
         if other.created_at < job.created_at and _same_model(other, job)
-    ]
+    )
+    return sorted(same_model, key=lambda other: not _same_devices(other, devices))
 
 
 def _same_model(one: JobRecord, other: JobRecord) -> bool:
     digests = [j.inventory.model_digest if j.inventory else None for j in (one, other)]
     return digests[0] is not None and digests[0] == digests[1]
+
+
+def _same_devices(other: JobRecord, devices: Sequence[DeviceRecord]) -> bool:
+    return {target.device_id for target in other.targets} == {device.id for device in devices}
 
 
 def _results_of(
@@ -140,31 +156,52 @@ def _results_of(
         return None, "it is this one"
     if not _same_model(other, job):
         return None, "it is of another model"
-    if {t.device_id for t in other.targets} != {device.id for device in devices}:
-        return None, "it measured on another device"
     seen = as_searched(other, repository.list_trials(other.id))
-    usable = [
+    finished = [
         trial
         for trial in seen
-        if _holds(trial, job, devices)
-        and (before is None or (trial.finished_at is not None and trial.finished_at <= before))
+        if before is None or (trial.finished_at is not None and trial.finished_at <= before)
     ]
-    if not any(trial.proposed_by != "baseline" for trial in usable):
+    usable = [trial for trial in finished if _holds(trial, job, devices)]
+    is_here = _same_devices(other, devices)
+    searched = usable if is_here else finished
+    if not any(trial.proposed_by != "baseline" for trial in searched):
         return None, "none of its candidates is in this job's space and runtime version"
-    tried = {trial.candidate.digest for trial in own}
     try:
         theirs = parse_job(other.spec)
     except InvalidJob:
         return None, "its job file is of another release"
-    same_data = _same_data(theirs, spec, seen, own)
+    found = NOTHING
+    if _same_data(theirs, spec, seen, own):
+        there = [repository.get_device(target.device_id) for target in other.targets]
+        found = _judged(other, usable, _kernels(there), _kernels(devices), theirs, spec)
+    if not is_here:
+        return (found, "") if found != NOTHING else (None, _NOTHING_ELSEWHERE)
+    tried = {trial.candidate.digest for trial in own}
+    front = tuple(t for t in non_dominated(usable) if t.candidate.digest not in tried)
+    return replace(found, latencies=tuple(usable), front=front), ""
+
+
+def _judged(
+    other: JobRecord,
+    usable: Sequence[TrialRecord],
+    their_kernels: Sequence[str],
+    kernels: Sequence[str],
+    theirs: JobSpec,
+    spec: JobSpec,
+) -> Earlier:
+    """The accuracies and sensitivities of another job on the same data that hold here, too."""
     same_recovery = _same_recovery(theirs, spec)
-    drops = [t for t in usable if same_data and (same_recovery or _is_unpruned(t))]
-    return Earlier(
-        latencies=tuple(usable),
-        drops=tuple(drops),
-        front=tuple(t for t in non_dominated(usable) if t.candidate.digest not in tried),
-        sensitivity=other.sensitivity if same_data and same_recovery else (),
-    ), ""
+    drops = [t for t in usable if same_recovery or _is_unpruned(t)]
+    entries = other.sensitivity if same_recovery else ()
+    if kernels[0] != their_kernels[0]:  # precisions were tried in the first device's files
+        entries = tuple(e for e in entries if e.precision is None)
+    same_files = set(kernels) == set(their_kernels)
+    return Earlier(drops=tuple(drops) if same_files else (), sensitivity=entries)
+
+
+def _kernels(devices: Sequence[DeviceRecord]) -> list[str]:
+    return [kernels_of(device.description).name for device in devices]
 
 
 def _holds(trial: TrialRecord, job: JobRecord, devices: Sequence[DeviceRecord]) -> bool:
@@ -216,15 +253,18 @@ def _is_unpruned(trial: TrialRecord) -> bool:
     return not trial.candidate.prune_ratios
 
 
-def _sentence(other: JobRecord, found: Earlier, devices: Sequence[DeviceRecord]) -> str:
-    where = ", ".join(device.name for device in devices)
-    also = [f"the accuracies of {len(found.drops)}"] if found.drops else []
-    also += ["the sensitivities"] if found.sensitivity else []
-    kept = f"the latencies of {len(found.latencies)} trials"
-    if also:
-        kept = ", ".join([kept, *also[:-1]]) + f" and {also[-1]}"
+def _sentence(repository: Repository, other: JobRecord, found: Earlier) -> str:
+    where = ", ".join(repository.get_device(target.device_id).name for target in other.targets)
+    kept = [f"the latencies of {len(found.latencies)} trials"] if found.latencies else []
+    if found.drops:
+        kept.append(f"the accuracies of {len(found.drops)}" + ("" if kept else " trials"))
+    kept += ["the sensitivities"] if found.sensitivity else []
+    front = f" and its front of {len(found.front)} is measured first" if found.latencies else ""
     return (
-        f"job {other.id} searched this model on {where}: {kept} are taken over as priors and its "
-        f"front of {len(found.front)} is measured first; none counts as measured by this job "
-        "(search.warm_start: none leaves them out)"
+        f"job {other.id} searched this model on {where}: {_listed(kept)} are taken over as priors"
+        f"{front}; none counts as measured by this job (search.warm_start: none leaves them out)"
     )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)

@@ -40,14 +40,14 @@ class World:
         self.notices: list[str] = []
         self.device = self.enrol("local", version="1.31.1")
 
-    def enrol(self, name: str, *, version: str) -> DeviceRecord:
+    def enrol(self, name: str, *, version: str, cpu_flags: tuple[str, ...] = ()) -> DeviceRecord:
         self.repository.add_enrolment_token(f"token-{name}", expires_in_s=60)
         described = description()
         builds = tuple(b.model_copy(update={"version": version}) for b in described.runtimes)
         return self.repository.enrol(
             f"token-{name}",
             name=name,
-            description=described.model_copy(update={"runtimes": builds}),
+            description=described.model_copy(update={"runtimes": builds, "cpu_flags": cpu_flags}),
             agent_key_hash=f"key-{name}",
         )[0]
 
@@ -148,14 +148,43 @@ def test_a_named_job_that_does_not_fit_is_told_why(
     assert world.notices == [f"no result of job {named.id} is taken over: {why}"]
 
 
-def test_a_job_on_another_device_is_told_why(world: World) -> None:
-    named = world.job(MIXTURE)
+PRUNING = Sensitivity(group="body", prune_ratio=0.5, mean_kl=0.02, n_samples=40)
+
+
+@pytest.mark.parametrize(
+    ("flags", "n_drops", "kept"), [((), 4, 2), (("avx512_vnni",), 0, 1)], ids=["like it", "other"]
+)
+def test_of_another_device_accuracies_hold_in_the_files_of_its_kernels_and_no_latency_does(
+    world: World, flags: tuple[str, ...], n_drops: int, kept: int
+) -> None:
+    there = world.job(MIXTURE, PRUNED)
+    world.repository.update_job(there.id, sensitivity=(PRUNING, *SENSITIVITY))
+    elsewhere = world.enrol("elsewhere", version="1.31.1", cpu_flags=flags)
+    own = world.repository.update_job(world.job().id, device_id=elsewhere.id)
+    found = world.take_over(own, on=elsewhere)
+    assert (found.latencies, found.front, len(found.drops)) == ((), (), n_drops)
+    assert found.sensitivity == (PRUNING, *SENSITIVITY)[:kept]
+    (notice,) = world.notices
+    assert f"job {there.id} searched this model on local: the " in notice
+    assert "the sensitivities are taken over as priors; none counts" in notice
+    assert ("the accuracies of 4 trials and" in notice) is bool(n_drops)
+
+
+def test_a_job_on_the_same_device_comes_before_a_newer_one_elsewhere(world: World) -> None:
+    here = world.job(MIXTURE)
+    elsewhere = world.enrol("elsewhere", version="1.31.1")
+    world.repository.update_job(world.job(MIXTURE).id, device_id=elsewhere.id)
+    assert {t.job_id for t in world.take_over(world.job()).latencies} == {here.id}
+
+
+def test_a_job_on_another_device_and_of_other_data_is_told_why(world: World) -> None:
+    named = world.job(MIXTURE, data={"evaluation": "npz:/other.npz"})
     elsewhere = world.enrol("elsewhere", version="1.31.1")
     own = world.repository.update_job(
         world.job(search={"warm_start": named.id}).id, device_id=elsewhere.id
     )
     assert world.take_over(own, on=elsewhere) == NOTHING
-    assert "measured on another device" in world.notices[0]
+    assert "measured on another device, and no accuracy" in world.notices[0]
 
 
 def test_who_wants_nothing_gets_nothing(world: World) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from device_agents.errors import ArtifactCorrupt, DeviceDiskFull
-from device_agents.files import PART_SUFFIX, disk_errors, durable_file, finish
+from device_agents.files import PART_SUFFIX, disk_errors, durable_file, finish, mark_newest
 from device_agents.segments import Place, Segment, places
 
 DEFAULT_MAX_BYTES = 2 * 2**30
@@ -22,7 +21,11 @@ LIST_SUFFIX = ".segments"
 
 
 class ArtifactCache:
-    """A folder of artifacts that holds at most `max_bytes`; the least recently used go first."""
+    """A folder of artifacts that holds at most `max_bytes`; the least recently used go first.
+
+    More only while one measurement needs more at once: its candidate, its reference and the
+    artifacts that lend them parts. The next one to arrive brings it back within the bound.
+    """
 
     def __init__(self, folder: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self._folder = folder
@@ -42,7 +45,7 @@ class ArtifactCache:
         if found != sha256:
             path.unlink(missing_ok=True)
             return None
-        os.utime(path)
+        mark_newest(path)
         return path
 
     def received_bytes(self, sha256: str) -> int:
@@ -70,16 +73,17 @@ class ArtifactCache:
             DeviceDiskFull: it does not fit, on the disk or within the bound.
         """
         self._make_room(size_bytes, keep={sha256, *keep})
-        part = self._part(sha256)
+        part, path = self._part(sha256), self._folder / sha256
         try:
             with disk_errors(part):
                 self._receive(part, chunks, offset=offset, size_bytes=size_bytes)
                 self._require_digest(part, sha256, size_bytes)
-                finish(part, self._folder / sha256)
+                finish(part, path)
         except DeviceDiskFull:
             part.unlink(missing_ok=True)
             raise
-        return self._folder / sha256
+        mark_newest(path)
+        return path
 
     @staticmethod
     def _receive(part: Path, chunks: Iterable[bytes], *, offset: int, size_bytes: int) -> None:

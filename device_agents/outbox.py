@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from device_agents.errors import DeviceDiskFull
-from device_agents.files import durable_file, remove_parts, sync_folder
+from device_agents.files import durable_file, mark_newest, remove_parts, sync_folder
 from device_agents.protocol import MeasurementResult
 
 SUFFIX = ".json"
@@ -35,8 +35,10 @@ class Outbox:
         Raises:
             DeviceDiskFull: there is no room.
         """
-        with durable_file(self._path(result)) as file:
+        path = self._path(result)
+        with durable_file(path) as file:
             file.write(result.model_dump_json().encode())
+        mark_newest(path)
 
     def promise(self, result: MeasurementResult) -> None:
         """Keep what is to be said if the agent does not live to say better; only the last one.

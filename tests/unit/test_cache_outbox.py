@@ -63,11 +63,29 @@ def test_the_least_recently_used_goes_first(tmp_path):
     assert cache.size_bytes() == 16
 
 
+FUTURE_NS = 4_000_000_000 * 10**9  # a clock that starts at 1970 will not come there
+
+
+def test_what_is_used_last_is_evicted_last_though_the_clock_went_back(tmp_path):
+    cache = ArtifactCache(tmp_path, max_bytes=30)
+    artifacts = [letter * 8 for letter in (b"1", b"2", b"3")]
+    for age, data in enumerate(artifacts):
+        os.utime(store(cache, data), ns=(FUTURE_NS + age, FUTURE_NS + age))
+    cache.get(digest(artifacts[0]))
+    store(cache, b"4" * 8)
+    store(cache, b"5" * 8)
+    kept = [data[:1] for data in (*artifacts, b"4", b"5") if cache.get(digest(data[:1] * 8))]
+    assert kept == [b"1", b"4", b"5"]
+
+
 def test_what_is_to_be_kept_is_not_evicted(tmp_path):
     cache = ArtifactCache(tmp_path, max_bytes=10)
     store(cache, b"1" * 8)
     store(cache, b"2" * 8, keep=[digest(b"1" * 8)])
     assert cache.get(digest(b"1" * 8)) is not None
+    assert cache.size_bytes() == 16  # over the bound, for as long as both are needed
+    store(cache, b"3" * 8)
+    assert cache.size_bytes() == 8
 
 
 def test_an_artifact_larger_than_the_bound_is_refused(tmp_path):
@@ -159,6 +177,16 @@ def test_results_come_oldest_first_until_they_are_acknowledged(tmp_path):
     outbox.acknowledge(a_result(2))
     outbox.acknowledge(a_result(2))
     assert outbox.pending() == [a_result(1), a_result(3)]
+
+
+def test_results_come_oldest_first_though_the_clock_went_back(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.put(a_result(1))
+    [first] = tmp_path.iterdir()
+    os.utime(first, ns=(FUTURE_NS, FUTURE_NS))
+    for number in (2, 3, 4, 5, 6):
+        outbox.put(a_result(number))
+    assert outbox.pending() == [a_result(number) for number in (1, 2, 3, 4, 5, 6)]
 
 
 def test_the_same_result_is_kept_once(tmp_path):

@@ -22,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from autotune.cli.embedded import EmbeddedService
@@ -40,7 +41,10 @@ TRIALS, QUICK_TRIALS = 60, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """The trials of one job in the order in which they were measured, and what each cost."""
+    """The trials of one job in the order in which their figures were there.
+
+    `device_s` are the device seconds from the trial before to each.
+    """
 
     trials: Sequence[TrialRecord]
     device_s: Sequence[float]
@@ -129,14 +133,43 @@ def run(spec: JobSpec, method: str, folder: Path, bases: Path, benchmark: Benchm
 
 
 def course_of(trials: Sequence[TrialRecord], measurements: Sequence[MeasurementRecord]) -> Course:
-    """Each trial by its first measurement, without what confirming it found out later."""
+    """Each trial at the end of its last screening, without what confirming it found out later.
+
+    It costs what the device's screenings took since the trial before it: a screening that was
+    repeated, or that ended without a report, counts where it was spent.
+    """
     by_id = {trial.id: replace(trial, confirmed_latency=None) for trial in trials}
-    screened = [
-        (by_id[m.trial_id], m.report.wall_s)
-        for m in sorted(measurements, key=lambda m: m.created_at)
-        if m.report is not None and m.trial_id in by_id and m.request.plan.kind == "screening"
-    ]
-    return Course(trials=[t for t, _ in screened], device_s=[spent for _, spent in screened])
+    ended = sorted(
+        ((m.finished_at, m) for m in measurements if m.finished_at is not None),
+        key=lambda pair: pair[0],
+    )
+    screenings: list[tuple[MeasurementRecord, float]] = []
+    free_at = datetime.min.replace(tzinfo=UTC)
+    for finished_at, m in ended:
+        if m.trial_id in by_id and m.request.plan.kind == "screening":
+            screenings.append((m, _device_s(m, finished_at, free_at)))
+        free_at = finished_at
+    last = {m.trial_id: m.id for m, _ in screenings}
+    placed, device_s, spent_s = [], [], 0.0
+    for m, seconds in screenings:
+        spent_s += seconds
+        if m.trial_id is not None and last[m.trial_id] == m.id:
+            placed.append(by_id[m.trial_id])
+            device_s.append(spent_s)
+            spent_s = 0.0
+    return Course(trials=placed, device_s=device_s)
+
+
+def _device_s(measurement: MeasurementRecord, finished_at: datetime, free_at: datetime) -> float:
+    """As reported; else since it was queued and the one device free, if it got there at all.
+
+    Records do not keep when a lease began.
+    """
+    if measurement.report is not None:
+        return measurement.report.wall_s
+    if measurement.attempts == 0:
+        return 0.0
+    return (finished_at - max(measurement.created_at, free_at)).total_seconds()
 
 
 def _over_seeds(values: Sequence[float]) -> Figure:

@@ -19,7 +19,7 @@ that share; smaller is better. Keys, per oracle:
 - `ORACLE.images_ratio` (tables): images evaluated per trial over all of them, when candidates
   race; `ORACLE.images_hypervolume`: what such a search finds over what it finds without races;
   `ORACLE.images_with_front_ratio`: with what the front is shown once before it is confirmed;
-- `ORACLE.propose_ms`: time for one proposal when 100 runs are done.
+- `ORACLE.propose_ms`: time for a batch of proposals when 100 runs are done, over its size.
 
 Intervals are bootstraps over seeds. The tables' fronts are known; for fifty groups the best
 there is comes from exact optima of weighted sums and their neighbours, so regrets are lower
@@ -36,16 +36,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autotune.search.improvement import hypervolume, most_promising
+from autotune.search.improvement import hypervolume
 from tests.benchmarks.harness import BOOTSTRAP_DRAWS, Benchmark, Figure, median_figure, start
 from tests.benchmarks.oracles import Measured, Oracle, Simulated, simulated
 from tests.benchmarks.search_images import images_ratio
-from tests.benchmarks.search_methods import (
-    METHODS,
+from tests.benchmarks.search_methods import METHODS, predicted_by_table
+from tests.benchmarks.search_ours import (
     REFERENCE,
+    comparison_runs,
     fitted,
     model_based,
-    predicted_by_table,
+    next_batch,
 )
 from tests.benchmarks.search_picture import draw
 from tests.benchmarks.tables import FOLDER, Table
@@ -94,7 +95,7 @@ def figures_of(oracle: Oracle, points: np.ndarray) -> np.ndarray:
 def compare(benchmark: Benchmark, oracle: Oracle, seeds: int) -> None:
     """All keys of one oracle."""
     large = oracle.n_groups > 10
-    runs = 60 if large else 20
+    runs = comparison_runs(oracle)
     points: dict[str, list[np.ndarray]] = {}
     for name, method in METHODS.items():
         benchmark.say(f"{oracle.name}: {name}")
@@ -219,16 +220,15 @@ def model_error(oracle: Oracle, seeds: int) -> dict[str, Figure]:
 
 
 def proposal_time(oracle: Oracle) -> Figure:
-    """Milliseconds to fit both models on 100 runs and find the next point."""
+    """Milliseconds per point of a whole batch, Optuna's with it, after 100 runs."""
     rng = np.random.default_rng(0)
     points = [*oracle.baselines(), *rng.integers(oracle.sizes, size=(100, len(oracle.sizes)))]
     found = [oracle.measure(point, rng) for point in points]
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        landscape = fitted(oracle, points, found)
-        most_promising(landscape, np.array(points), reference=REFERENCE, n=1, rng=rng)
-        times.append(1e3 * (time.perf_counter() - started))
+        batch = next_batch(oracle, points, found, seed=0)
+        times.append(1e3 * (time.perf_counter() - started) / len(batch))
     return median_figure(times)
 
 

@@ -20,7 +20,7 @@ from autotune.search.evaluation import race_of
 from autotune.search.improvement import front_of, hypervolume
 from tests.benchmarks.harness import BOOTSTRAP_DRAWS, Figure
 from tests.benchmarks.oracles import Measured, Run
-from tests.benchmarks.search_methods import REFERENCE, model_based
+from tests.benchmarks.search_ours import REFERENCE, model_based
 
 
 @dataclass(frozen=True, slots=True)

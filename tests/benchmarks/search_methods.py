@@ -1,64 +1,25 @@
-"""The searches that the search benchmark compares: each asks for one point after the other.
+"""The searches that the search benchmark compares.
 
-A method is a function of what has been measured; all are given the same baselines. Optuna's
-samplers are told a repeated point's figures without a new run, and where the reference point
-is: its two figures are their constraints. The greedy walk and the one-at-a-time table are what
-tools of this field do: walk along the ranking of sensitivities, or measure each choice alone,
-add up, and solve for every budget.
+A method is a function of what has been measured; all are given the same baselines. Ours is
+`search_ours.py`; the others are asked for one point after the other. Optuna's samplers are told
+a repeated point's figures without a new run, and where the reference point is: its two figures
+are their constraints. The greedy walk and the one-at-a-time table are what tools of this field
+do: walk along the ranking of sensitivities, or measure each choice alone, add up, and solve for
+every budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from autotune.search.drop_model import DropModel, Drops
-from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO
-from autotune.search.improvement import Landscape, most_promising
-from autotune.search.landscape import conversion
-from autotune.search.surrogate import Surrogate
 from tests.benchmarks.conversation import DRAWS, SAMPLERS, Conversation, MakeSampler
-from tests.benchmarks.oracles import Oracle, Run
+from tests.benchmarks.oracles import Oracle
+from tests.benchmarks.search_ours import model_based
 
-REFERENCE = (REFERENCE_RATIO, REFERENCE_DROP)
 Search = Callable[[Oracle, int, int], np.ndarray]
 """(oracle, runs, seed) to the points measured, in order, `(runs, n_columns)`."""
-
-
-def model_based(oracle: Oracle, runs: int, seed: int) -> np.ndarray:
-    """Ours: `surrogate.py` fitted on everything measured, `improvement.py` asked for the next."""
-    rng = np.random.default_rng(seed)
-    points = oracle.baselines()
-    found = [oracle.measure(point, rng) for point in points]
-    while len(points) < runs:
-        landscape = fitted(oracle, points, found)
-        next_ones = most_promising(landscape, np.array(points), reference=REFERENCE, n=1, rng=rng)
-        if not next_ones:
-            break
-        points.append(next_ones[0].point)
-        found.append(oracle.measure(next_ones[0].point, rng))
-    return np.array(points)
-
-
-def fitted(oracle: Oracle, points: Sequence[np.ndarray], found: Sequence[Run]) -> Landscape:
-    """Both models on what has been measured; the first point is FP32."""
-    rows, ratios = np.array(points), np.array([run.ratio for run in found])
-    per_nat = conversion([(run.kl, run.drop) for run in found])
-    latency, drop = oracle.features(
-        per_nat, [run.ratio for run in found[: len(oracle.baselines())]]
-    )
-    drops = Drops(
-        measured=np.array([run.drop for run in found]),
-        diverged=per_nat * np.array([run.kl for run in found]),
-        errors=np.array([run.drop_error or 0.0 for run in found]),
-        n_samples=oracle.n_samples,
-        ceiling=REFERENCE_DROP,
-    )
-    return Landscape(
-        Surrogate(latency, rows, ratios, oracle.noise * ratios, base=float(ratios[0])),
-        DropModel(drop, rows, drops),
-    )
 
 
 def optuna_search(sampler: MakeSampler) -> Search:

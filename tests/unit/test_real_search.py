@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 
 from autotune.search.front import hypervolume
 from search_spaces import Candidate
-from storage.records import TrialRecord
+from storage.records import MeasurementRecord, MeasurementState, TrialRecord
+from tests import running_service
 from tests.benchmarks import real_search, rivals
 from tests.benchmarks.real_search import Course
-from tests.unit.records import trial
+from tests.unit.records import NOW, latency, trial
 from tests.unit.spaces import inventory, space
 
 BASE = {"stem": 0.5, "body": 0.5}
@@ -69,6 +71,42 @@ def test_a_course_counts_what_fits_into_the_device_seconds() -> None:
     assert course.attained(1.0) == 0.0
     assert course.attained(2.0) == hypervolume(trials[:1])
     assert course.attained(3.5) == hypervolume(trials) > course.attained(3.0)
+
+
+def screening(
+    trial_id: str, queued_s: float, ended_s: float, wall_s: float | None, *, attempts: int = 1
+) -> MeasurementRecord:
+    """One that ended; without a report where it has no `wall_s`."""
+    return MeasurementRecord(
+        id=f"m-{trial_id}-{ended_s}",
+        job_id="j-1",
+        trial_id=trial_id,
+        device_id="d-1",
+        request=running_service.request(),
+        state=MeasurementState.DONE,
+        fencing_token=attempts,
+        attempts=attempts,
+        report=None if wall_s is None else latency(4.0, wall_s=wall_s),
+        created_at=NOW + timedelta(seconds=queued_s),
+        finished_at=NOW + timedelta(seconds=ended_s),
+    )
+
+
+def test_a_repeated_trial_is_placed_at_its_last_screening_and_its_seconds_where_they_were() -> None:
+    trials = measured([space().fp32(), space().uniform_int8()])
+    course = real_search.course_of(
+        trials,
+        [screening("t-0", 0, 3, 2.0), screening("t-1", 3, 6, 2.5), screening("t-0", 3, 9, 1.0)],
+    )
+    assert [t.id for t in course.trials] == ["t-1", "t-0"]
+    assert course.device_s == [4.5, 1.0]
+
+
+def test_a_screening_without_a_report_costs_the_seconds_that_it_held_the_device() -> None:
+    trials = measured([space().fp32(), space().uniform_int8()])
+    failed = [screening("t-1", 1, 13, None), screening("t-1", 13, 20, None, attempts=0)]
+    course = real_search.course_of(trials, [screening("t-0", 0, 3, 2.0), *failed])
+    assert course.device_s == [2.0, 13 - 3]
 
 
 def test_the_figures_are_means_with_the_extremes_of_the_seeds() -> None:

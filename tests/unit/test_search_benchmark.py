@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.oracles import Measured, simulated
-from tests.benchmarks.search import regrets, runs_to_reach
+from tests.benchmarks.search import attained, regrets, runs_to_reach
+from tests.benchmarks.search_methods import METHODS
+from tests.benchmarks.search_ours import REFERENCE, comparison_runs, model_based
 from tests.benchmarks.tables import FOLDER, Table, distance_to_front
 
 
@@ -88,6 +90,27 @@ def test_regrets_are_held_against_random_and_against_the_best_other_method() -> 
 def test_the_runs_to_reach_tpe_are_the_first_that_have_its_share() -> None:
     shares = {"ours": [[0.5, 0.7, 0.9]] * 3, "tpe": [[0.1, 0.7]] * 3}
     assert runs_to_reach(shares).value == pytest.approx(2 / 200)
+
+
+def test_our_search_misses_far_less_of_the_front_than_random_points_do() -> None:
+    oracle = Measured(table=Table.load("resnet18"))
+    points = {
+        name: [METHODS[name](oracle, comparison_runs(oracle), seed) for seed in (0, 1)]
+        for name in ("ours", "random")
+    }
+    assert [len(rows) for rows in points["ours"]] == [20, 20]
+    found = regrets(attained(oracle, points, REFERENCE), 20)
+    assert found["regret_vs_random"].value <= 0.4
+
+
+def test_our_search_begins_with_the_baselines_and_the_ladder_of_a_jobs_warm_start() -> None:
+    oracle = Measured(table=Table.load("resnet18"))
+    points = model_based(oracle, 20, seed=0)
+    assert len({tuple(point) for point in points}) == 20
+    most_damaged = np.argsort([-damage[1] for damage in oracle.damages()])
+    assert points[:2].tolist() == [[0] * 10, [1] * 10]
+    for point, n_float in zip(points[2:5], (1, 2, 4), strict=True):
+        assert set(np.flatnonzero(point == 0)) == set(most_damaged[:n_float])
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.npz")), ids=lambda path: str(path.stem))

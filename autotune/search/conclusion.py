@@ -21,6 +21,7 @@ from autotune.search.front import Answer
 from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
+from device_agents.protocol import LatencyReport
 from search_spaces import (
     LayerGroup,
     LayerInventory,
@@ -227,6 +228,15 @@ def baseline_trials(
     by_digest = {trial.candidate.digest: trial for trial in trials}
     fp32, int8 = space.fp32().digest, space.uniform_int8().digest
     return by_digest.get(fp32), None if int8 == fp32 else by_digest.get(int8)
+
+
+def noise_in_words(again: LatencyReport) -> str:
+    """What the A/A run says of the device: FP32 was measured against itself."""
+    off = max(again.ratio_high - 1, 1 - again.ratio_low)
+    return (
+        f"A/A run: FP32 takes {again.ratio:.3f} [{again.ratio_low:.3f}, {again.ratio_high:.3f}] of "
+        f"its own latency here; one measurement tells no smaller difference than {off:.1%} for sure"
+    )
 
 
 def compared_with(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialRecord]:

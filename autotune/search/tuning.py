@@ -28,6 +28,7 @@ from autotune.search.conclusion import (
     compared_with,
     conclude_views,
     news_of,
+    noise_in_words,
     nothing_ranks,
 )
 from autotune.search.confirmation import (
@@ -351,7 +352,10 @@ class Tuning:
 
     def _calibrate(self, evaluation: Evaluation, fp32: TrialRecord) -> Evaluation:
         """Pin the reference's own latency on each target; everything later is a ratio times it."""
+        is_first = self._job.reference_latency_ns is None
         self._job = self._update(**calibrated(self._job, self._spec, fp32))
+        if is_first and fp32.latency is not None:
+            self._notice(noise_in_words(fp32.latency))
         return replace(evaluation, job=self._job)
 
     def _check_pools(self, evaluation: Evaluation) -> bool:

@@ -36,6 +36,18 @@ def test_the_baselines_come_first_and_the_budget_is_a_fraction_of_fp32(bench: Be
     assert job.latency_budget_ns == pytest.approx(0.65 * first.latency.p50_ns)
 
 
+def test_the_a_a_run_says_once_what_the_noise_is(bench: Bench) -> None:
+    with bench.agent() as agent:
+        agent.report_of = lambda candidate: latency(fake_ms(candidate), half_width=0.02)
+        job = bench.run(bench.job())
+        bench.repository.resume_job(job.id)
+        bench.run(job)
+    notices = [e.payload for e in bench.repository.list_events(job.id) if e.kind == "notice"]
+    found = [n["message"] for n in notices if n["message"].startswith("A/A run")]
+    assert len(found) == 1
+    assert "1.000 [0.980, 1.020] of its own latency" in found[0] and "2.0% for sure" in found[0]
+
+
 def test_the_trial_budget_is_kept_and_no_candidate_is_measured_twice(bench: Bench) -> None:
     with bench.agent() as agent:
         job = bench.run(bench.job())

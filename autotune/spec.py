@@ -156,7 +156,7 @@ class SearchSpec(_Section):
     time where left out."""
     warm_start: str = Field(default="auto", min_length=1)
     """Whose results the search begins with, as priors: those of the newest job of the same model
-    and devices (`auto`), of the job of this id or name, or `none`."""
+    (`auto`; one on the same devices comes first), of the job of this id or name, or `none`."""
     max_pruned_bases: int = Field(default=4, ge=0)
     """Pruned and recovered versions of the model that are made at most; each is trained once."""
     allow_without_pruning: bool = True

@@ -65,37 +65,44 @@ class SensitivityMeter:
         self._few = PrefixActivations(fp32, data.x[:SQNR_SAMPLES], threads=threads)
         self._threads = threads
 
-    def noise(self, group: str, precisions: Sequence[Precision]) -> list[Sensitivity]:
+    def noise(
+        self, group: str, precisions: Sequence[Precision]
+    ) -> list[Sensitivity | CompressionError]:
         """The SQNR of each precision of a group, from `SQNR_SAMPLES` samples.
 
         The group gets its FP32 input; what its weights and activations lose is seen where
-        its output leaves it. Where it leaves at several places their powers are added.
+        its output leaves it. Where it leaves at several places their powers are added. What
+        the group cannot take has an error in its place, which names both.
 
         Raises:
-            CompressionError: the group does not exist or cannot take a precision.
+            CompressionError: the group does not exist.
         """
         unit = self._units.get(group)
         if unit is None:
             raise CompressionError(f"the model has no layer group {group!r}")
-        fp32 = self._few.fp32
-        leaving = _leaving(fp32, unit)
-        entries = []
+        leaving = _leaving(self._few.fp32, unit)
+        found: list[Sensitivity | CompressionError] = []
         for precision in precisions:
-            started = time.monotonic()
-            artifact = self._emit(group, precision)
-            pairs = counterparts(fp32, artifact, leaving)
-            found = difference(fp32, artifact)
-            exact = self._few.outputs(fp32, _all_behind(fp32, found.cut), list(pairs))
-            noisy = self._few.outputs(artifact, found, list(pairs.values()))
-            entries.append(
-                Sensitivity(
-                    group=group,
-                    precision=precision.name,
-                    sqnr_db=sqnr_db(exact, noisy),
-                    wall_s=time.monotonic() - started,
-                )
-            )
-        return entries
+            try:
+                found.append(self._noise(group, precision, leaving))
+            except CompressionError as error:
+                what = f"the noise of group {group!r} at {precision}"
+                found.append(CompressionError(f"{what} could not be measured: {error}"))
+        return found
+
+    def _noise(self, group: str, precision: Precision, leaving: Sequence[str]) -> Sensitivity:
+        started = time.monotonic()
+        fp32, artifact = self._few.fp32, self._emit(group, precision)
+        pairs = counterparts(fp32, artifact, leaving)
+        found = difference(fp32, artifact)
+        exact = self._few.outputs(fp32, _all_behind(fp32, found.cut), list(pairs))
+        noisy = self._few.outputs(artifact, found, list(pairs.values()))
+        return Sensitivity(
+            group=group,
+            precision=precision.name,
+            sqnr_db=sqnr_db(exact, noisy),
+            wall_s=time.monotonic() - started,
+        )
 
     def divergence(self, group: str, precision: Precision) -> Sensitivity:
         """The mean KL and drop of an artifact that is FP32 but for that group.

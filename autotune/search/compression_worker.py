@@ -187,8 +187,10 @@ class CompressionWorker:
             accuracy=accuracy,
         )
 
-    def noise(self, group: str, precisions: Sequence[Precision]) -> list[Sensitivity]:
-        """What each precision loses at the group's own output; cheap."""
+    def noise(
+        self, group: str, precisions: Sequence[Precision]
+    ) -> list[Sensitivity | CompressionError]:
+        """What each precision loses at the group's own output, or why it cannot be; cheap."""
         return self._meter.noise(group, precisions)
 
     def divergence(self, group: str, precision: Precision) -> list[Sensitivity]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any, Protocol
 
+from autotune.errors import CompressionError
 from autotune.search import screening
 from autotune.search.workers import Call, CallFailed
 from autotune.spec import SearchSpec
@@ -159,7 +160,10 @@ class SensitivityPhase:
                 self._give_up(calls[index], result)
                 continue
             for entry in result:
-                self._keep(entry)
+                if isinstance(entry, CompressionError):
+                    self._notice(str(entry))
+                else:
+                    self._keep(entry)
             self._store(tuple(self._entries.values()))
 
     def _keep(self, entry: Sensitivity) -> None:

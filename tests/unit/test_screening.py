@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from autotune.errors import CompressionError
 from autotune.search import screening
 from autotune.search.interruption import Stopped
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
@@ -172,6 +173,22 @@ def test_a_group_that_cannot_be_measured_is_said_and_does_not_hold_up_the_others
     assert recorder.notices == ["a sensitivity could not be measured: no kernel for body"]
     body = next(e for e in entries if e.key == ("body", "w8a8"))
     assert body.is_estimate and body.mean_kl is not None
+
+
+def test_a_precision_that_a_group_cannot_take_leaves_its_other_ones_measured() -> None:
+    class Overflowing(FakePool):
+        def _noise(self, group: str, precisions: Any) -> Any:
+            found = super()._noise(group, precisions)
+            return [
+                CompressionError("w4 is beyond it") if e.precision == "w4" else e for e in found
+            ]
+
+    recorder = Recorder()
+    entries = recorder.phase().run(Overflowing(), should_stop=never, with_pruning=False)
+    offered = space().precisions.items()
+    left = {(g, p.name) for g, c in offered for p in c if p.name not in ("fp32", "w4")}
+    assert set(damage(entries)) == left
+    assert set(recorder.notices) == {"w4 is beyond it"}
 
 
 def test_entries_of_the_first_version_keep_their_figures_and_get_the_new_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from autotune.compression.accuracy import AccuracyEvaluator
 from autotune.compression.compressor import Compressor
@@ -17,10 +19,19 @@ from autotune.compression.prefix import PrefixActivations
 from autotune.compression.prune_alone import pruned_outputs
 from autotune.compression.sensitivity import SQNR_LIMIT_DB, SensitivityMeter, sqnr_db
 from autotune.compression.slices import FileGraph, counterparts, difference
+from autotune.compression.source import load_source_model
 from autotune.errors import CompressionError
-from autotune.spec import RecoverySpec
-from search_spaces import FP32, INT8, Candidate, Precision
-from tests.unit.compression_models import labelled, run, samples, tiny_source, tiny_splits
+from autotune.spec import ModelSpec, RecoverySpec
+from search_spaces import FP16, FP32, INT8, Candidate, Precision
+from tests.unit.compression_models import (
+    SHAPE,
+    labelled,
+    run,
+    samples,
+    save,
+    tiny_source,
+    tiny_splits,
+)
 
 DATA = labelled(40, seed=3)
 CALIBRATION = samples(16)
@@ -107,6 +118,20 @@ def test_fewer_bits_are_more_noise(compressor: Compressor) -> None:
     assert len(noise) >= 2
     assert noise == sorted(noise, reverse=True)
     assert all(entry.mean_kl is None for entry in entries)
+
+
+def test_a_precision_that_a_group_cannot_take_has_its_reason_beside_the_others(
+    tmp_path: Path,
+) -> None:
+    model = onnx.ModelProto.FromString(tiny_source().fp32_bytes)
+    head = next(t for t in model.graph.initializer if t.name == "head.weight")
+    head.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(head) * np.float32(1e6), head.name))
+    spec = ModelSpec(source=save(model, tmp_path / "huge.onnx"))
+    source = load_source_model(spec, input_shape=SHAPE)
+    made = Compressor(source, tiny_splits(), recovery=RecoverySpec(), cache_dir=tmp_path)
+    refused, measured = meter(made).noise("head", [FP16, INT8])
+    assert re.search(r"group 'head' at fp16 could not be measured.*65504", str(refused))
+    assert (measured.precision, measured.sqnr_db) == ("w8a8", pytest.approx(40, abs=15))
 
 
 def test_an_unchanged_file_differs_in_nothing(compressor: Compressor) -> None:

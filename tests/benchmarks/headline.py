@@ -48,6 +48,7 @@ TIME_S = 1200.0
 MAX_DROP = 0.01
 SEARCH: dict[str, Any] = {
     "precisions": ["fp32", "w8a8"],
+    "runtimes": ["onnxruntime", "openvino"],
     "prune_ratios": [0.0, 0.25, 0.5, 0.75, 0.875, 0.9375],
     "trials": 40,
     "time_s": TIME_S,

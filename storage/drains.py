@@ -176,14 +176,19 @@ def _doubt(session: Session, row: MeasurementRow, because: str) -> None:
 
 
 def _reopen(trial: TrialRow, measured: MeasurementRow) -> None:
-    """Take out of a trial what came from this measurement, on whichever target it was for."""
+    """Take out of a trial what came from this measurement, on whichever target it was for.
+
+    Without a screening the trial is under way again; without a confirmation it may be confirmed.
+    """
     further = tuple(_without(figures, measured) for figures in trial.further or ())
     was_screened = _screened(trial, measured) or any(
-        was.outcome is not now.outcome
+        was.outcome is not None and now.outcome is None
         for was, now in zip(trial.further or (), further, strict=True)
     )
     if _screened(trial, measured):
         trial.outcome = trial.reason = trial.latency = None
+    if _refused(trial, measured):
+        trial.outcome, trial.reason = TrialOutcome.OK, None
     if _confirmed(trial, measured):
         trial.confirmed_latency = None
     if further:
@@ -195,6 +200,8 @@ def _reopen(trial: TrialRow, measured: MeasurementRow) -> None:
 def _without(figures: TargetFigures, measured: MeasurementRow) -> TargetFigures:
     if _screened(figures, measured):
         figures = replace(figures, outcome=None, reason=None, latency=None)
+    if _refused(figures, measured):
+        figures = replace(figures, outcome=TrialOutcome.OK, reason=None)
     if _confirmed(figures, measured):
         figures = replace(figures, confirmed_latency=None)
     return figures
@@ -212,6 +219,19 @@ def _screened(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bo
     if measured.report is not None:
         return _is_same(figures.latency, measured.report)
     return figures.latency is None and (figures.reason or "").endswith(measured.reason or "")
+
+
+def _refused(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bool:
+    """It is for this measurement that the figures could not be confirmed.
+
+    A measurement without a reason went well and was not steady.
+    """
+    return (
+        figures.outcome is TrialOutcome.UNCONFIRMED
+        and measured.request.plan.kind == "confirmation"
+        and figures.artifact_sha256 == measured.request.artifact.sha256
+        and (figures.reason or "").endswith(measured.reason or "unsteady")
+    )
 
 
 def _confirmed(figures: TrialRow | TargetFigures, measured: MeasurementRow) -> bool:

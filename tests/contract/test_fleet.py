@@ -54,12 +54,12 @@ class Pool:
         return self.repository.fleet.record_canary(device.id, IN_LINE, passed=True)
 
     def enqueue(self, name: str, **options: object) -> MeasurementRecord:
-        options = {"is_shared": True, "trial_id": None, **options}
+        request = measurement_request(name)
+        options = {"is_shared": True, "trial_id": None, "request": request, **options}
         first = next(iter(self.devices.values()))
         return self.repository.enqueue_measurement(
             job_id=self.job.id,
             device_id=first.id,
-            request=measurement_request(name),
             **options,  # type: ignore[arg-type]
         )
 
@@ -239,6 +239,29 @@ def test_a_confirmation_by_a_drained_device_goes_and_the_rest_of_the_trial_stays
     trial = pool.repository.get_trial(trial_id)
     assert (trial.state, trial.outcome) == (TrialState.FINISHED, TrialOutcome.OK)
     assert trial.confirmed_latency is None
+    assert trial.latency is not None
+
+
+@pytest.mark.parametrize(
+    ("reason", "after"),
+    [
+        ("it could not be measured again: timeout: it hung", TrialOutcome.OK),
+        ("on held-out data it loses 3 points", TrialOutcome.UNCONFIRMED),
+    ],
+)
+def test_a_trial_that_a_drained_device_could_not_confirm_may_be_confirmed(
+    world: World, reason: str, after: TrialOutcome
+) -> None:
+    pool = Pool(world, "one", "odd")
+    trial_id = measured_trial(pool)
+    request = measurement_request("m-2")
+    again = request.plan.model_copy(update={"kind": "confirmation"})
+    pool.enqueue("m-2", trial_id=trial_id, request=request.model_copy(update={"plan": again}))
+    pool.answer("odd", outcome=Outcome.TIMEOUT, reason="it hung", report=None)
+    pool.repository.update_trial(trial_id, outcome=TrialOutcome.UNCONFIRMED, reason=reason)
+    pool.drain("odd")
+    trial = pool.repository.get_trial(trial_id)
+    assert (trial.state, trial.outcome) == (TrialState.FINISHED, after)
     assert trial.latency is not None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,11 @@ from autotune.compression.calibration import Range, calibrate
 from autotune.compression.equalization import Equalization, Stretched
 from autotune.compression.graph import GraphView
 from autotune.compression.post_training import post_training
+from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.rounding import Rounding, input_rows, round_weights, second_order_codes
 from autotune.compression.units import find_layers
-from tests.unit.compression_models import samples, tiny_source
+from search_spaces import INT8
+from tests.unit.compression_models import run, samples, tiny_source
 from tests.unit.test_precisions import gemm_model
 
 
@@ -88,6 +92,23 @@ def test_outputs_of_few_inputs_take_the_step_that_moves_them_least() -> None:
         made = rows @ error.reshape(len(error), -1).T
         errors.append(made.var(axis=0))
     assert (errors[0] <= errors[1] * 1.001).all() and errors[0].sum() < 0.9 * errors[1].sum()
+
+
+def test_a_corrected_bias_takes_up_the_mean_error_of_every_output() -> None:
+    model = gemm_model(k=32)
+    x = (3 + np.abs(np.random.default_rng(5).normal(size=(512, 32)))).astype(np.float32)
+    expected = run(model.SerializeToString(), x)
+    rounded = round_weights(GraphView(model), x, {}).plain["a"]
+    uncorrected = replace(rounded, mean_error=np.zeros_like(rounded.mean_error))
+    errors = []
+    for held in (rounded, uncorrected):
+        graph = QuantizableGraph(model, calibrate(model, x), rounding=Rounding(plain={"a": held}))
+        errors.append(np.abs((run(graph.emit({"a": INT8}), x) - expected).mean(axis=0)))
+    # What is left is that the inputs are rounded as well.
+    left = float(errors[0].max())
+    assert left < 2e-3 * expected.std(axis=0).min()
+    assert errors[1].mean() > 5 * errors[0].mean()
+    assert errors[1] == pytest.approx(np.abs(rounded.mean_error), abs=1.1 * left)
 
 
 def test_inputs_whose_squares_are_no_numbers_leave_a_layer_at_its_nearest_codes() -> None:

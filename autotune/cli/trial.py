@@ -98,10 +98,11 @@ def confirm(session: Session, job: str, reference: str) -> None:
             _confirm_on(client, job, shown, device=device)
         shown = client.trial(job, shown.id)
         if shown.confirmed_latency_ns is None:
-            raise DeviceUnavailable(
-                f"trial {shown.number} could not be confirmed: its measurement was not steady, or "
-                "the device was lost; try again when nothing else runs there"
+            why = shown.reason or (
+                "its measurement was not steady, or the device was lost; try again when nothing "
+                "else runs there"
             )
+            raise DeviceUnavailable(f"trial {shown.number} could not be confirmed: {why}")
     print_one(TRIAL, shown, output_format=session.output_format, to=sys.stdout)
 
 

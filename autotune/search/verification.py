@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from autotune.compression.layer_times import by_group
 from autotune.errors import BundleError, DeviceUnavailable, JobNotReady
+from autotune.search.best_baseline import BASELINE
+from autotune.search.confirmation import contradicted
 from autotune.search.evaluation import measurement_plan
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
 from autotune.search.interruption import DeviceAway
@@ -127,7 +129,11 @@ def keep_confirmation(
     measurement: MeasurementRecord,
     held_out: AccuracyReport,
 ) -> None:
-    """Confirm a trial that was measured well and has no confirmation on the job's device."""
+    """Confirm a trial that was measured well and has no confirmation on the job's device.
+
+    As at the end of a job: one that held-out data contradict is `UNCONFIRMED` and leaves the
+    front.
+    """
     report = measurement.report
     if (
         trial.outcome is not TrialOutcome.OK
@@ -138,12 +144,13 @@ def keep_confirmation(
     ):
         return
     is_primary = repository.get_job(job.id).device_id == job.device_id
-    repository.update_trial(
-        trial.id,
-        on=None if is_primary else job.device_id,
-        confirmed_latency=report,
-        held_out_accuracy=held_out,
-    )
+    on = None if is_primary else job.device_id
+    reason = contradicted(replace(trial, held_out_accuracy=held_out))
+    if reason is not None and trial.proposed_by != BASELINE:
+        refused = {"outcome": TrialOutcome.UNCONFIRMED, "reason": reason}
+        repository.update_trial(trial.id, on=on, held_out_accuracy=held_out, **refused)
+        return
+    repository.update_trial(trial.id, on=on, confirmed_latency=report, held_out_accuracy=held_out)
     payload = {"trial": trial.id, "number": trial.number}
     repository.append_event(job.id, "trial_confirmed", payload)
 

@@ -1,14 +1,15 @@
 """A bundle's model measured again: what is asked of the device, and what the trial keeps."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
 from autotune.search.fleet import QuietWindow
-from autotune.search.verification import verify
-from device_agents.protocol import KernelTime, Profile
+from autotune.search.verification import keep_confirmation, verify
+from device_agents.protocol import KernelTime, Outcome, Profile
 from search_spaces import Candidate
 from storage.records import JobState, TrialOutcome, TrialState
 from tests.unit.fabricated_job import linear_model
@@ -68,3 +69,14 @@ def test_a_trial_that_is_confirmed_on_demand_has_the_times_of_its_groups(bench, 
     (trial,) = bench.repository.list_trials(job.id)
     for kept in (trial.confirmed_latency, found.measurement.report):
         assert [(k.group, k.time_ns) for k in kept.profile.kernels] == [(group.name, 2e6)]
+
+
+def test_a_trial_that_held_out_data_contradict_is_not_confirmed_on_demand_either(bench, job):
+    (trial,) = bench.repository.list_trials(job.id)
+    measured = SimpleNamespace(outcome=Outcome.OK, report=latency(3.0))
+    held_out = accuracy(0.8, split="held_out")
+    keep_confirmation(bench.repository, job, trial, measured, held_out)
+    kept = bench.repository.get_trial(trial.id)
+    assert (kept.outcome, kept.confirmed_latency) == (TrialOutcome.UNCONFIRMED, None)
+    assert kept.held_out_accuracy == held_out
+    assert str(kept.reason).startswith("on held-out data it loses 15.00 points")

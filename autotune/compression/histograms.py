@@ -133,7 +133,9 @@ def entropy_range(histogram: Histogram, low: float, high: float) -> tuple[float,
     """The range whose codes' distribution diverges least from the values' (KL, as TensorRT's).
 
     Migacz 2017, "8-bit inference with TensorRT": what lies beyond the range is counted at its
-    ends; each code spreads its count over its bins that are not empty.
+    ends; each code spreads its count over its bins that are not empty. As there, no range has
+    fewer bins than codes: each bin would have its own, and two bins would diverge in nothing.
+    The whole range where it has fewer itself.
     """
     return _best(low, high, lambda a, b: _divergence(histogram, a, b))
 
@@ -208,7 +210,7 @@ def _divergence(histogram: Histogram, low: float, high: float) -> float:
         return math.inf
     centres = histogram.centres
     kept = (centres >= low) & (centres <= high)
-    if not kept.any():
+    if kept.sum() <= LEVELS:
         return math.inf
     counts = histogram.counts.astype(np.float64)
     p = counts[kept]

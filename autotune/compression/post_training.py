@@ -28,7 +28,9 @@ from autotune.compression.rounding import Rounding, round_weights
 from autotune.errors import CompressionError
 from search_spaces import INT8
 
-POST_TRAINING_VERSION = 5
+POST_TRAINING_VERSION = 6
+# Version 6 (2026-11-22): least divergence is a range of as many bins as codes at least, and some
+# tensors take it; before, it was a range of two bins, which none took.
 # Version 5 (2026-11-21): the ranges of a residual stream share its factors at the least cost;
 # rounded weights have steps of their own.
 # Version 4 (2026-11-21): channels are stretched through a HardSwish; weights are rounded for it.

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from autotune.compression.histograms import (
+    _SHRINKS,
     BINS,
+    PERCENTILE,
     Histogram,
     choose_range,
     entropy_range,
@@ -46,6 +48,47 @@ def test_an_outlier_is_cut_off_by_each_narrow_method() -> None:
     for method in (percentile_range, entropy_range, square_error_range):
         low, high = method(histogram, float(values.min()), 1000.0)
         assert values.min() <= low < 0 < high < 700, method
+
+
+def test_the_percentile_range_ends_with_the_bins_of_the_datas_percentiles() -> None:
+    values = np.random.default_rng(8).standard_t(5, 1_000_003)
+    histogram, ends = filled(values, parts=3), (float(values.min()), float(values.max()))
+    low, high = percentile_range(histogram, *ends)
+    tail = (100 - PERCENTILE) / 2
+    exact = np.percentile(values, [tail, 100 - tail], method="inverted_cdf")
+    width = 2.0**histogram.exponent
+    assert ends[0] < low <= exact[0] < low + width
+    assert high - width <= exact[1] < high < ends[1]
+    assert percentile_range(filled(np.abs(values)), 0.0, ends[1])[0] == 0.0
+
+
+def test_the_entropy_range_is_the_clip_point_that_a_search_bin_by_bin_finds() -> None:
+    histogram = filled(np.random.default_rng(9).standard_t(3, 50_000), parts=3)
+    counts, centres = histogram.counts, histogram.centres
+    largest = float(np.abs(centres).max())
+
+    def divergence(end: float) -> float:
+        """Migacz 2017: the values with what is cut off at the ends, against their codes."""
+        kept = [i for i, centre in enumerate(centres) if -end <= centre <= end]
+        if len(kept) < 256:
+            return np.inf
+        bins_of: dict[int, list[int]] = {}
+        for i in kept:
+            bins_of.setdefault(round((centres[i] + end) / (2 * end / 255)), []).append(i)
+        p, q = np.zeros(len(counts)), np.zeros(len(counts))
+        for bins in bins_of.values():
+            used = [i for i in bins if counts[i]]
+            for i in used:
+                p[i], q[i] = counts[i], counts[bins].sum() / len(used)
+        p[kept[0]] += counts[: kept[0]].sum()
+        p[kept[-1]] += counts[kept[-1] + 1 :].sum()
+        p, q = p / p.sum(), np.maximum(q / q.sum(), 1e-12)
+        return sum(p[i] * np.log(p[i] / q[i]) for i in kept if p[i])
+
+    clip_points = [largest * shrink for shrink in _SHRINKS]
+    low, high = entropy_range(histogram, -largest, largest)
+    assert (-low, high) == (min(clip_points, key=divergence),) * 2
+    assert 0.1 * largest < high < 0.95 * largest
 
 
 def test_square_error_is_least_at_the_range_that_a_search_by_hand_finds() -> None:

@@ -178,14 +178,17 @@ def adaround(
     codes must do better than its old ones. The same input gives the same codes.
 
     Raises:
-        CompressionError: the candidate cannot be written, or a part of it does not run.
+        CompressionError: the candidate has no layer to learn, and why; it cannot be written, or
+            a part of it does not run.
     """
     started = time.monotonic()
     plan = graph.plan(precisions)
+    layers = [layer for layer in _in_graph_order(plan) if _is_learned(plan, layer)]
+    if not layers:
+        raise CompressionError(_why_none(plan))
     fp32 = FileGraph.read(graph.fp32)
     earlier = FileGraph.read(graph.emit(precisions))
     rounding, artifact = graph.rounding, earlier
-    layers = [layer for layer in _in_graph_order(plan) if _is_learned(plan, layer)]
     improved = []
     with torch_settings(seed=0, threads=threads):
         for layer in layers:
@@ -332,6 +335,22 @@ def _is_learned(plan: Plan, layer: WeightedNode) -> bool:
         and precision.granularity is None
         and (not precision.is_int8 or plan.kernels.largest_weight_code == INT8_MAX)
         and takes_rounding(layer)
+    )
+
+
+def _why_none(plan: Plan) -> str:
+    """What keeps every layer from being learned, and what to do."""
+    largest = plan.kernels.largest_weight_code
+    if largest < INT8_MAX and any(precision.is_int8 for precision in plan.chosen.values()):
+        return (
+            f"AdaRound can round no layer: 8-bit kernels of a {plan.kernels.name!r} processor take "
+            f"weight codes up to {largest}, and it rounds for codes up to {INT8_MAX} alone; leave "
+            "rounding.adaround out for this device"
+        )
+    return (
+        "AdaRound can round no layer: it takes those with 8-bit weights and quantized activations, "
+        "a scale per output channel, and explicit padding; leave rounding.adaround out, or offer "
+        "w8a8"
     )
 
 

@@ -17,13 +17,15 @@ from autotune.compression.adaround import (
     adaround,
     learned_codes,
 )
+from autotune.compression.calibration import calibrate
 from autotune.compression.compressor import Compressor
+from autotune.compression.kernels import X86
 from autotune.compression.post_training import post_training
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.recovery import torch_settings
 from autotune.errors import CompressionError
 from autotune.spec import RecoverySpec
-from search_spaces import INT8, W4, Candidate
+from search_spaces import INT8, W4, W8A16, Candidate
 from tests.unit.compression_models import run, samples, tiny_source, tiny_splits
 
 JUDGES = samples(64, seed=5)
@@ -128,9 +130,20 @@ def test_learning_twice_gives_the_same_codes() -> None:
 
 
 def test_float_and_weight_only_layers_are_left_alone() -> None:
-    graph = base()
-    found = adaround(graph, {"hidden": W4}, samples(8), judged_by=JUDGES[:8], iterations=5)
-    assert (found.n_layers, found.improved, found.is_better) == (0, (), False)
+    mixed = {"hidden": W4, "head": INT8}
+    found = adaround(base(), mixed, samples(8), judged_by=JUDGES[:8], iterations=5)
+    assert found.n_layers == 1
+    with pytest.raises(CompressionError, match=r"can round no layer: it takes.*offer w8a8"):
+        adaround(base(), {"hidden": W4}, samples(8), judged_by=JUDGES[:8], iterations=5)
+
+
+def test_a_device_of_fewer_weight_codes_is_told_why_nothing_is_rounded() -> None:
+    tiny = tiny_source().graph
+    graph = QuantizableGraph(tiny, calibrate(tiny, samples(8)), kernels=X86)
+    with pytest.raises(CompressionError, match=r"of a 'x86' processor take weight codes up to 64"):
+        adaround(graph, {"head": INT8}, samples(8), judged_by=JUDGES[:8], iterations=5)
+    found = adaround(graph, {"head": W8A16}, samples(8), judged_by=JUDGES[:8], iterations=5)
+    assert found.n_layers == 1, "it computes in float"
 
 
 def compressor(folder: Path) -> Compressor:
@@ -154,7 +167,10 @@ def test_an_artifact_says_what_was_learned_and_only_if_it_was(tmp_path: Path) ->
     assert "rounding" not in built.build(plain).compression
 
 
-def test_a_rounding_that_is_not_better_is_refused_with_both_figures(tmp_path: Path) -> None:
-    candidate = Candidate(precisions={"hidden": W4}, rounding="adaround")
-    with pytest.raises(CompressionError, match=r"no better rounding.*0 of 0 layers"):
+def test_a_rounding_that_is_not_better_is_refused_with_both_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotune.compression.adaround._learn_layer", lambda *arguments: None)
+    candidate = Candidate(precisions={"hidden": INT8}, rounding="adaround")
+    with pytest.raises(CompressionError, match=r"no better rounding.*0 of 1 layers"):
         compressor(tmp_path).build(candidate)

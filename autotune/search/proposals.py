@@ -29,6 +29,16 @@ _log = logging.getLogger(__name__)
 BATCH = 4
 """Proposals made at once: enough to keep two workers busy, few enough to learn from."""
 
+OPTUNA_EVERY, OPTUNA_EVERY_BESIDE = 8, 2
+"""Of the candidates after the warm start one of so many is Optuna's; the latter where figures
+count that the model does not know.
+
+Replaying measured tables, the share costs: mean regret on the simulated fifty groups is 0.20 with
+every fourth, 0.17 with every eighth and 0.16 with none, on four tables of ten groups all three
+are alike within their errors. It stays as insurance against models that are wrong throughout:
+with their prior knowledge permuted, regret on resnet18 is 0.28 with every fourth and 0.26 with
+none, on efficientnet_b0 0.54 and 0.58."""
+
 _WARM = ("earlier", "sensitivity", "size")
 
 
@@ -103,12 +113,15 @@ class Proposals:
 
         `budget` is how many trials the job has in all.
 
-        The model knows two figures, so that Optuna has half where others count or are limited;
-        where none do, what the model is sure to be beaten is not measured for Optuna's sake.
+        The model knows two figures, so that Optuna has half where others count or are limited.
+        Where none do, what the model is sure to be beaten is not measured for Optuna's sake.
         Empty where nothing new is left.
         """
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
-        n = size - size // (2 if self._has_further_figures else 4)
+        by = Counter(trial.proposed_by for trial in trials)
+        n_before = by.total() - by["baseline"] - sum(by[name] for name in _WARM)
+        every = OPTUNA_EVERY_BESIDE if self._has_further_figures else OPTUNA_EVERY
+        n = size - optunas_part(n_before, size, every=every)
         promising, fitted = self._promising(encoding, trials, n, budget=budget)
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
 
@@ -185,6 +198,15 @@ class Proposals:
             return None
         weights = sum(group_bytes(group, FP32) for group in self.inventory.groups)
         return self.limits.size_bytes - max(file_bytes - weights, 0)
+
+
+def optunas_part(n_before: int, n: int, *, every: int) -> int:
+    """How many of the next `n` candidates after the first `n_before` are Optuna's.
+
+    >>> [optunas_part(n_before, 4, every=8) for n_before in (0, 4, 8, 12)]
+    [0, 1, 0, 1]
+    """
+    return (n_before + n) // every - n_before // every
 
 
 def _sampled(

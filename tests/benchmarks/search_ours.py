@@ -17,7 +17,7 @@ from autotune.search.drop_model import DropModel, Drops
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO
 from autotune.search.improvement import TEACHING_RUNS, Landscape, most_promising
 from autotune.search.landscape import LONG_BUDGET, Encoding, Fitted, Knowledge, conversion
-from autotune.search.proposals import BATCH
+from autotune.search.proposals import BATCH, OPTUNA_EVERY, optunas_part
 from autotune.search.sampler import Sampler
 from autotune.search.surrogate import Surrogate
 from search_spaces import (
@@ -49,20 +49,25 @@ def comparison_runs(oracle: Oracle) -> int:
     return 60 if oracle.n_groups > 10 else 20
 
 
-def model_based(oracle: Oracle, runs: int, seed: int) -> np.ndarray:
-    """The points that a job of `comparison_runs` measures; past those it goes on as it is."""
+def model_based(oracle: Oracle, runs: int, seed: int, *, budget: int | None = None) -> np.ndarray:
+    """The points that a job of `budget` trials measures; past those it goes on as it is.
+
+    Without one it is that of `comparison_runs`.
+    """
+    budget = budget or comparison_runs(oracle)
     rng = np.random.default_rng(seed)
     points: list[np.ndarray] = []
     found: list[Run] = []
-    batch = [*oracle.baselines(), *warm_start(oracle)]
+    batch = [*oracle.baselines(), *warm_start(oracle, budget=budget)]
     while batch := batch[: runs - len(points)]:
         points += batch
         found += [oracle.measure(point, rng) for point in batch]
-        batch = next_batch(oracle, points, found, seed) if len(points) < runs else []
+        is_over = len(points) >= runs
+        batch = [] if is_over else next_batch(oracle, points, found, seed, budget=budget)
     return np.array(points)
 
 
-def warm_start(oracle: Oracle) -> list[np.ndarray]:
+def warm_start(oracle: Oracle, *, budget: int) -> list[np.ndarray]:
     """The ladder by sensitivity behind uniform INT8, as far as a job's warm start goes."""
     baselines, space = oracle.baselines(), _space([2] * oracle.n_groups)
     damages = zip(space.precisions, oracle.damages(), strict=False)
@@ -72,21 +77,27 @@ def warm_start(oracle: Oracle) -> list[np.ndarray]:
         steps.append(baselines[1].copy())
         for column, name in enumerate(space.precisions):
             steps[-1][column] *= candidate.precision(name) != FP32
-    return steps[: max(BATCH, (comparison_runs(oracle) - len(baselines)) // 4)]
+    return steps[: max(BATCH, (budget - len(baselines)) // 4)]
 
 
 def next_batch(
-    oracle: Oracle, points: Sequence[np.ndarray], found: Sequence[Run], seed: int
+    oracle: Oracle,
+    points: Sequence[np.ndarray],
+    found: Sequence[Run],
+    seed: int,
+    *,
+    budget: int,
 ) -> list[np.ndarray]:
-    """A batch of `Proposals.refine`: three quarters from the fitted models, the rest Optuna's."""
+    """A batch of `Proposals.refine`: most of it from the fitted models, the rest Optuna's."""
+    n_before = len(points) - len(oracle.baselines()) - len(warm_start(oracle, budget=budget))
     landscape = fitted(oracle, points, found)
     promises = most_promising(
         landscape,
         np.array(points),
         reference=REFERENCE,
-        n=BATCH - BATCH // 4,
+        n=BATCH - optunas_part(max(n_before, 0), BATCH, every=OPTUNA_EVERY),
         rng=np.random.default_rng(seed + len(points)),
-        teaching_runs=min(TEACHING_RUNS, comparison_runs(oracle) * TEACHING_RUNS // LONG_BUDGET),
+        teaching_runs=min(TEACHING_RUNS, budget * TEACHING_RUNS // LONG_BUDGET),
     )
     batch = [promise.point for promise in promises]
     encoding = Encoding(space=_space(oracle.sizes), bases=({},))

@@ -21,7 +21,8 @@ as a share of the best there is. Regret is 1 less that share; smaller is better.
 - `ORACLE.images_ratio` (tables): images evaluated per trial over all of them, when candidates
   race; `ORACLE.images_hypervolume`: what such a search finds over what it finds without races;
   `ORACLE.images_with_front_ratio`: with what the front is shown once before it is confirmed;
-- `ORACLE.propose_ms`: time for a batch of proposals when 100 runs are done, over its size.
+- `ORACLE.propose_ms`: time to fit the models to 100 runs and find a batch by them, over its size;
+  `ORACLE.batch_ms`: for such a batch with one of Optuna's in it.
 
 Intervals are bootstraps over seeds. The tables' fronts are known; for fifty groups the best
 there is comes from exact optima of weighted sums and their neighbours, so regrets are lower
@@ -40,6 +41,7 @@ import numpy as np
 
 from autotune.search.improvement import hypervolume
 from autotune.search.landscape import LONG_BUDGET
+from autotune.search.proposals import BATCH
 from tests.benchmarks.harness import BOOTSTRAP_DRAWS, Benchmark, Figure, median_figure, start
 from tests.benchmarks.oracles import Measured, Oracle, Simulated, simulated
 from tests.benchmarks.search_images import images_ratio
@@ -50,6 +52,8 @@ from tests.benchmarks.search_ours import (
     fitted,
     model_based,
     next_batch,
+    promising,
+    warm_start,
 )
 from tests.benchmarks.search_picture import draw
 from tests.benchmarks.tables import FOLDER, Table
@@ -121,7 +125,8 @@ def compare(benchmark: Benchmark, oracle: Oracle, seeds: int) -> None:
     if isinstance(oracle, Measured):
         for key, figure in images_ratio(oracle, points["ours"], runs).items():
             benchmark.add(f"{oracle.name}.{key}", figure)
-    benchmark.add(f"{oracle.name}.propose_ms", proposal_time(oracle))
+    for key, figure in proposal_times(oracle).items():
+        benchmark.add(f"{oracle.name}.{key}", figure)
 
 
 def best_hypervolume(oracle: Oracle, reference: Sequence[float]) -> float:
@@ -222,17 +227,22 @@ def model_error(oracle: Oracle, seeds: int) -> dict[str, Figure]:
     }
 
 
-def proposal_time(oracle: Oracle) -> Figure:
-    """Milliseconds per point of a whole batch, Optuna's with it, after 100 runs."""
+def proposal_times(oracle: Oracle) -> dict[str, Figure]:
+    """Milliseconds per point that the models propose, and per batch with Optuna's part."""
     rng = np.random.default_rng(0)
-    points = [*oracle.baselines(), *rng.integers(oracle.sizes, size=(100, len(oracle.sizes)))]
+    baselines, warm = oracle.baselines(), warm_start(oracle, budget=LONG_BUDGET)
+    drawn = rng.integers(oracle.sizes, size=(100, len(oracle.sizes)))
+    points = [*baselines, *warm, *drawn]  # Optuna's turn is after 4, 12, 20, ..., 100
     found = [oracle.measure(point, rng) for point in points]
-    times = []
+    models, batches = [], []
     for _ in range(5):
         started = time.perf_counter()
-        batch = next_batch(oracle, points, found, seed=0, budget=LONG_BUDGET)
-        times.append(1e3 * (time.perf_counter() - started) / len(batch))
-    return median_figure(times)
+        own = promising(fitted(oracle, points, found), points, BATCH, 0, budget=LONG_BUDGET)
+        models.append(1e3 * (time.perf_counter() - started) / len(own))
+        started = time.perf_counter()
+        next_batch(oracle, points, found, seed=0, budget=LONG_BUDGET)
+        batches.append(1e3 * (time.perf_counter() - started))
+    return {"propose_ms": median_figure(models), "batch_ms": median_figure(batches)}
 
 
 if __name__ == "__main__":

@@ -90,16 +90,9 @@ def next_batch(
 ) -> list[np.ndarray]:
     """A batch of `Proposals.refine`: most of it from the fitted models, the rest Optuna's."""
     n_before = len(points) - len(oracle.baselines()) - len(warm_start(oracle, budget=budget))
+    n = BATCH - optunas_part(max(n_before, 0), BATCH, every=OPTUNA_EVERY)
     landscape = fitted(oracle, points, found)
-    promises = most_promising(
-        landscape,
-        np.array(points),
-        reference=REFERENCE,
-        n=BATCH - optunas_part(max(n_before, 0), BATCH, every=OPTUNA_EVERY),
-        rng=np.random.default_rng(seed + len(points)),
-        teaching_runs=min(TEACHING_RUNS, budget * TEACHING_RUNS // LONG_BUDGET),
-    )
-    batch = [promise.point for promise in promises]
+    batch = promising(landscape, points, n, seed, budget=budget)
     encoding = Encoding(space=_space(oracle.sizes), bases=({},))
     trials = [_told(encoding, n, *both) for n, both in enumerate(zip(points, found, strict=True))]
     known = {_candidate(encoding, point).digest for point in (*points, *batch)}
@@ -117,6 +110,21 @@ def next_batch(
     )
     rows = [encoding.point(candidate) for candidate in asked]
     return batch + [row[:-2] for row in rows if row is not None]
+
+
+def promising(
+    landscape: Landscape, points: Sequence[np.ndarray], n: int, seed: int, *, budget: int
+) -> list[np.ndarray]:
+    """The models' part of a batch."""
+    promises = most_promising(
+        landscape,
+        np.array(points),
+        reference=REFERENCE,
+        n=n,
+        rng=np.random.default_rng(seed + len(points)),
+        teaching_runs=min(TEACHING_RUNS, budget * TEACHING_RUNS // LONG_BUDGET),
+    )
+    return [promise.point for promise in promises]
 
 
 def fitted(oracle: Oracle, points: Sequence[np.ndarray], found: Sequence[Run]) -> Landscape:

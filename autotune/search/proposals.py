@@ -95,12 +95,11 @@ class Proposals:
         is extended, does so with what it has learnt. It depends on the trials alone, so that a
         restart changes no proposal.
         """
-        by = Counter(trial.proposed_by for trial in trials)
-        warm = sum(by[name] for name in _WARM)
-        if by.total() > by["baseline"] + warm:
+        n_baselines, n_warm, n_refined = _counts(trials)
+        if n_refined:
             return 0
         share = 2 if self._seeks_small else 4
-        return max(max(BATCH, (budget - by["baseline"]) // share) - warm, 0)
+        return max(max(BATCH, (budget - n_baselines) // share) - n_warm, 0)
 
     def refine(
         self,
@@ -118,10 +117,9 @@ class Proposals:
         Empty where nothing new is left.
         """
         encoding = Encoding(space=self.space, bases=({}, *self.bases))
-        by = Counter(trial.proposed_by for trial in trials)
-        n_before = by.total() - by["baseline"] - sum(by[name] for name in _WARM)
+        _, _, n_refined = _counts(trials)
         every = OPTUNA_EVERY_BESIDE if self._has_further_figures else OPTUNA_EVERY
-        n = size - optunas_part(n_before, size, every=every)
+        n = size - optunas_part(n_refined, size, every=every)
         promising, fitted = self._promising(encoding, trials, n, budget=budget)
         known = _digests(trials) | {candidate.digest for candidate, _ in promising}
 
@@ -207,6 +205,13 @@ def optunas_part(n_before: int, n: int, *, every: int) -> int:
     [0, 1, 0, 1]
     """
     return (n_before + n) // every - n_before // every
+
+
+def _counts(trials: Sequence[TrialRecord]) -> tuple[int, int, int]:
+    """How many trials are baselines, of the warm start, and proposed after it."""
+    by = Counter(trial.proposed_by for trial in trials)
+    n_warm = sum(by[name] for name in _WARM)
+    return by["baseline"], n_warm, by.total() - by["baseline"] - n_warm
 
 
 def _sampled(

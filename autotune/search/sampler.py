@@ -63,7 +63,10 @@ class Sampler:
             return []  # a study of a hundred trials takes as long to build as all else together
         study, distributions = self.study(trials), self.distributions()
         proposals: list[Candidate] = []
-        for fixed in (self.agreed(trials), {}):
+        agreed = self.agreed(trials)
+        # Where all is agreed upon, as in a front of one, there is nothing to vary.
+        stages = [agreed, {}] if 0 < len(agreed) < len(distributions) else [{}]
+        for fixed in stages:
             for _ in range(_ATTEMPTS + n):
                 if len(proposals) == n:
                     break

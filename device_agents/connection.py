@@ -26,6 +26,7 @@ from device_agents.errors import (
     ServiceUnreachable,
 )
 from device_agents.protocol import (
+    PROBLEM_TYPE,
     PROTOCOL_VERSION,
     REQUEST_HEADER,
     ArtifactSegments,
@@ -46,8 +47,6 @@ SLOWEST_BYTES_PER_S = 4000
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416  # RFC 9110, sections 15.3.7 and 15.5.17
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
-PROBLEM_TYPE = "application/problem+json"
-"""What every error of a service is (RFC 9457); one of a portal or a proxy on the way is not."""
 REFUSED = frozenset({400, 404, 409, 410, 413, 422})
 """A service's answers to a result that trying again will not change."""
 

@@ -45,6 +45,9 @@ REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
 copy of an answer would else be taken for the answer to what was asked next."""
 
+PROBLEM_TYPE = "application/problem+json"
+"""What every error of a service is (RFC 9457); one of a portal or a proxy on the way is not."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quantile = Literal["p50", "p90", "p99"]
 """Of the latencies of single inferences: half, 90 % and 99 % of them are faster."""

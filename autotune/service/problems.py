@@ -20,10 +20,11 @@ from autotune import errors
 from autotune.api_types import Problem
 from autotune.search.failures import in_users_terms
 from autotune.service.versions import UPGRADE_HEADER
+from device_agents.protocol import PROBLEM_TYPE
 from search_spaces.errors import SearchSpaceError
 from storage import errors as storage_errors
 
-MEDIA_TYPE = "application/problem+json"
+MEDIA_TYPE = PROBLEM_TYPE
 
 _log = logging.getLogger(__name__)
 

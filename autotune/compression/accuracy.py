@@ -147,21 +147,24 @@ class AccuracyEvaluator:
     ) -> AccuracyReport:
         """The report on all samples, those not seen as the race expects them.
 
-        Each interval is the one that so many lost and won would have, widened by the forecast's
-        own error; independent errors add up in squares.
+        Each interval is the one that so many lost and won would have, widened by how far the
+        race's bounds are from what it expects; independent errors add up in squares.
         """
         n = self.n_samples
         lost, won, error = (float(x[0]) for x in (standing.lost, standing.won, standing.error))
         fp32_right = int(self._fp32_correct.sum())
         drop = float(standing.drop[0])
+        less, more = drop - float(standing.low[0]), float(standing.high[0]) - drop
         right = min(max(fp32_right - drop * n, 0.0), float(n))
 
-        def widened(value: float, low: float, high: float) -> tuple[float, float]:
-            own = _Z * error / n
-            return value - math.hypot(value - low, own), value + math.hypot(high - value, own)
-
-        drop_low, drop_high = widened(drop, *_paired_interval(fp32_right - lost, lost, won, n))
-        low, high = widened(right / n, *wilson_interval(right, n))
+        drop_low, drop_high = _paired_interval(fp32_right - lost, lost, won, n)
+        drop_low = drop - math.hypot(drop - drop_low, less)
+        drop_high = drop + math.hypot(drop_high - drop, more)
+        low, high = wilson_interval(right, n)
+        low, high = (
+            right / n - math.hypot(right / n - low, more),
+            right / n + math.hypot(high - right / n, less),
+        )
         return AccuracyReport(
             split=self._split,
             n_samples=seen,

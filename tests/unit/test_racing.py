@@ -15,7 +15,7 @@ from autotune.compression.racing import (
     Verdict,
     label_margins,
     mean_over_all,
-    tail_probability,
+    student_tail,
 )
 from tests.benchmarks.accuracy_per_image import SHIFTS, agrees, raced, simulated
 from tests.unit.records import accuracy
@@ -49,6 +49,14 @@ def test_hopeless_and_harmless_candidates_end_early() -> None:
     harmless = raced(race, *simulated(1000, wrong=0.05, kind="normal", spread=0.01, n=20))
     assert not harmless.is_worse.any() and harmless.used.max() <= 0.05
     assert np.abs(harmless.estimate - harmless.drop).max() <= 0.001
+
+
+@pytest.mark.parametrize("kind", ["normal", "shrinking", "growing"])
+def test_what_is_expected_of_samples_not_seen_is_not_off_to_one_side(kind: str) -> None:
+    samples = 450
+    ended = raced(Race(limit=1.0), *simulated(samples, wrong=0.1, kind=kind, spread=1.0, n=200))
+    assert ended.used.max() < 1 and ended.drop.mean() * samples > 8
+    assert abs((ended.estimate - ended.drop).mean()) * samples < 0.3
 
 
 def test_a_candidate_that_breaks_what_was_safe_is_seen_to() -> None:
@@ -109,7 +117,7 @@ def test_margins_are_positive_exactly_where_the_label_wins() -> None:
 
 def test_the_tail_is_that_of_student_with_five_degrees_of_freedom() -> None:
     # Abramowitz and Stegun, table 26.10: one-sided 0.25, 0.05, 0.01, 0.0005.
-    found = tail_probability(np.array([0.7267, 2.0150, 3.3649, 6.8688, 1e9]))
+    found = student_tail(np.array([0.7267, 2.0150, 3.3649, 6.8688, 1e9]))
     assert found.round(4).tolist() == [0.25, 0.05, 0.01, 0.0005, 0.0]
 
 

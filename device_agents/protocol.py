@@ -40,6 +40,8 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-21: bounds of `LatencyReport` are wider where the reference was off its calibrated
 # latency; those of an agent without it only say how sure it was in the state that it met.
 # 2026-11-21: `REQUEST_HEADER`; an answer of a service without it is taken as it comes.
+# 2026-11-22: `p90_low_ns` and `p99_low_ns` of `LatencyReport`, which the service computes from the
+# samples of an agent that does not.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -384,9 +386,9 @@ class LatencyReport(Message):
     calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
     of a block bootstrap's and one over the sittings, of the ratio, scaled likewise, and wider by
     what the reference's distance from its calibrated latency leaves open. `p90_ns` and
-    `p99_ns` are the candidate's sample quantiles scaled by the same calibration; their upper
-    bounds (`quantiles.py`) pass for as sure as `p50_high_ns` and are None where the samples are
-    too few for one. A sample of a model faster than 0.1 ms is a mean of some calls. `ratio`
+    `p99_ns` are the candidate's sample quantiles scaled by the same calibration; their bounds
+    (`quantiles.py`) pass for as sure as those of `p50_ns` and are None where the samples are too
+    few for one. A sample of a model faster than 0.1 ms is a mean of some calls. `ratio`
     compares with the reference model, which is the job's FP32 model: below 1 is faster.
     `is_steady` is false where the interval is too wide to order anything; what slows both
     models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
@@ -402,7 +404,9 @@ class LatencyReport(Message):
     p50_high_ns: float
     p90_ns: float
     p99_ns: float
+    p90_low_ns: float | None = None
     p90_high_ns: float | None = None
+    p99_low_ns: float | None = None
     p99_high_ns: float | None = None
     ratio: float
     ratio_low: float

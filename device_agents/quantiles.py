@@ -1,6 +1,6 @@
-"""Upper bounds of the tail: how slow the slowest tenth and hundredth of inferences may be.
+"""Bounds of the tail: how slow the slowest tenth and hundredth of inferences may be.
 
-Owns the bound of a quantile of dependent samples, at p90 and p99. Pure numpy: no clock, no
+Owns the bounds of a quantile of dependent samples, at p90 and p99. Pure numpy: no clock, no
 runtime, no protocol. The median with its interval is `latency.py`'s, the samples `sampling.py`'s.
 
 Why not the bootstrap that the median has: a resampled series never holds more than its largest
@@ -13,7 +13,7 @@ independent ones the dependent ones are worth is estimated first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Protocol
 
@@ -67,6 +67,28 @@ def upper_bounds(
     few for a bound: p90 takes 36 independent ones at least, p99 368; and where blocks are no
     pairs of positive samples.
     """
+    return _bounds(blocks, reference_latency_ns, upper_quantile, lower_quantile, sign=1)
+
+
+def lower_bounds(
+    blocks: Sequence[Timed], *, reference_latency_ns: float | None
+) -> dict[str, float | None]:
+    """The mirror image of `upper_bounds`: what p90 and p99 are not below.
+
+    It takes fewer samples, because most of them lie on that side.
+    """
+    return _bounds(blocks, reference_latency_ns, lower_quantile, upper_quantile, sign=-1)
+
+
+def _bounds(
+    blocks: Sequence[Timed],
+    reference_latency_ns: float | None,
+    bound_of: Callable[[Sequence[Floats], float], float | None],
+    opposite_of: Callable[[Sequence[Floats], float], float | None],
+    *,
+    sign: int,
+) -> dict[str, float | None]:
+    """On the side of `sign`; the reference counts by its `opposite_of`, for it is divided by."""
     candidate = [b for b in blocks if b.subject == "candidate"]
     paired = [b for b in blocks if b.subject == "reference"]
     if not candidate or len(candidate) != len(paired) or min(map(_least, blocks)) <= 0:
@@ -75,9 +97,9 @@ def upper_bounds(
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
     reference = float(median(medians))
-    lowest = lower_median([np.asarray(medians)[part] for part in places])
+    opposite = opposite_of([np.asarray(medians)[part] for part in places], 0.5)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
-    scale = calibrated / reference * math.exp(state_uncertainty(reference, calibrated))
+    scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, calibrated))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
     n_sittings = distinct(sittings).size
     spread = 0.0
@@ -85,14 +107,14 @@ def upper_bounds(
         spread = NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(n_sittings)
     found: dict[str, float | None] = {}
     for name, share in QUANTILES.items():
-        bound = upper_quantile(samples, share)
-        if bound is None or lowest is None:
+        bound = bound_of(samples, share)
+        if bound is None or opposite is None:
             found[name] = None
             continue
         quantile = float(quantiles(np.concatenate(samples), [share])[0])
-        beside = math.log(reference / lowest)
-        above = math.hypot(math.log(bound / quantile), beside, spread)
-        found[name] = quantile * math.exp(above) * scale
+        beside = math.log(reference / opposite)
+        away = math.hypot(math.log(bound / quantile), beside, spread)
+        found[name] = quantile * math.exp(sign * away) * scale
     return found
 
 
@@ -122,9 +144,9 @@ def upper_quantile(parts: Sequence[Floats], share: float) -> float | None:
     return float(samples[math.ceil(rank / n_worth * samples.size) - 1])
 
 
-def lower_median(parts: Sequence[Floats]) -> float | None:
-    """The same below the median: the mirror image of `upper_quantile` at one half."""
-    mirrored = upper_quantile([-part for part in parts], 0.5)
+def lower_quantile(parts: Sequence[Floats], share: float) -> float | None:
+    """The same on the other side: a value that the quantile is below with probability `TAIL`."""
+    mirrored = upper_quantile([-part for part in parts], 1 - share)
     return None if mirrored is None else -mirrored
 
 

@@ -2,7 +2,8 @@
 
 Owns that comparison. Points alone would let a lucky measurement beat a baseline that is as
 good; so whatever is not certainly better in latency or in accuracy must at least be no worse
-in both. Which trial answers a question is `front.py`'s.
+in both. Latencies are compared at the quantile that the job asks about. Which trial answers a
+question is `front.py`'s.
 """
 
 from __future__ import annotations
@@ -10,8 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autotune.search.feasibility import Limits
-from autotune.search.front import Answer, accuracy_drop_of, answer, is_feasible, latency_of
+from autotune.search.feasibility import Limits, at_quantile
+from autotune.search.front import (
+    Answer,
+    accuracy_drop_of,
+    answer,
+    is_certainly_faster,
+    is_feasible,
+    latency_of,
+)
+from device_agents.protocol import LatencyReport, Quantile
 from storage.records import AccuracyReport, TrialRecord
 
 BASELINE = "baseline"
@@ -59,7 +68,7 @@ def held_to_baselines(
         and trial.candidate != replace(winner.candidate, rounding=None)
         and is_feasible(trial, limits)
         and (found.misses_drop or _keeps(trial, max_accuracy_drop))
-        and not is_better(winner, trial)
+        and not is_better(winner, trial, at=limits.at)
     ]
     instead = best_baseline(
         ahead,
@@ -72,25 +81,26 @@ def held_to_baselines(
     why = (
         f"trial {winner.number} was {found.explanation}, but it is neither certainly faster nor "
         f"certainly more accurate than this baseline "
-        f"({_compared(winner, instead, shares=on_every_device)})"
+        f"({_compared(winner, instead, at=limits.at, shares=on_every_device)})"
     )
     return replace(found, winner=instead, explanation=why)
 
 
-def is_better(trial: TrialRecord, baseline: TrialRecord) -> bool:
+def is_better(trial: TrialRecord, baseline: TrialRecord, *, at: Quantile = "p50") -> bool:
     """The trial may win over the baseline.
 
-    Its interval of latency, or of accuracy drop, lies wholly on the better side of the
-    baseline's; or neither figure is worse, noise or not.
+    Its interval of latency at that quantile, or of accuracy drop, lies wholly on the better side
+    of the baseline's; or neither figure is worse, noise or not.
     """
     mine, theirs = latency_of(trial), latency_of(baseline)
     pair = _same_samples(trial, baseline)
     if mine is None or theirs is None or pair is None:
         return False
     own, other = pair
-    if mine.p50_high_ns < theirs.p50_low_ns or own.drop_high < other.drop_low:
+    if is_certainly_faster(mine, theirs, at) or own.drop_high < other.drop_low:
         return True
-    return mine.p50_ns <= theirs.p50_ns and own.drop <= other.drop
+    is_no_slower = at_quantile(mine, at).ns <= at_quantile(theirs, at).ns
+    return is_no_slower and own.drop <= other.drop
 
 
 def _same_samples(
@@ -109,7 +119,13 @@ def _keeps(trial: TrialRecord, max_accuracy_drop: float | None) -> bool:
     return max_accuracy_drop is None or (drop is not None and drop <= max_accuracy_drop)
 
 
-def comparison(trial: TrialRecord, baseline: TrialRecord, *, shares: bool = False) -> str:
+def comparison(
+    trial: TrialRecord,
+    baseline: TrialRecord,
+    *,
+    at: Quantile = "p50",
+    shares: bool = False,
+) -> str:
     """The trial against the best baseline, for people; empty where a figure is missing.
 
     `shares` leaves out the milliseconds: on the worst of several devices they are none.
@@ -117,22 +133,31 @@ def comparison(trial: TrialRecord, baseline: TrialRecord, *, shares: bool = Fals
     mine, theirs = latency_of(trial), latency_of(baseline)
     if mine is None or theirs is None or _same_samples(trial, baseline) is None:
         return ""
+    share = at_quantile(mine, at).ns / at_quantile(theirs, at).ns
     return (
-        f"the best baseline is trial {baseline.number}: the winner takes "
-        f"{mine.p50_ns / theirs.p50_ns:.3g} of its latency "
-        f"({_compared(trial, baseline, shares=shares)})"
+        f"the best baseline is trial {baseline.number}: the winner takes {share:.3g} of its "
+        f"latency{_where(at)} ({_compared(trial, baseline, at=at, shares=shares)})"
     )
 
 
-def _compared(trial: TrialRecord, baseline: TrialRecord, *, shares: bool = False) -> str:
+def _where(at: Quantile) -> str:
+    return "" if at == "p50" else f" at {at}"
+
+
+def _compared(
+    trial: TrialRecord, baseline: TrialRecord, *, at: Quantile, shares: bool = False
+) -> str:
     reports = [r for r in (latency_of(trial), latency_of(baseline)) if r is not None]
-    ms = [
-        f"{r.p50_ns / 1e6:.4g} [{r.p50_low_ns / 1e6:.4g}, {r.p50_high_ns / 1e6:.4g}]"
-        for r in reports
-    ]
+    ms = [_interval_ms(report, at) for report in reports]
     points = [
         f"{100 * r.drop:.2f} [{100 * r.drop_low:.2f}, {100 * r.drop_high:.2f}]"
         for r in _same_samples(trial, baseline) or ()
     ]
-    latencies = "" if shares else f"{' against '.join(ms)} ms, "
+    latencies = "" if shares else f"{' against '.join(ms)} ms{_where(at)}, "
     return f"{latencies}{' against '.join(points)} points lost"
+
+
+def _interval_ms(report: LatencyReport, at: Quantile) -> str:
+    ns, *ends = at_quantile(report, at)
+    low, high = ("unknown" if end is None else f"{end / 1e6:.4g}" for end in ends)
+    return f"{ns / 1e6:.4g} [{low}, {high}]"

@@ -281,7 +281,7 @@ def conclude(
             f"({held_out.drop_low * 100:.2f} to {held_out.drop_high * 100:.2f})"
         )
     if baseline is not None and not is_baseline:
-        sentences.append(comparison(winner, baseline, shares=view.is_of_worst))
+        sentences.append(comparison(winner, baseline, at=view.limits.at, shares=view.is_of_worst))
     blocking = blocking_of(job, found)
     sentences.append(in_words(blocking))
     return JobResult(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from autotune.errors import InvalidJob
 from autotune.limits import QUANTILES, amounts, bytes_text, joules_text, ms_text
 from device_agents.protocol import LatencyReport, Quantile
-from device_agents.quantiles import upper_bounds
+from device_agents.quantiles import lower_bounds, upper_bounds
 from storage.records import DeviceRecord, JobRecord, TrialRecord
 
 _DROP_UNIT = 0.01
@@ -43,7 +43,10 @@ class Limits:
         trial's latency that counts.
         """
         figures = {
-            "latency": (self.latency_ns, None if report is None else bound_ns(report, self.at)),
+            "latency": (
+                self.latency_ns,
+                None if report is None else at_quantile(report, self.at).high_ns,
+            ),
             "size": (self.size_bytes, trial.artifact_size_bytes),
             "memory": (self.memory_bytes, None if report is None else report.peak_memory_bytes),
             "energy": (self.energy_joules, None if report is None else report.energy_joules),
@@ -98,18 +101,34 @@ def with_amounts(limits: Limits, given: Mapping[str, float]) -> Limits:
     return replace(limits, **changes)
 
 
-def bound_ns(report: LatencyReport, at: Quantile) -> float | None:
-    """What the latency at that quantile does not pass; None where the samples were too few."""
-    bounds = (report.p50_high_ns, report.p90_high_ns, report.p99_high_ns)
-    return bounds[QUANTILES.index(at)]
+class AtQuantile(NamedTuple):
+    """A latency at one quantile with its interval; an end is None where samples were too few."""
+
+    ns: float
+    low_ns: float | None
+    high_ns: float | None
+
+
+def at_quantile(report: LatencyReport, at: Quantile) -> AtQuantile:
+    """The latency at that quantile."""
+    known = (
+        AtQuantile(report.p50_ns, report.p50_low_ns, report.p50_high_ns),
+        AtQuantile(report.p90_ns, report.p90_low_ns, report.p90_high_ns),
+        AtQuantile(report.p99_ns, report.p99_low_ns, report.p99_high_ns),
+    )
+    return known[QUANTILES.index(at)]
 
 
 def bounded(report: LatencyReport) -> LatencyReport:
-    """The report with the tail's upper bounds; from its samples where the agent sent none."""
-    if report.p90_high_ns is not None or not report.blocks:
+    """The report with the tail's bounds; from its samples where the agent did not send all."""
+    if None not in (report.p90_low_ns, report.p90_high_ns) or not report.blocks:
         return report
-    bounds = upper_bounds(report.blocks, reference_latency_ns=report.reference_latency_ns)
-    return report.model_copy(update={f"{name}_high_ns": ns for name, ns in bounds.items()})
+    bounds = {
+        f"{name}_{end}_ns": ns
+        for end, of in (("low", lower_bounds), ("high", upper_bounds))
+        for name, ns in of(report.blocks, reference_latency_ns=report.reference_latency_ns).items()
+    }
+    return report.model_copy(update=bounds)
 
 
 def constraints(

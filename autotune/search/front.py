@@ -14,8 +14,8 @@ from typing import Any
 
 from autotune.api_types import Verdict
 from autotune.limits import ms_text
-from autotune.search.feasibility import Limits
-from device_agents.protocol import LatencyReport, Profile
+from autotune.search.feasibility import Limits, at_quantile
+from device_agents.protocol import LatencyReport, Profile, Quantile
 from storage.records import AccuracyReport, TrialOutcome, TrialRecord
 
 REFERENCE_RATIO = 1.05
@@ -86,6 +86,12 @@ def is_feasible(trial: TrialRecord, limits: Limits) -> bool:
     """The trial ranks and keeps every limit; of its latency the upper bound does."""
     excesses = limits.excesses(trial, latency_of(trial))
     return ranks(trial) and all(excess <= 0 for excess in excesses.values())
+
+
+def is_certainly_faster(report: LatencyReport, other: LatencyReport, at: Quantile) -> bool:
+    """Its interval at that quantile lies wholly below the other's; not where an end is missing."""
+    high, low = at_quantile(report, at).high_ns, at_quantile(other, at).low_ns
+    return high is not None and low is not None and high < low
 
 
 def further_objectives(spec: Mapping[str, Any]) -> tuple[str, ...]:
@@ -162,13 +168,13 @@ def answer(
     """The trial that answers the question; None only where no trial ranks at all.
 
     Inside the limits, and within the drop where one is given, the fastest trial wins when a
-    drop was given and the most accurate one when it was not. Fastest is always by the median,
-    which is known best, at whatever quantile the budget holds. Where nothing is inside the
-    limits the nearest trial is the answer, with the distance: the one whose largest excess is
-    least, in parts of its limit; of a latency budget alone that is the fastest. Where the drop
-    cannot be kept, the most accurate trial inside the limits is. `on_every_device` says that
-    the trials are seen as the worst of several devices has them (`targets.py`): budget and
-    distance are then told as what they are, shares of each device's budget.
+    drop was given and the most accurate one when it was not. Fastest is by the quantile that the
+    limits are about, with a budget or without. Where nothing is inside the limits the nearest
+    trial is the answer, with the distance: the one whose largest excess is least, in parts of its
+    limit; of a latency budget alone that is the fastest. Where the drop cannot be kept, the most
+    accurate trial inside the limits is. `on_every_device` says that the trials are seen as the
+    worst of several devices has them (`targets.py`): budget and distance are then told as what
+    they are, shares of each device's budget.
 
     A trial whose rounding was learned for its candidate alone never wins by itself: it takes
     the winner's place where it is the same candidate and no worse (`is_no_worse`).
@@ -197,7 +203,7 @@ def _best(
         return _unreachable(ranking, limits, max_accuracy_drop, on_every_device)
     verdict: Verdict = "within_budget" if words else "no_budget"
     if max_accuracy_drop is None:
-        winner = min(feasible, key=_least_drop_first)
+        winner = min(feasible, key=lambda t: _least_drop_first(t, limits.at))
         return Answer(
             winner=winner,
             verdict=verdict,
@@ -205,7 +211,7 @@ def _best(
         )
     kept = [t for t in feasible if _drop(t) <= max_accuracy_drop]
     if kept:
-        winner = min(kept, key=_fastest_first)
+        winner = min(kept, key=lambda t: _fastest_first(t, limits.at))
         return Answer(
             winner=winner,
             verdict=verdict,
@@ -215,7 +221,7 @@ def _best(
                 f"{_points(max_accuracy_drop)} against FP32"
             ),
         )
-    winner = min(feasible, key=_least_drop_first)
+    winner = min(feasible, key=lambda t: _least_drop_first(t, limits.at))
     return Answer(
         winner=winner,
         verdict=verdict,
@@ -243,7 +249,7 @@ def is_no_worse(learned: TrialRecord, winner: TrialRecord, limits: Limits) -> bo
         and is_feasible(learned, limits)
         and mine is not None
         and theirs is not None
-        and mine.p50_low_ns <= theirs.p50_high_ns
+        and not is_certainly_faster(theirs, mine, limits.at)
         and all(
             a is not None and b is not None and a.drop <= b.drop and a.drop_high <= b.drop_high
             for a, b in pairs
@@ -295,7 +301,7 @@ def _unreachable(
     def distance(trial: TrialRecord) -> tuple[float, ...]:
         excesses = limits.excesses(trial, latency_of(trial)).values()
         known = [excess for excess in excesses if math.isfinite(excess)]
-        return (max(excesses), max(known, default=0.0), *_fastest_first(trial))
+        return (max(excesses), max(known, default=0.0), *_fastest_first(trial, limits.at))
 
     winner = min(kept or ranking, key=distance)
     missed = {
@@ -416,17 +422,21 @@ serves it, joules of an inference. Smaller is better; infinite where it is not k
 
 
 def _p50(trial: TrialRecord) -> float:
+    return _latency_ns(trial, "p50")
+
+
+def _latency_ns(trial: TrialRecord, at: Quantile) -> float:
     latency = latency_of(trial)
-    return math.inf if latency is None else latency.p50_ns
+    return math.inf if latency is None else at_quantile(latency, at).ns
 
 
-def _fastest_first(trial: TrialRecord) -> tuple[float, float, int]:
-    return (_p50(trial), -_accuracy(trial), trial.number)
+def _fastest_first(trial: TrialRecord, at: Quantile) -> tuple[float, float, int]:
+    return (_latency_ns(trial, at), -_accuracy(trial), trial.number)
 
 
-def _least_drop_first(trial: TrialRecord) -> tuple[float, float, int]:
+def _least_drop_first(trial: TrialRecord, at: Quantile) -> tuple[float, float, int]:
     """Most accurate first, by the worse of search and held-out data: luck does not win."""
-    return (_drop(trial), _p50(trial), trial.number)
+    return (_drop(trial), _latency_ns(trial, at), trial.number)
 
 
 def _of(best: str, n: int) -> str:

@@ -10,7 +10,7 @@ from autotune.search.best_baseline import best_baseline, comparison, held_to_bas
 from autotune.search.feasibility import Limits
 from autotune.search.front import Answer, answer
 from storage.records import TrialRecord
-from tests.unit.records import accuracy, trial
+from tests.unit.records import accuracy, latency, trial
 
 FP32 = trial(0, 4.0, 0.950, proposed_by="baseline")
 INT8 = trial(1, 2.0, 0.948, proposed_by="baseline")
@@ -18,9 +18,12 @@ WITHIN_3_MS = Limits(latency_ns=3e6)
 
 
 def answered(
-    *searched: TrialRecord, limits: Limits = WITHIN_3_MS, max_drop: float | None = 0.01
+    *searched: TrialRecord,
+    int8: TrialRecord = INT8,
+    limits: Limits = WITHIN_3_MS,
+    max_drop: float | None = 0.01,
 ) -> Answer:
-    trials = [FP32, INT8, *searched]
+    trials = [FP32, int8, *searched]
     found = answer(trials, limits=limits, max_accuracy_drop=max_drop)
     assert found is not None
     return held_to_baselines(found, trials, limits=limits, max_accuracy_drop=max_drop)
@@ -83,6 +86,41 @@ def test_held_out_figures_decide_where_both_have_them() -> None:
     lucky = replace(trial(2, 1.99, 0.955), held_out_accuracy=accuracy(0.942, split="held_out"))
     int8 = replace(INT8, held_out_accuracy=accuracy(0.949, split="held_out"))
     assert is_better(lucky, INT8) and not is_better(lucky, int8)
+
+
+def test_a_tail_that_is_worse_loses_to_the_baseline_where_the_job_asks_about_the_tail() -> None:
+    """Trial 2's median is certainly faster, its slowest tenth is not."""
+    tail = {"p90_low_ns": 2.3e6, "p90_ns": 2.4e6, "p90_high_ns": 2.5e6}
+    spiky = trial(2, 1.5, 0.945, latency=latency(1.5, **tail))
+    even = {"p90_low_ns": 2.0e6, "p90_ns": 2.1e6, "p90_high_ns": 2.2e6}
+    int8 = replace(INT8, latency=latency(2.0, **even))
+    at_p90 = Limits(latency_ns=3e6, at="p90")
+    assert answered(spiky, int8=int8).winner.number == 2
+    assert answered(spiky, int8=int8, limits=at_p90).winner.id == INT8.id
+    assert is_better(spiky, int8) and not is_better(spiky, int8, at="p90")
+
+
+def test_a_tail_counts_with_its_interval_and_one_without_ends_is_never_certain() -> None:
+    """Trial 2 loses more, so that only certainty lets it win."""
+    faster = trial(2, 1.0, 0.941, latency=latency(1.0, p90_high_ns=1.2e6))
+    known, unknown = latency(2.0, p90_low_ns=1.9e6, p90_high_ns=2.2e6), latency(2.0)
+    assert is_better(faster, replace(INT8, latency=known), at="p90")
+    assert not is_better(faster, replace(INT8, latency=unknown), at="p90")
+    near = latency(2.0, p90_low_ns=1.1e6, p90_high_ns=2.2e6)
+    assert not is_better(faster, replace(INT8, latency=near), at="p90")
+
+
+def test_the_best_baseline_is_the_fastest_at_the_quantile_that_was_asked_for() -> None:
+    even = replace(FP32, accuracy=accuracy(0.948), latency=latency(2.1, p90_ns=2.2e6))
+    spiky = replace(INT8, latency=latency(2.0, p90_ns=2.9e6))
+    at_p50, at_p90 = (
+        best_baseline([even, spiky], limits=Limits(at=at), max_accuracy_drop=None)
+        for at in ("p50", "p90")
+    )
+    assert at_p50 is not None and at_p90 is not None
+    assert (at_p50.number, at_p90.number) == (1, 0)
+    text = comparison(trial(2, 1.0, 0.941), even, at="p90")
+    assert "0.477 of its latency at p90 (1.05 [unknown, unknown] against 2.2" in text
 
 
 def test_an_impossible_budget_is_still_answered_by_the_nearest() -> None:

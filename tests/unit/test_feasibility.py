@@ -107,7 +107,9 @@ def test_bounds_that_an_agent_did_not_send_come_from_its_samples() -> None:
     )
     report = bounded(latency(1.0, blocks=blocks, reference_latency_ns=2000.0))
     assert report.p90_high_ns == pytest.approx(1018, rel=0.01)
+    assert report.p90_low_ns == pytest.approx(1016, rel=0.01)
     assert bounded(report) is report
+    assert bounded(report.model_copy(update={"p90_low_ns": None})) == report
     assert bounded(latency(1.0)).p90_high_ns is None
 
 

@@ -1,15 +1,23 @@
-"""Upper bounds of the tail: they hold as often as they say, and are missing where they must be."""
+"""Bounds of the tail: they hold as often as they say, and are missing where they must be."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from device_agents.latency import STATE_SHARE, TimedBlock
-from device_agents.quantiles import independent, is_bounded, upper_bounds, upper_quantile
+from device_agents.quantiles import (
+    independent,
+    is_bounded,
+    lower_bounds,
+    lower_quantile,
+    upper_bounds,
+    upper_quantile,
+)
 
 
 def measured(
@@ -53,25 +61,32 @@ def true_quantiles(correlation: float) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("correlation", "covered"), [(0.0, 0.975), (0.9, 0.92)])
-def test_bounds_hold_as_often_as_they_say(correlation: float, covered: float) -> None:
+@pytest.mark.parametrize(("bounds", "sign"), [(upper_bounds, 1), (lower_bounds, -1)])
+def test_bounds_hold_as_often_as_they_say(
+    bounds: Any, sign: int, correlation: float, covered: float
+) -> None:
     truth = true_quantiles(correlation)
     found = [
-        upper_bounds(
+        bounds(
             measured(seed, pairs=50, per_block=16, sittings=10, correlation=correlation),
             reference_latency_ns=2e6,
         )
         for seed in range(80)
     ]
     for name in ("p90", "p99"):
-        named = [bound for bounds in found if (bound := bounds[name]) is not None]
+        named = [own[name] for own in found if own[name] is not None]
         assert len(named) >= 40
-        assert sum(bound >= truth[name] for bound in named) / len(named) >= covered
+        held = [sign * bound >= sign * truth[name] for bound in named]
+        assert sum(held) / len(named) >= covered
 
 
 def test_a_quiet_devices_bound_is_close_to_its_quantile() -> None:
     bound = upper_bounds(measured(3, pairs=200, per_block=10), reference_latency_ns=2e6)["p90"]
     assert bound is not None
     assert 1 < bound / true_quantiles(0.0)["p90"] < 1.1
+    below = lower_bounds(measured(3, pairs=200, per_block=10), reference_latency_ns=2e6)["p90"]
+    assert below is not None
+    assert 0.9 < below / true_quantiles(0.0)["p90"] < 1
 
 
 def test_few_samples_have_no_bound_and_more_are_asked_for() -> None:
@@ -87,6 +102,9 @@ def test_a_reference_that_was_slow_here_scales_the_bound_and_widens_it() -> None
     at_rest, slow = (upper_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in (2e6, 1e6))
     assert at_rest is not None
     assert slow == pytest.approx(at_rest / 2 * 2**STATE_SHARE)
+    below, slow = (lower_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in (2e6, 1e6))
+    assert below is not None
+    assert slow == pytest.approx(below / 2 / 2**STATE_SHARE)
 
 
 def test_one_sitting_leaves_room_for_how_sessions_differ() -> None:
@@ -119,3 +137,4 @@ def test_blocks_that_are_no_pairs_of_positive_samples_have_no_bound() -> None:
 
 def test_a_clock_that_reads_the_same_each_time_is_its_own_bound() -> None:
     assert upper_quantile([np.full(20, 5.0)] * 2, 0.9) == 5.0
+    assert lower_quantile([np.full(20, 5.0)] * 2, 0.9) == 5.0

@@ -8,6 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from autotune.compression.quantization import QuantizableGraph
+from autotune.compression.source import SourceModel
 from tests.benchmarks.oracle_equivalence import (
     code_differences,
     compare,
@@ -19,8 +20,9 @@ from tests.benchmarks.oracle_equivalence import (
     uniform_graph,
 )
 from tests.unit.compression_models import samples, tiny_source, torchvision_source
+from tests.unit.keras_style_model import keras_style_source
 
-NAMES = ("tiny", "resnet18", "squeezenet1_1")
+NAMES = ("tiny", "resnet18", "squeezenet1_1", "keras_style")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,15 @@ def tiny() -> tuple[QuantizableGraph, onnx.ModelProto]:
     return graph, onnx.load_from_string(emit_uniform(graph))
 
 
+def source_of(name: str) -> SourceModel:
+    if name == "tiny":
+        return tiny_source()
+    return keras_style_source() if name == "keras_style" else torchvision_source(name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_equal_those_of_quantize_static_in_every_code(name: str) -> None:
-    source = tiny_source() if name == "tiny" else torchvision_source(name)
+    source = source_of(name)
     graph = uniform_graph(source.graph, samples(8, source.input_shape))
     found = compare(graph, emit_uniform(graph), samples(4, source.input_shape, seed=1))
     assert found["placement_differences"] == []
@@ -42,7 +50,7 @@ def test_files_equal_those_of_quantize_static_in_every_code(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_pass_the_checker_with_standard_operators_and_the_sources_opset(name: str) -> None:
-    source = tiny_source() if name == "tiny" else torchvision_source(name)
+    source = source_of(name)
     assert is_valid(
         emit_uniform(uniform_graph(source.graph, samples(2, source.input_shape))), source.graph
     )

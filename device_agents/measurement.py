@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,14 @@ class Measurement:
     def _run_in(self, folder: Path) -> ChildEnd:
         job_path, report_path = folder / "job.json", folder / "report.json"
         job_path.write_text(json.dumps(self._job()), encoding="utf-8")
+        started_s = time.monotonic()
         with (folder / "log").open("wb") as log:
             self._start(job_path, report_path, log)
         kills_before = system_oom_kills()
         return_code = self._wait()
         return ChildEnd(
             return_code=return_code,
+            process_s=time.monotonic() - started_s,
             killed=self._killed,
             was_oom_killed=kills_before != system_oom_kills(),
             document=_read_document(report_path),
@@ -177,9 +180,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildEnd:
-    """All that is known when the child is gone."""
+    """All that is known when the child is gone; `process_s` is how long it lived."""
 
     return_code: int
+    process_s: float
     killed: Outcome | None
     was_oom_killed: bool
     document: dict[str, Any] | None
@@ -242,7 +246,8 @@ def _reported(ended: ChildEnd, runtime: RuntimeRequest) -> MeasurementOutcome:
         if report is not None and outcome is Outcome.UNSTABLE and math.isinf(report["ratio_high"]):
             report = None  # two blocks or fewer: nothing is known of the spread
         if report is not None:
-            report = LatencyReport.model_validate(report | {"runtime": runtime.model_dump()})
+            known = {"runtime": runtime.model_dump(), "process_s": ended.process_s}
+            report = LatencyReport.model_validate(report | known)
             _require_numbers(report)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         reason = f"the process wrote a result that makes no sense: {type(error).__name__}"

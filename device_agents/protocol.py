@@ -41,7 +41,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # latency; those of an agent without it only say how sure it was in the state that it met.
 # 2026-11-21: `REQUEST_HEADER`; an answer of a service without it is taken as it comes.
 # 2026-11-22: `p90_low_ns` and `p99_low_ns` of `LatencyReport`, which the service computes from the
-# samples of an agent that does not.
+# samples of an agent that does not; `process_s`, None from an agent that does not say.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -396,7 +396,8 @@ class LatencyReport(Message):
     `energy_source` says why. `tainted_pairs` counts by reason the pairs of blocks that were
     measured again because the device was throttled, preempted or changed its clock meanwhile
     (`are_tainted_used`: most were, so they count after all); `n_restarts` is how often a drift
-    made everything begin anew.
+    made everything begin anew. `wall_s` is from loading the runtime to the figures, `process_s`
+    how long the process that did it lived.
     """
 
     p50_ns: float
@@ -419,6 +420,7 @@ class LatencyReport(Message):
     is_steady: bool
     unsteady_reason: str | None = None
     wall_s: float
+    process_s: float | None = None
     peak_memory_bytes: int | None = None
     energy_joules: float | None = None
     energy_source: str | None = None

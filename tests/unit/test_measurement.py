@@ -54,6 +54,7 @@ def test_a_measurement_reports_the_ratio_of_two_simulated_models(tmp_path):
     assert report.is_steady
     assert {block.subject for block in report.blocks} == {"candidate", "reference"}
     assert report.n_samples == sum(len(block.samples_ns) for block in report.blocks)
+    assert report.process_s > report.wall_s > 0
     assert report.peak_memory_bytes > 2**20
     assert report.after.available_memory_bytes is not None
 
@@ -269,6 +270,7 @@ def command_line(process):
 def end(**changes):
     fields = {
         "return_code": 0,
+        "process_s": 1.5,
         "killed": None,
         "was_oom_killed": False,
         "document": None,

@@ -15,6 +15,9 @@ judged on the held-out images, which the search never saw. Keys, per model:
   FP32 model is not in it;
 - `MODEL.device_s`: seconds that the device spent on measurements, baselines and confirmations
   included;
+- `MODEL.control_ratio`: seconds in which the device stood idle although nothing was missing but
+  the control plane's own work (`control_time.py`), over the seconds of its measurements; at most
+  0.1; n counts the measurements;
 - `MODEL.trials`: candidates evaluated, baselines included.
 
 `--quick` is the quick job of `main_job`: a briefly trained model, few trials, no pruning.
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from autotune.export.bundle import read_bundle
 from autotune.spec import JobSpec, read_job
 from device_agents.protocol import RuntimeRequest
 from storage.records import AccuracyReport, TrialState
+from tests.benchmarks.control_time import control_time
 from tests.benchmarks.harness import CACHE, Benchmark, Figure, start
 from tests.benchmarks.main_job import QUICK_MODEL, quick_job, records, tune
 from tests.benchmarks.post_training import load_images, trained
@@ -94,6 +99,8 @@ def measure(benchmark: Benchmark, model: str, job: Path) -> None:
         job_id = document["job"]["id"]
         trials = repository.list_trials(job_id)
         measurements = repository.list_measurements(job_id)
+        events = repository.list_events(job_id, limit=sys.maxsize)
+    control = control_time(trials, measurements, events)
     device_s = [m.report.wall_s for m in measurements if m.report is not None]
     figures = {
         "latency_ratio": Figure(
@@ -104,6 +111,8 @@ def measure(benchmark: Benchmark, model: str, job: Path) -> None:
         "device_s": Figure(value=round(sum(device_s), 1), n=len(device_s)),
         "trials": Figure(value=sum(t.state is TrialState.FINISHED for t in trials)),
     }
+    if control.ratio is not None:
+        figures["control_ratio"] = Figure(value=round(control.ratio, 4), n=control.n)
     for key, figure in figures.items():
         benchmark.add(f"{model}.{key}", figure)
     reports = read_bundle(bundle).reports
@@ -112,6 +121,7 @@ def measure(benchmark: Benchmark, model: str, job: Path) -> None:
         "result": document["job"]["result"],
         "figures": reports["figures"],
         "provenance": reports["provenance"],
+        "control": asdict(control),
         "held_out": judged.to_json(),
         "reference_ns": timed.reference_ns,
         "front": document["front"]["trials"],

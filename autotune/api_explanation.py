@@ -56,8 +56,10 @@ class GroupExplanation(Shape):
     `saved_ns` (against FP32 for the group alone) is `by_itself_ns`, what its own kernels save,
     less `boundary_ns`, what its boundaries cost more than they would with the group in FP32;
     below 0 the choice spares boundaries. `edges` are the boundaries as the trial has them.
-    `kernel_ns`, `fp32_kernel_ns` and `int8_kernel_ns` are what profiles measured: of the trial
-    and of the uniform baselines; None without one. `choices` begins with FP32.
+    `effective` is None where the file was not built, or nobody saw what is executed (then
+    `effective_reason` says why). `kernel_ns`, `fp32_kernel_ns` and `int8_kernel_ns` are what
+    profiles measured: of the trial and of the uniform baselines; None without one. `choices`
+    begins with FP32.
     """
 
     group: str

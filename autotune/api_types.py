@@ -19,6 +19,7 @@ API_VERSION = 1
 # 2026-11-21: blocking groups with what they cost, where they were names; the progress of a
 # search: device seconds, hypervolume, model error, proposers; explanations of trials.
 # 2026-11-21: a device says why it is drained and how its last canary went; the quarantine.
+# 2026-11-22: a group's `effective` is null where nobody saw it; `seen_in` says where it was seen.
 
 Verdict = Literal["within_budget", "impossible_budget", "no_budget"]
 
@@ -40,14 +41,16 @@ class Interval(Shape):
 class GroupPrecision(Shape):
     """What one layer group was asked to be and what the runtime really executes.
 
-    `stored_bits` is what a weight takes in the file; None in trials of earlier releases.
-    `kernel_ns` is what its kernels take by the trial's profile; None without one.
+    `effective` is None where nobody saw it, `seen_in` where it was seen. `stored_bits` is what
+    a weight takes in the file; None in trials of earlier releases. `kernel_ns` is what its
+    kernels take by the trial's profile; None without one.
     """
 
     group: str
     planned: str
-    effective: str
+    effective: str | None
     reason: str | None = None
+    seen_in: str | None = None
     stored_bits: int | None = None
     kernel_ns: float | None = None
 

@@ -217,16 +217,22 @@ class Compressor:
         """What the candidate's runtime makes of `data`, or here of what stands in for it."""
         units, runtime = graph.units.values(), candidate.runtime.runtime
         planned = candidate.precisions
-        if candidate.runtime.provider != USUAL_PROVIDER:
-            return unseen_precisions(units, planned)
+        provider = candidate.runtime.provider
+        if provider != USUAL_PROVIDER:
+            why = f"it runs in the device's {provider}, which is not here to look"
+            return unseen_precisions(units, planned, why=why)
         if runtime not in BY_ONNXRUNTIME:
             return executed_precisions(data, units, planned, runtime=runtime)
         checked, fused_here = data, as_checked_here(kernels)
         if fused_here != kernels:
             checked = graph.emit(planned, kernels=fused_here, rounding=rounding)
-        level = candidate.runtime.graph_level
         return effective_precisions(
-            checked, units, planned=planned, kernels=kernels, graph_level=level
+            checked,
+            units,
+            planned=planned,
+            kernels=kernels,
+            graph_level=candidate.runtime.graph_level,
+            stands_in=None if checked == data else fused_here,
         )
 
     def channel_scores(self) -> ChannelScores:

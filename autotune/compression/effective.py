@@ -3,11 +3,13 @@
 Owns the comparison. A plain onnxruntime CPU session writes the graph that it runs; a layer
 counts as quantized only where a kernel for packed or integer weights takes its codes, as
 float16 only where a kernel takes its 16-bit weights, and as FP32 only where no integer kernel
-carries its name. Kernels of other runtimes are the device's business.
+carries its name. Other runtimes are `shipped_runtime.py`'s, what a device's own profile shows
+`profiled_precisions.py`'s.
 """
 
 from __future__ import annotations
 
+import platform
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -45,14 +47,16 @@ _COPY_NUMBER = re.compile(r"(_token_\d+|_nchwc|_nhwc)+$")
 class GroupPrecision:
     """A layer group's precision as planned and as executed; `reason` says why they differ.
 
-    `stored_bits` is what a weight takes in the file, whatever it is computed with.
+    `effective` is None where nobody saw what is executed, and `reason` why; `seen_in` names where
+    it was seen. `stored_bits` is what a weight takes in the file, whatever it is computed with.
     """
 
     group: str
     planned: str
-    effective: str
+    effective: str | None
     reason: str | None
     stored_bits: int = 32
+    seen_in: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -62,6 +66,7 @@ class GroupPrecision:
             "effective": self.effective,
             "reason": self.reason,
             "stored_bits": self.stored_bits,
+            "seen_in": self.seen_in,
         }
 
 
@@ -72,17 +77,22 @@ def effective_precisions(
     *,
     kernels: KernelClass = X86_VNNI,
     graph_level: str = "all",
+    stands_in: KernelClass | None = None,
 ) -> tuple[GroupPrecision, ...]:
     """One entry per layer group, in graph order; groups not planned are FP32.
 
     The graph is what this machine's onnxruntime makes of the artifact at that graph level, on
     its processor; `kernels` is the device's class, for what that has and this machine has not.
+    `stands_in` is the class that the artifact was written for where it is not the device's.
 
     Raises:
         CompressionError: onnxruntime does not load the artifact.
     """
     graph = optimized_graph(artifact, graph_level=graph_level)
-    executed = _Executed(graph, has_half=kernels.has_half)
+    seen_in = f"onnxruntime {onnxruntime.__version__} on {platform.machine()}"
+    if stands_in is not None:
+        seen_in = f"a {stands_in.scheme} stand-in for the {kernels.scheme} file, {seen_in}"
+    executed = _Executed(graph, has_half=kernels.has_half, seen_in=seen_in)
     return tuple(_compare(unit, planned.get(unit.name, FP32), executed) for unit in units)
 
 
@@ -112,8 +122,9 @@ def optimized_graph(artifact: bytes, *, graph_level: str = "all") -> onnx.ModelP
 class _Executed:
     """Look-ups over the graph that runs."""
 
-    def __init__(self, model: onnx.ModelProto, *, has_half: bool) -> None:
+    def __init__(self, model: onnx.ModelProto, *, has_half: bool, seen_in: str) -> None:
         self.device_has_half = has_half
+        self.seen_in = seen_in
         self.producer: dict[str, onnx.NodeProto] = {}
         self.takers: dict[str, list[onnx.NodeProto]] = {}
         self.integer_nodes: set[str] = set()
@@ -141,17 +152,18 @@ def _compare(unit: Unit, planned: Precision, executed: _Executed) -> GroupPrecis
         for layer in unit.layers
         if (reason := _difference(layer, planned, executed)) is not None
     ]
-    effective = planned
+    effective: str | None = planned.name
     if reasons and planned.is_float:
-        effective = INT8
-    elif reasons and not (planned.is_half and executed.device_has_half):
-        effective = FP32
+        effective = INT8.name
+    elif reasons:
+        effective = None if planned.is_half and executed.device_has_half else FP32.name
     return GroupPrecision(
         group=unit.name,
         planned=planned.name,
-        effective=effective.name,
+        effective=effective,
         reason="; ".join(reasons) or None,
         stored_bits=planned.weight_bits,
+        seen_in=executed.seen_in if effective else None,
     )
 
 

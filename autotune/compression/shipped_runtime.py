@@ -7,6 +7,7 @@ taken at batch 1 through the same door that a device times. onnxruntime's own ex
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -34,7 +35,6 @@ BY_ONNXRUNTIME = frozenset({"onnxruntime", "simulated"})
 
 _CODES = ("u8", "i8")
 _PACKED = (*_CODES, "u4", "i4", "u2", "i2")
-_UNSEEN = "not seen: the runtime does not tell what it computes the group in"
 
 Answers = Callable[[np.ndarray], np.ndarray]
 """Samples of shape (n, ...) to outputs of shape (n, classes)."""
@@ -71,51 +71,69 @@ def executed_precisions(
 ) -> tuple[GroupPrecision, ...]:
     """One entry per layer group, in graph order, as that runtime executes the artifact.
 
-    A runtime without `executed_layers` is taken at its word: planned, with that as the reason.
+    What a group without a kernel of its name executes is unknown; so are all groups of a
+    runtime without `executed_layers`.
 
     Raises:
         CompressionError: the runtime is not here, or cannot run the artifact.
     """
 
-    def look(loaded: Runtime, path: Path) -> tuple[ExecutedLayer, ...] | None:
+    def look(loaded: Runtime, path: Path) -> tuple[str, tuple[ExecutedLayer, ...] | None]:
         told = getattr(loaded, "executed_layers", None)
-        return None if told is None else tuple(told(path, _options(1)))
+        seen_in = f"{runtime} {loaded.version} on {platform.machine()}"
+        return seen_in, None if told is None else tuple(told(path, _options(1)))
 
-    executed = _in_file(artifact, runtime, look)
+    seen_in, executed = _in_file(artifact, runtime, look)
+    if executed is None:
+        why = f"{runtime} does not tell what it executes"
+        return unseen_precisions(units, planned, why=why)
     makers = makers_of(artifact)  # a fused kernel may carry the name of what it makes
-    by_name = executed and {makers.get(name, name): x for x in executed for name in x.names}
-    if by_name is None:
-        return unseen_precisions(units, planned)
-    return tuple(_compare(unit, planned.get(unit.name, FP32), by_name) for unit in units)
+    by_name = {makers.get(name, name): x for x in executed for name in x.names}
+    return tuple(
+        _compare(unit, planned.get(unit.name, FP32), by_name, seen_in=seen_in) for unit in units
+    )
 
 
 def unseen_precisions(
-    units: Iterable[Unit], planned: Mapping[str, Precision]
+    units: Iterable[Unit], planned: Mapping[str, Precision], *, why: str
 ) -> tuple[GroupPrecision, ...]:
-    """One entry per layer group, taken at its word: the device's provider is not here to look."""
-    return tuple(_compare(unit, planned.get(unit.name, FP32), None) for unit in units)
+    """One entry per layer group: what each is executed in is unknown, and why."""
+    return tuple(_unseen(unit, planned.get(unit.name, FP32), why) for unit in units)
+
+
+def _unseen(unit: Unit, planned: Precision, why: str) -> GroupPrecision:
+    return GroupPrecision(
+        group=unit.name,
+        planned=planned.name,
+        effective=None,
+        reason=f"not seen: {why}",
+        stored_bits=planned.weight_bits,
+    )
 
 
 def _compare(
-    unit: Unit, planned: Precision, executed: Mapping[str, ExecutedLayer] | None
+    unit: Unit, planned: Precision, executed: Mapping[str, ExecutedLayer], *, seen_in: str
 ) -> GroupPrecision:
-    found = [(executed or {}).get(layer.name) for layer in unit.layers]
+    """One layer that differs decides; else one that was not seen leaves its group unknown."""
+    found = {layer.name: executed.get(layer.name) for layer in unit.layers}
     differing = [
         why
-        for layer, kernel in zip(unit.layers, found, strict=True)
-        if kernel is not None and (why := _difference(layer.name, planned, kernel))
+        for layer, kernel in found.items()
+        if kernel is not None and (why := _difference(layer, planned, kernel))
     ]
-    effective, reason = planned, "; ".join(differing) or None
+    missing = [repr(layer) for layer, kernel in found.items() if kernel is None]
+    if missing and not differing:
+        return _unseen(unit, planned, f"no kernel that it lists is named for {', '.join(missing)}")
+    effective = planned
     if differing:
         effective = INT8 if planned.is_float else FP32
-    elif None in found:
-        reason = _UNSEEN
     return GroupPrecision(
         group=unit.name,
         planned=planned.name,
         effective=effective.name,
-        reason=reason,
+        reason="; ".join(differing) or None,
         stored_bits=planned.weight_bits,
+        seen_in=seen_in,
     )
 
 

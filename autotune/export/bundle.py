@@ -36,6 +36,8 @@ BUNDLE_VERSION = 1
 # Version 1 (2026-11-21): model.onnx, candidate.json, reports.json, run.py, README.md.
 # 2026-11-21: the runtime's graph_level, memory_arena and spinning, where they are not the usual
 # ones; the bundle's own run.py heeds them, and the candidate's version keeps older readers off.
+# 2026-11-22: a group's `effective` is null where nobody saw what is executed, and `seen_in` says
+# where it was seen; nothing reads either back.
 
 FORMAT = "edge-autotune bundle"
 FILES = ("README.md", "candidate.json", "model.onnx", "reports.json", "run.py")

@@ -152,13 +152,15 @@ def size_text(size_bytes: int | None) -> str:
 
 
 def precision_counts(trial: TrialRecord) -> dict[str, int]:
-    """Layer groups per effective precision, most frequent first; planned where not yet known.
+    """Layer groups per effective precision, most frequent first; planned where not yet built.
 
-    FP32 groups are counted only where the compressor reported them: a candidate names none.
+    Groups whose execution nobody saw count apart, by what was planned. FP32 groups are counted
+    only where the compressor reported them: a candidate names none.
     """
     groups = group_precisions(trial)
     if groups:
-        return dict(Counter(entry["effective"] for entry in groups).most_common())
+        names = (g["effective"] or f"unseen (planned {g['planned']})" for g in groups)
+        return dict(Counter(names).most_common())
     return dict(Counter(p.name for p in trial.candidate.precisions.values()).most_common())
 
 

@@ -24,13 +24,14 @@ STEPS_PER_DECADE = 2
 class LayerCell:
     """One layer group in the strip.
 
+    `effective` is None where nobody saw what is executed, the plan of a file that was not built.
     `sensitivity` is a step from 0 (harmless) to 8, None where nothing was measured; `macs_share`
     is the group's share of the model's multiply-accumulates, a fraction from 0 to 1.
     """
 
     group: str
     planned: str
-    effective: str
+    effective: str | None
     reason: str | None
     prune_ratio: float | None
     sensitivity: int | None
@@ -40,7 +41,12 @@ class LayerCell:
     @property
     def differs(self) -> bool:
         """The runtime executes something else than was planned."""
-        return self.planned != self.effective
+        return self.effective not in (None, self.planned)
+
+    @property
+    def shown(self) -> str:
+        """What the picture calls the precision."""
+        return self.effective or "unknown"
 
 
 def layer_cells(job: JobRecord, trial: TrialRecord) -> list[LayerCell]:

@@ -398,6 +398,8 @@ def _why(group: GroupExplanation) -> str:
         text += "; a guess, for few trials tell"
     if group.effective not in (None, group.planned):
         text += f"; it runs as {group.effective}: {group.effective_reason or 'no reason known'}"
+    elif group.effective is None and group.effective_reason is not None:
+        text += f"; what it runs as is unknown ({group.effective_reason})"
     return text
 
 

@@ -141,7 +141,7 @@ def _benchmark(device: DeviceDescription | None, int8: LatencyReport) -> list[st
 def _not_executed(int8: TrialRecord) -> list[str]:
     """Groups that were planned in 8 bits and run as something else."""
     groups = (int8.compression or {}).get("groups", ())
-    wrong = [group for group in groups if group["planned"] != group["effective"]]
+    wrong = [group for group in groups if group["effective"] not in (None, group["planned"])]
     if not wrong:
         return []
     (reason, n), *_ = Counter(str(g["reason"] or "no reason known") for g in wrong).most_common()

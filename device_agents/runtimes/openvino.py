@@ -56,10 +56,15 @@ class OpenVino:
         return ProfiledOpenVinoSession(self._compile(path, options, {"PERF_COUNT": True}))
 
     def executed_layers(self, path: Path, options: RuntimeOptions) -> tuple[ExecutedLayer, ...]:
-        """The kernels with weights that the compiled model has, and what they compute in."""
-        compiled = self._compile(path, options, {})
-        nodes = compiled.get_runtime_model().get_ops()
-        return tuple(_executed(node) for node in nodes if _told(node, "layerType") in _WEIGHTED)
+        """The kernels with weights that the compiled model has, and what they compute in.
+
+        A subgraph that OpenVINO compiled into one kernel counts where all that it reads is float;
+        what it computes codes in, it does not tell.
+        """
+        nodes = self._compile(path, options, {}).get_runtime_model().get_ops()
+        fused = [n for n in nodes if _told(n, "layerType") == "Subgraph" and _reads_float(n)]
+        weighted = [n for n in nodes if _told(n, "layerType") in _WEIGHTED]
+        return tuple(_executed(node) for node in (*fused, *weighted))
 
     def _compile(self, path: Path, options: RuntimeOptions, further: dict[str, Any]) -> Any:
         options.require(self)
@@ -128,6 +133,11 @@ def _executed(node: Any) -> ExecutedLayer:
         precision=_told(node, "runtimePrecision"),
         weight_precision=weights[0] if weights else None,
     )
+
+
+def _reads_float(node: Any) -> bool:
+    sources = (port.get_source_output().get_node() for port in node.inputs())
+    return {_told(source, "runtimePrecision") for source in sources} == {"f32"}
 
 
 def _constants(node: Any) -> list[Any]:

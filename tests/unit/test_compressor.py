@@ -15,6 +15,7 @@ from autotune.compression.bases import Base, BaseFacts, BaseStore
 from autotune.compression.calibration import Calibration, Range
 from autotune.compression.compressor import Compressor
 from autotune.compression.graph import model_bytes
+from autotune.compression.kernels import ARM_DOT, as_checked_here
 from autotune.compression.recovery import MOST_PASSES
 from autotune.errors import CompressionError, DiskFull
 from autotune.spec import RecoverySpec
@@ -55,6 +56,24 @@ def test_an_artifact_knows_its_bytes_its_candidate_and_its_groups(warm: Compress
     assert effective.keys() == {g.name for g in warm.inventory.groups}
     assert (effective["head"], effective["hidden"], effective["stem.0"]) == ("w8a8", "w4", "fp32")
     assert artifact.compression["base"]["macs"] == sum(g.macs for g in warm.inventory.groups)
+
+
+def test_groups_of_a_file_for_other_kernels_say_that_a_stand_in_was_looked_at(
+    warm: Compressor,
+) -> None:
+    if as_checked_here(ARM_DOT) == ARM_DOT:
+        pytest.skip("this machine has the kernels of the class")
+    quantized = warm.build(Candidate(precisions={"head": INT8}), kernels=ARM_DOT)
+    assert all("u8s8 stand-in for the s8s8" in (g.seen_in or "") for g in quantized.groups)
+    plain = warm.build(Candidate(), kernels=ARM_DOT)
+    assert not any("stand-in" in (g.seen_in or "") for g in plain.groups), "the file itself"
+
+
+def test_what_runs_in_a_devices_own_provider_is_unknown(warm: Compressor) -> None:
+    there = RuntimeOptions(provider="CUDAExecutionProvider")
+    groups = warm.build(Candidate(precisions={"head": INT8}, runtime=there)).groups
+    assert {g.effective for g in groups} == {None}
+    assert all("CUDAExecutionProvider, which is not here" in (g.reason or "") for g in groups)
 
 
 def test_the_runtime_options_do_not_change_the_file(warm: Compressor) -> None:

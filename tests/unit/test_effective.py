@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper
 
 from autotune.compression.effective import GroupPrecision, effective_precisions
-from autotune.compression.kernels import ARM_DOT, ARM_DOT_HALF, as_checked_here
+from autotune.compression.kernels import ARM_DOT, ARM_DOT_HALF, X86_VNNI, as_checked_here
 from autotune.compression.quantization import QuantizableGraph
 from search_spaces import FP16, INT8, Precision
 from tests.unit.compression_models import quantizable
@@ -80,15 +83,26 @@ def test_signed_codes_are_checked_on_their_unsigned_twin_on_x86() -> None:
     assert {g.effective for g in report} == {"w8a8"}
 
 
-def test_float16_of_a_device_that_has_it_is_not_called_float32() -> None:
+def test_what_was_seen_in_a_stand_in_says_so_and_on_which_machine() -> None:
+    graph = quantizable("tiny")
+    plan = {"mix.0": INT8}
+    units, data = graph.units.values(), graph.emit(plan)
+    itself = effective_precisions(data, units, plan, kernels=X86_VNNI)
+    twin = effective_precisions(data, units, plan, kernels=ARM_DOT, stands_in=X86_VNNI)
+    here = f"onnxruntime {onnxruntime.__version__} on {platform.machine()}"
+    assert {g.seen_in for g in itself} == {here}
+    assert {g.seen_in for g in twin} == {f"a u8s8 stand-in for the s8s8 file, {here}"}
+
+
+def test_float16_of_a_device_that_has_it_is_unknown_where_this_machine_has_not() -> None:
     graph = quantizable("tiny")
     plan = {"mix.0": FP16}
     report = effective_precisions(
         graph.emit(plan), graph.units.values(), plan, kernels=ARM_DOT_HALF
     )
     entry = next(g for g in report if g.group == "mix.0")
-    assert entry.effective == "fp16"
-    assert entry.reason is None or "not seen" in entry.reason
+    assert entry.effective in ("fp16", None)
+    assert (entry.effective is None) == ("not seen" in (entry.reason or ""))
 
 
 def test_entries_survive_json() -> None:

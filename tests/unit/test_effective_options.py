@@ -19,7 +19,7 @@ def test_a_graph_level_that_fuses_nothing_leaves_every_group_in_float():
 
 def test_what_another_provider_executes_is_not_claimed_to_be_known():
     graph = quantizable("tiny")
-    (first, *_) = found = unseen_precisions(graph.units.values(), {})
+    (first, *_) = found = unseen_precisions(graph.units.values(), {}, why="it is elsewhere")
     assert len(found) == len(graph.units)
-    assert first.planned == first.effective == "fp32"
-    assert "not seen" in (first.reason or "")
+    assert (first.planned, first.effective) == ("fp32", None)
+    assert first.reason == "not seen: it is elsewhere"

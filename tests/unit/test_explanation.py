@@ -242,14 +242,17 @@ def test_the_devices_benchmark_and_what_was_not_executed_are_causes_too() -> Non
         }
     )
     undone = {"group": "d", "planned": "w8a8", "effective": "fp32", "reason": "not fused"}
-    trials = slow_int8(compression={"groups": [undone]})
+    unseen = {"group": "a", "planned": "w8a8", "effective": None, "reason": "not seen"}
+    trials = slow_int8(compression={"groups": [undone, unseen]})
     inventory = replace(
         INVENTORY, float_operators=(FloatOperator(operator="HardSwish", count=9, reason="none"),)
     )
     text = explain(job(inventory=inventory), trials, trials[0], device).int8 or ""
     assert "a depthwise convolution takes 1.35 [1.3, 1.4] of FP32's time in 8 bits" in text
     assert "3x3" not in text, "this device's kernels take unsigned activations"
-    assert "1 of 1 groups do not run as planned (1 of them: not fused)" in text
+    assert "1 of 2 groups do not run as planned (1 of them: not fused)" in text
+    explained_trial = explain(job(inventory=inventory), trials, trials[1], device)
+    assert "what it runs as is unknown (not seen)" in of(explained_trial, "a").why
     assert "9 operators stay in FP32 between 8-bit ones (9 HardSwish)" in text
 
 

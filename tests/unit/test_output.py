@@ -10,7 +10,7 @@ from typing import TextIO
 
 import pytest
 
-from autotune.api_types import Interval
+from autotune.api_types import GroupPrecision, Interval
 from autotune.cli import figures
 from autotune.cli.output import Column, Field, View, cell_width, print_one, print_rows
 from autotune.cli.views.front import FRONT, front_rows
@@ -23,6 +23,7 @@ from autotune.cli.views.trials import (
     kept_channels,
     prune_summary,
     recovery_summary,
+    seen_in,
 )
 from tests.unit.cli_fakes import (
     baseline_trials,
@@ -148,6 +149,15 @@ def test_a_figure_shows_the_digits_that_its_spread_leaves(figure: Interval, text
 def test_group_counts_tell_what_runs_and_what_was_planned_otherwise() -> None:
     assert group_counts(make_trial(1)) == "1 w8a8, 1 fp32 (1 not as planned)"
     assert group_counts(make_trial(1, groups=[])) == "1 w8a8 planned"
+
+
+def test_groups_that_nobody_saw_are_counted_apart_from_those_that_run_as_planned() -> None:
+    seen = GroupPrecision(group="a", planned="w8a8", effective="w8a8", seen_in="here")
+    unseen = GroupPrecision(group="b", planned="w8a8", effective=None, reason="not seen: why")
+    assert group_counts(make_trial(1, groups=[seen, unseen])) == "1 w8a8, 1 unseen (planned w8a8)"
+    assert seen_in(make_trial(1, groups=[seen, seen])) == "here"
+    assert seen_in(make_trial(1, groups=[seen, unseen])) == "1 groups in here"
+    assert [c.text(unseen) for c in GROUPS.columns[1:3]] == ["w8a8", "unknown"]
 
 
 def test_a_pruned_trial_says_how_and_what_its_recovery_cost() -> None:

@@ -247,6 +247,19 @@ def test_a_group_that_cannot_be_pruned_has_no_ratio(job, trials) -> None:
     assert by_name["features.1.conv.0.0"].prune_ratio == 0.0
 
 
+def test_a_group_that_nobody_saw_is_unknown_and_not_counted_as_quantized(job, trials) -> None:
+    first, *rest = trials[1].compression["groups"]
+    unseen = {**first, "planned": "w8a8", "effective": None, "reason": "not seen: <none> tells"}
+    blind = replace(trials[1], compression={"groups": [unseen, *rest]})
+    cell = next(cell for cell in layer_cells(job, blind) if cell.group == first["group"])
+    assert (cell.shown, cell.effective, cell.differs) == ("unknown", None, False)
+    assert "1 unseen (planned w8a8)" in figures.precisions_text(blind)
+    all_blind = [replace(trial, compression=blind.compression) for trial in trials]
+    page = render_report(job, all_blind, fabricated.device())
+    assert "1 whose execution was not seen" in page
+    assert "unknown (planned w8a8: not seen: &lt;none&gt; tells)" in page
+
+
 def test_an_unbuilt_trial_shows_its_plan(job, trials) -> None:
     unbuilt = replace(trials[1], compression=None)
     assert {cell.effective for cell in layer_cells(job, unbuilt)} == {"w8a8"}

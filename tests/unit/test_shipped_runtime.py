@@ -1,11 +1,14 @@
 """An artifact in OpenVINO: the outputs that accuracy is judged by, and what is executed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from autotune.compression import shipped_runtime
 from autotune.compression.accuracy import AccuracyEvaluator
 from autotune.compression.shipped_runtime import executed_precisions, open_answers
 from autotune.errors import CompressionError
+from device_agents.runtimes import ExecutedLayer
 from search_spaces import FP16, INT8, W4
 from tests.unit.compression_models import labelled, quantizable, run, samples
 
@@ -39,15 +42,22 @@ def test_onnxruntime_stands_in_where_a_simulated_device_computes_nothing(graph):
     assert judged.mean_kl == evaluator.evaluate(model).mean_kl
 
 
-def effective(graph, plan):
-    groups = executed_precisions(graph.emit(plan), graph.units.values(), plan, runtime="openvino")
+def effective(graph, plan, *, runtime="openvino"):
+    groups = executed_precisions(graph.emit(plan), graph.units.values(), plan, runtime=runtime)
     return {group.group: group for group in groups}
 
 
-def test_uniform_8_bit_and_fp32_run_as_planned(graph):
-    quantized = effective(graph, dict.fromkeys(graph.units, INT8))
-    assert {group.effective for group in quantized.values()} == {"w8a8"}
-    assert {group.effective for group in effective(graph, {}).values()} == {"fp32"}
+def test_fp32_runs_as_planned(graph):
+    found = effective(graph, {}).values()
+    assert {group.effective for group in found} == {"fp32"}
+    assert {group.seen_in.split()[0] for group in found} == {"openvino"}
+
+
+def test_uniform_8_bit_runs_as_planned_but_for_layers_that_are_compiled_into_one_kernel(graph):
+    found = effective(graph, dict.fromkeys(graph.units, INT8))
+    unknown = {name for name, group in found.items() if group.effective is None}
+    assert unknown <= {"hidden", "head"}, "two linear layers behind one another"
+    assert {group.effective for name, group in found.items() if name not in unknown} == {"w8a8"}
 
 
 def test_packed_weights_of_a_matrix_product_stay_packed(graph):
@@ -70,7 +80,31 @@ def test_a_runtime_that_is_not_here_is_named(graph):
         open_answers(graph.emit({}), "no-such", threads=1)
 
 
-def test_a_runtime_that_tells_nothing_is_taken_at_its_word(graph, monkeypatch):
-    monkeypatch.setattr(shipped_runtime, "load_runtime", lambda name: object())
-    group = effective(graph, {"stem.0": INT8})["stem.0"]
-    assert (group.effective, group.reason[:8]) == ("w8a8", "not seen")
+def test_what_a_runtime_that_tells_nothing_executes_is_unknown(graph, monkeypatch):
+    silent = SimpleNamespace(version="1")
+    monkeypatch.setattr(shipped_runtime, "load_runtime", lambda name: silent)
+    group = effective(graph, {"stem.0": INT8}, runtime="silent")["stem.0"]
+    assert (group.planned, group.effective, group.seen_in) == ("w8a8", None, None)
+    assert group.reason == "not seen: silent does not tell what it executes"
+
+
+def lists(*names, precision="u8"):
+    """A runtime that lists those kernels alone."""
+    kernels = [ExecutedLayer(names=(n,), operator="Conv", precision=precision) for n in names]
+    return SimpleNamespace(version="1", executed_layers=lambda path, options: kernels)
+
+
+def test_a_group_that_the_runtime_does_not_list_is_not_counted_as_quantized(graph, monkeypatch):
+    seen = lists(*(layer.name for layer in graph.units["stem.0"].layers))
+    monkeypatch.setattr(shipped_runtime, "load_runtime", lambda name: seen)
+    groups = effective(graph, {"stem.0": INT8, "mix.0": INT8}, runtime="terse")
+    assert groups["stem.0"].effective == "w8a8"
+    assert groups["mix.0"].effective is None
+    assert "no kernel that it lists is named for 'mix.0'" in groups["mix.0"].reason
+
+
+def test_one_layer_in_float_decides_though_another_was_not_seen(graph, monkeypatch):
+    seen = lists("stem.0", precision="f32")
+    monkeypatch.setattr(shipped_runtime, "load_runtime", lambda name: seen)
+    assert len(graph.units["stem.0"].layers) > 1
+    assert effective(graph, {"stem.0": INT8}, runtime="terse")["stem.0"].effective == "fp32"

@@ -45,7 +45,8 @@ def _of_chosen(text: Callable[[GroupExplanation], str]) -> Callable[[ChoiceRow],
 
 
 def _runs_as(group: GroupExplanation) -> str:
-    return group.effective or figures.MISSING
+    unknown = figures.MISSING if group.effective_reason is None else "unknown"
+    return group.effective or unknown
 
 
 def _kl(row: ChoiceRow) -> str:

@@ -21,9 +21,21 @@ def group_counts(trial: Trial) -> str:
         precisions = trial.candidate.get("precisions", {})
         planned = Counter(str(name) for name in precisions.values())
         return figures.counted(planned) + " planned" if planned else "all fp32"
-    text = figures.counted(Counter(group.effective for group in trial.groups))
-    differing = sum(group.planned != group.effective for group in trial.groups)
+    text = figures.counted(
+        Counter(group.effective or f"unseen (planned {group.planned})" for group in trial.groups)
+    )
+    differing = sum(group.effective not in (None, group.planned) for group in trial.groups)
     return f"{text} ({differing} not as planned)" if differing else text
+
+
+def seen_in(trial: Trial) -> str:
+    """Where the groups' effective precisions were seen, most first."""
+    counter = Counter(group.seen_in for group in trial.groups if group.seen_in)
+    if len(counter) == 1 and counter.total() == len(trial.groups):
+        return next(iter(counter))
+    return "; ".join(f"{n} groups in {where}" for where, n in counter.most_common()) or (
+        figures.MISSING
+    )
 
 
 def prune_summary(trial: Trial) -> str:
@@ -255,6 +267,7 @@ TRIAL: View[Trial] = View(
         Column(title="energy an inference", text=lambda t: _energy(t.energy_joules)),
         Column(title="runtime", text=runtime_text),
         Column(title="groups", text=group_counts),
+        Column(title="groups seen in", text=seen_in),
         Column(title="pruned", text=prune_summary),
         Column(title="channels kept", text=kept_channels),
         Column(title="recovery training", text=recovery_summary),
@@ -270,7 +283,7 @@ GROUPS: View[GroupPrecision] = View(
     columns=[
         Column(title="layer group", text=lambda g: g.group),
         Column(title="planned", text=lambda g: g.planned),
-        Column(title="effective", text=lambda g: g.effective),
+        Column(title="effective", text=lambda g: g.effective or "unknown"),
         Column(title="stored bits", text=lambda g: str(g.stored_bits or figures.MISSING)),
         Column(title="kernels, ms", text=lambda g: kernel_time(g.kernel_ns), right=True),
         Column(title="why they differ", text=lambda g: g.reason or ""),
@@ -280,6 +293,7 @@ GROUPS: View[GroupPrecision] = View(
         Field(name="planned", value=lambda g: g.planned),
         Field(name="effective", value=lambda g: g.effective),
         Field(name="stored_bits", value=lambda g: g.stored_bits),
+        Field(name="seen_in", value=lambda g: g.seen_in),
         Field(name="kernel_ns", value=lambda g: g.kernel_ns),
         Field(name="reason", value=lambda g: g.reason),
     ],

@@ -7,6 +7,7 @@ a runtime the device does not have. The momentary state is `conditions.py`'s.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from device_agents.conditions import ROOT, Memory, NotAvailable
 from device_agents.energy import ACCELERATED, NoEnergySensor, open_meter
@@ -184,7 +187,11 @@ def _finish_probe(child: subprocess.Popen[bytes]) -> RuntimeBuild | None:
         return None
     if child.returncode != 0:
         return None
-    return RuntimeBuild.model_validate_json(output.splitlines()[-1])
+    # A vendor's library may write lines of its own, on loading and when it is taken down.
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(ValidationError):
+            return RuntimeBuild.model_validate_json(line)
+    return None
 
 
 def _energy(root: Path, runtimes: Sequence[RuntimeBuild]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from device_agents.errors import DeviceDiskFull
 from device_agents.files import durable_file
 from device_agents.isolation import die_with_parent
 from device_agents.protocol import KernelSpeed, RuntimeBuild
@@ -88,7 +89,7 @@ def _read(path: Path) -> list[KernelSpeed] | None:
 def _keep(path: Path, speeds: Sequence[KernelSpeed]) -> None:
     dumped = [speed.model_dump(mode="json") for speed in speeds]
     text = json.dumps({"version": SPEEDS_VERSION, "speeds": dumped})
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, DeviceDiskFull):
         path.parent.mkdir(parents=True, exist_ok=True)
         with durable_file(path) as file:
             file.write(text.encode())

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -176,6 +177,21 @@ def test_a_runtime_that_does_not_load_is_one_the_device_does_not_have():
 def test_a_runtime_that_never_answers_is_left_out(monkeypatch):
     monkeypatch.setattr(device, "PROBE_TIMEOUT_S", 0.0)
     assert probe_runtimes(["simulated"]) == ()
+
+
+@pytest.mark.parametrize("after", ["", "print('context released')"])
+def test_what_a_runtime_prints_beside_its_build_is_passed_over(monkeypatch, after):
+    build = RuntimeBuild(name="npu", version="1", providers=("NpuProvider",))
+    program = f"print('driver 2.3'); print({build.model_dump_json()!r}); {after}"
+    start = partial(subprocess.Popen, [sys.executable, "-c", program], stdout=subprocess.PIPE)
+    monkeypatch.setattr(device, "_start_probe", lambda name: start())
+    assert probe_runtimes(["npu"]) == (build,)
+
+
+def test_a_runtime_that_says_nothing_is_one_the_device_does_not_have(monkeypatch):
+    start = partial(subprocess.Popen, [sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    monkeypatch.setattr(device, "_start_probe", lambda name: start())
+    assert probe_runtimes(["npu"]) == ()
 
 
 def test_an_unknown_runtime_names_the_known_ones():

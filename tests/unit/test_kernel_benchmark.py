@@ -1,5 +1,7 @@
 """The kernel benchmark: its models, its figures, and where they are kept."""
 
+import errno
+import os
 import signal
 import subprocess
 from collections import Counter
@@ -127,3 +129,13 @@ def test_figures_that_cannot_be_read_are_measured_again(measured, tmp_path, cont
 def test_figures_that_cannot_be_kept_are_no_error(measured, tmp_path):
     (tmp_path / "file").write_text("")
     assert remembered(tmp_path / "file", HARDWARE, [build("openvino")]) == (SPEED,)
+
+
+def test_figures_that_find_no_room_on_the_disk_are_told_all_the_same(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(subprocess, "Popen", ended(0, SPEED.model_dump_json().encode() + b"\n"))
+    monkeypatch.setattr(os, "fsync", full)
+    assert remembered(tmp_path, HARDWARE, [build("onnxruntime")])[0] == SPEED
+    assert list(tmp_path.iterdir()) == []

@@ -290,9 +290,9 @@ class Agent:
             return
         try:
             key = self._connection.new_key().agent_key
-        except ServiceUnreachable:
-            return  # the next heartbeat asks again
-        self._state.save(identity.model_copy(update={"agent_key": key}))
+            self._state.save(identity.model_copy(update={"agent_key": key}))
+        except (ServiceUnreachable, DeviceDiskFull):
+            return  # the key in use stays good; the next heartbeat asks again
         self._connection.use_key(key)
 
     # -- work

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from device_agents.connection import ServiceConnection
-from device_agents.errors import EnrolmentRefused, ServiceUnreachable
-from device_agents.identity import Identity
+from device_agents.errors import DeviceDiskFull, EnrolmentRefused, ServiceUnreachable
+from device_agents.identity import Identity, StateFolder
 from storage.records import DrainCause
 from tests.running_service import RunningService, running_service
 from tests.unit.agent_service import PATIENCE_S, RunningAgent
@@ -79,6 +79,27 @@ def test_a_new_key_that_never_arrived_locks_nobody_out(
         until(lambda: key_of(tmp_path) not in (first, *lost))
     assert running.error is None
     assert lost
+
+
+def test_a_new_key_that_finds_no_room_is_asked_for_again(
+    service: RunningService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = StateFolder.save
+    refused: list[str] = []
+
+    def full_at_first(folder: StateFolder, identity: Identity) -> None:
+        if not refused:
+            refused.append(identity.agent_key)
+            raise DeviceDiskFull("no room left")
+        save(folder, identity)
+
+    with enrolled(service, tmp_path, "full") as running:
+        first = key_of(tmp_path)
+        monkeypatch.setattr(StateFolder, "save", full_at_first)
+        service.client.rotate_device_key("full")
+        until(lambda: key_of(tmp_path) not in (first, *refused))
+    assert running.error is None
+    assert refused
 
 
 def test_a_revoked_agent_says_why_and_stops_asking(service: RunningService, tmp_path: Path) -> None:

@@ -159,6 +159,9 @@ async def _expire_leases(context: ServiceContext) -> None:
         except StorageError as error:
             _log.warning("leases could not be checked: %s", error)
             continue
+        except Exception:  # noqa: BLE001 - without this loop no lease would run out any more
+            _log.exception("leases could not be checked")
+            continue
         for record in lost:
             _log.warning(
                 "the lease of measurement %s ran out (attempt %d): %s",

@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, UOWTransaction, sessionmaker
 
 from storage.errors import DatabaseFull, DatabaseLocked, DatabaseUnavailable, StorageError
-from storage.ownership import FileOwnership
+from storage.ownership import Claim, FileOwnership
 from storage.schema import migrate
 from storage.tables import Base
 
@@ -89,6 +89,15 @@ class Database:
     def may_be_shared(self) -> bool:
         """Other processes may write to it, too; a SQLite file has one owner."""
         return self._engine.dialect.name != "sqlite"
+
+    def claim(self, what: str) -> Claim | None:
+        """The right to do `what`, which one process has at a time; None where another has it.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        with self._translating():
+            return Claim.acquire(self._engine, what)
 
     def close(self) -> None:
         """Close every connection and give up the ownership of the file."""

@@ -30,6 +30,7 @@ from storage.database import Database, changed_topics
 from storage.errors import ReplacedKey, StaleLease
 from storage.fleet import FleetRepository
 from storage.knowledge import KnowledgeRepository
+from storage.ownership import Claim
 from storage.records import (
     AgentRecord,
     ArtifactRecord,
@@ -104,6 +105,13 @@ class Repository:
         """Every job, oldest first."""
         with self._database.reading() as session:
             return jobs.all_jobs(session)
+
+    def claim_job(self, job_id: str) -> Claim | None:
+        """The right to run a job or to end it; None while another service has it.
+
+        It lasts until its `release`, or until this process ends.
+        """
+        return self._database.claim(f"job {job_id}")
 
     def update_job(self, job_id: str, **changes: Any) -> JobRecord:
         """Set any field of the record except `id` and `created_at`, with the record's types.

@@ -1,15 +1,18 @@
 """The job loop: takes one job after the other and lives as long as the service.
 
-Owns the thread, the choice of the next job and the last line of defence against errors.
+Owns the thread, the choice of the next job and the last line of defence against errors. Of
+several services on one database each takes the jobs that no other has (`storage/ownership.py`).
 What happens inside a job is `tuning.py`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +31,7 @@ from autotune.spec import JobSpec
 from device_agents.protocol import DeviceDescription
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.ownership import Claim
 from storage.records import DeviceRecord, JobRecord, JobState
 from storage.repository import Repository
 from storage.reserve import DiskReserve
@@ -37,6 +41,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """A job that this service alone runs, until the claim is released."""
+
+    job: JobRecord
+    devices: tuple[DeviceRecord, ...]
+    claim: Claim
 
 
 class Runner:
@@ -167,7 +180,7 @@ class Runner:
             try:
                 with self._choosing:
                     found = self._next_job()
-                    self._current = None if found is None else found[0].id
+                    self._current = None if found is None else found.job.id
             except StorageError:
                 # The database may be back in a moment; this thread must be there then.
                 _log.exception("the next job could not be read")
@@ -176,14 +189,21 @@ class Runner:
             if found is None:
                 self._woken.wait(_IDLE_S)
                 continue
-            self._run(*found)
+            try:
+                self._run(found.job, found.devices)
+            finally:
+                found.claim.release()
 
     def end_cancelled(self, job_id: str) -> None:
         """End a job that was cancelled while another one runs; its own run ends by itself."""
         with self._choosing:
-            job = self._repository.get_job(job_id)
-            if job.cancel_requested and not job.state.is_final and job.id != self._current:
-                self._cancel(job)
+            claim = None if job_id == self._current else self._repository.claim_job(job_id)
+            if claim is None:
+                return
+            with claim:
+                job = self._repository.get_job(job_id)
+                if job.cancel_requested and not job.state.is_final:
+                    self._cancel(job)
 
     def _start_ray_early(self) -> None:
         """Before the first job asks for it, because starting takes some seconds."""
@@ -195,25 +215,38 @@ class Runner:
             # A job that needs it will try again and fail with the reason.
             _log.exception("Ray could not be started yet")
 
-    def _next_job(self) -> tuple[JobRecord, tuple[DeviceRecord, ...]] | None:
+    def _next_job(self) -> _Taken | None:
         """The oldest open job whose devices are there; the others are told why they wait."""
         open_jobs = [job for job in self._repository.list_jobs() if not job.state.is_final]
-        for job in sorted(open_jobs, key=lambda job: (job.created_at, job.id)):
+        ordered = sorted(open_jobs, key=lambda job: (job.created_at, job.id))
+        return next(filter(None, map(self._take, ordered)), None)
+
+    def _take(self, job: JobRecord) -> _Taken | None:
+        """The job, to be run; None where it ends here, has to wait, or is another service's."""
+        found = [(named, self._fleet.find_device(named)) for named in _selectors(job)]
+        reasons = [self._fleet.absence(job, named, device) for named, device in found]
+        missing = "; ".join(reason for reason in reasons if reason is not None)
+        is_told = (job.state, job.reason) == (JobState.WAITING_FOR_DEVICE, missing)
+        if is_told and not job.cancel_requested:
+            return None
+        claim = self._repository.claim_job(job.id)
+        if claim is None:
+            return None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(claim)
+            # As it is now: another service may have ended it before it let go of it.
+            job = self._repository.get_job(job.id)
+            if job.state.is_final:
+                return None
             if job.cancel_requested:
                 self._cancel(job)
-                continue
-            found = [(named, self._fleet.find_device(named)) for named in _selectors(job)]
-            reasons = [self._fleet.absence(job, named, device) for named, device in found]
-            missing = [reason for reason in reasons if reason is not None]
-            if not missing:
-                return job, tuple(device for _, device in found if device is not None)
-            self._wait(job, "; ".join(missing))
-        return None
-
-    def _wait(self, job: JobRecord, reason: str) -> None:
-        if (job.state, job.reason) == (JobState.WAITING_FOR_DEVICE, reason):
-            return
-        self._move(job, JobState.WAITING_FOR_DEVICE, reason)
+                return None
+            if missing:
+                self._move(job, JobState.WAITING_FOR_DEVICE, missing)
+                return None
+            stack.pop_all()
+            devices = tuple(device for _, device in found if device is not None)
+            return _Taken(job=job, devices=devices, claim=claim)
 
     def _cancel(self, job: JobRecord) -> None:
         """End a job that does not run, with the answer that its trials give."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 from storage.database import open_database
 from storage.errors import DuplicateTrial, InvalidToken
@@ -189,6 +190,37 @@ def test_two_services_on_one_server_share_the_work(world: World, database_url: s
 
         names = [name for mine in race(work, threads=4) for name in mine]
     assert len(names) == len(set(names)) == 12
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_job_is_one_services_until_it_lets_go_of_it(world: World, database_url: str) -> None:
+    job, other_job = world.job(), world.job()
+    first = world.repository
+    with open_database(database_url) as database:
+        second = Repository(database)
+        claim = first.claim_job(job.id)
+        assert claim is not None and second.claim_job(job.id) is None
+        other_claim = second.claim_job(other_job.id)
+        assert other_claim is not None and first.claim_job(other_job.id) is None
+        claim.release()
+        with other_claim, second.claim_job(job.id) or pytest.fail("nobody has it"):
+            assert first.claim_job(job.id) is None
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_service_that_dies_lets_go_of_its_job(world: World, database_url: str) -> None:
+    job = world.job()
+    claim = world.repository.claim_job(job.id)
+    assert claim is not None
+    engine = sqlalchemy.create_engine(database_url, poolclass=sqlalchemy.NullPool)
+    with engine.begin() as connection:
+        killed = "SELECT pg_terminate_backend(pid, 9999) FROM pg_locks WHERE locktype = 'advisory'"
+        assert connection.execute(sqlalchemy.text(killed)).scalars().all() == [True]
+    with open_database(database_url) as database:
+        other_claim = Repository(database).claim_job(job.id)
+        assert other_claim is not None
+        claim.release()
+        other_claim.release()
 
 
 def _another_agent(world: World, name: str, device_id: str) -> str:

@@ -130,6 +130,24 @@ def test_a_job_that_is_cancelled_behind_another_ends_at_once(
     assert states == [JobState.RUNNING, JobState.CANCELLED]
 
 
+def test_a_job_that_another_service_runs_is_left_to_it(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = loop.job(device="nowhere")
+    loop.wait_for(elsewhere, JobState.WAITING_FOR_DEVICE)
+    claim = loop.repository.claim_job
+    monkeypatch.setattr(
+        loop.repository,
+        "claim_job",
+        lambda job_id: None if job_id == elsewhere.id else claim(job_id),
+    )
+    with FakeAgent(loop.repository, loop.artifacts.read, name="nowhere"):
+        loop.repository.request_cancel(elsewhere.id)
+        loop.runner.end_cancelled(elsewhere.id)
+        loop.wait_for(loop.job(device="nowhere"), JobState.FINISHED)
+    assert loop.repository.get_job(elsewhere.id).state is JobState.WAITING_FOR_DEVICE
+
+
 def test_an_error_nobody_foresaw_leaves_the_best_of_what_was_measured(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

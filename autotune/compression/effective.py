@@ -21,6 +21,7 @@ import onnx
 import onnxruntime
 
 from autotune.compression.graph_writer import weight_codes
+from autotune.compression.kernel_names import BLOCK_KERNELS, FLOAT_KERNELS, INTEGER_KERNELS
 from autotune.compression.kernels import X86_VNNI, KernelClass
 from autotune.compression.operators import WeightedNode
 from autotune.compression.units import Unit
@@ -29,16 +30,6 @@ from autotune.errors import CompressionError
 from device_agents.runtimes.onnxruntime import LEVELS
 from search_spaces import FP32, INT8, Precision
 
-INTEGER_KERNELS = frozenset(
-    {
-        "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger",
-        "ConvInteger",
-    }
-)  # fmt: skip
-_BLOCK_KERNELS = frozenset({"MatMulNBits"})
-_HALF_KERNELS = frozenset(
-    {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
-)
 # onnxruntime numbers the copies of a fused node: `conv1` becomes `conv1_token_4`.
 _COPY_NUMBER = re.compile(r"(_token_\d+|_nchwc|_nhwc)+$")
 
@@ -177,7 +168,7 @@ def _difference(layer: WeightedNode, planned: Precision, executed: _Executed) ->
         return _no_half(layer, executed)
     if planned.is_weight_only and not is_blocked(layer, planned):
         return _unpacked(layer, planned, executed)
-    kernels = _BLOCK_KERNELS if planned.is_weight_only else INTEGER_KERNELS
+    kernels = BLOCK_KERNELS if planned.is_weight_only else INTEGER_KERNELS
     taker = executed.taker(weight_codes(layer.name, planned))
     if taker is None:
         return f"the runtime turned the weights of {layer.name!r} back into float"
@@ -196,7 +187,7 @@ def _difference(layer: WeightedNode, planned: Precision, executed: _Executed) ->
 def _no_half(layer: WeightedNode, executed: _Executed) -> str | None:
     weight = f"{layer.weight}/half"
     taker = executed.taker(weight)
-    if weight in executed.halves and taker is not None and taker.op_type in _HALF_KERNELS:
+    if weight in executed.halves and taker is not None and taker.op_type in FLOAT_KERNELS:
         return None
     if executed.device_has_half:
         return (

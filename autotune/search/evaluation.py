@@ -20,6 +20,7 @@ from typing import Any
 
 from autotune.compression.kernels import kernels_of
 from autotune.compression.layer_times import by_group
+from autotune.compression.profiled_precisions import seen_by_device
 from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.best_baseline import BASELINE
@@ -127,8 +128,10 @@ class Evaluation:
         orders = [(device, self._order(trial, device, kind="confirmation")) for device in devices]
         for index, record in self.fleet.measure_all(self.job, orders, should_stop=self.should_stop):
             if record.outcome is Outcome.OK and record.report and record.report.is_steady:
-                report = self._by_group(record.report, trial.on(devices[index].id))
-                self._note(trial, devices[index], confirmed_latency=report)
+                there = trial.on(devices[index].id)
+                report = self._by_group(record.report, there)
+                executed = self._executed(there, report)
+                self._note(trial, devices[index], confirmed_latency=report, **executed)
             elif trial.proposed_by != BASELINE:
                 reason = f"it could not be measured again: {_ended(record)['reason'] or 'unsteady'}"
                 self._note(trial, devices[index], outcome=TrialOutcome.UNCONFIRMED, reason=reason)
@@ -182,7 +185,8 @@ class Evaluation:
             left[trial.id] -= 1
             ended = _ended(record)
             if record.report is not None:
-                ended["latency"] = self._by_group(record.report, trial.on(device.id))
+                ended["latency"] = report = self._by_group(record.report, trial.on(device.id))
+                ended |= self._executed(trial.on(device.id), report)
             if left[trial.id]:
                 self._note(trial, device, **ended)
             else:
@@ -317,6 +321,14 @@ class Evaluation:
             return report
         digest = _artifact_of(trial).sha256
         return by_group(report, lambda: self.artifacts.read(digest), self.job.inventory.groups)
+
+    def _executed(self, trial: TrialRecord, report: LatencyReport) -> dict[str, Any]:
+        """The trial's `compression` with what the device's profile tells of it; else nothing."""
+        if report.profile is None or self.job.inventory is None or trial.compression is None:
+            return {}
+        entries, groups = trial.compression.get("groups", ()), self.job.inventory.groups
+        found = seen_by_device(entries, report.profile, groups)
+        return {"compression": {**trial.compression, "groups": found}}
 
     def _note(self, trial: TrialRecord, *devices: DeviceRecord, **figures: Any) -> None:
         """Keep figures of a trial that hold on those devices; one that has some is under way."""

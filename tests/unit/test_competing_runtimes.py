@@ -196,3 +196,18 @@ def test_a_profile_without_a_graph_stays_as_the_device_sent_it():
         artifacts=SimpleNamespace(read=lambda sha256: b"{}"),
     )._by_group(report, trial(0, 1.0, 0.9, artifact_sha256="0" * 64, artifact_size_bytes=2))
     assert kept == report
+
+
+def test_what_the_devices_profile_shows_wins_over_what_a_stand_in_showed():
+    (group, *_) = inventory().groups
+    entry = {"group": group.name, "planned": "w8a8", "effective": "w8a8", "seen_in": "a stand-in"}
+    kernel = KernelTime(name="a", operator="FusedConv", time_ns=1.0, group=group.name)
+    profile = Profile(kernels=(kernel,) * len(group.layers))
+    built = trial(0, 1.0, 0.9, compression={"groups": [entry], "kernels": "arm-dot"})
+    report = latency(1.0).model_copy(update={"profile": profile})
+    asked = evaluation(job=SimpleNamespace(inventory=inventory()))
+    kept = asked._executed(built, report)["compression"]
+    (found,) = kept["groups"]
+    assert (found["effective"], found["seen_in"]) == ("fp32", "the device's profile")
+    assert kept["kernels"] == "arm-dot"
+    assert asked._executed(built, latency(1.0)) == {}

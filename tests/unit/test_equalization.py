@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autotune.compression.calibration import ChannelRange, calibrate
 from autotune.compression.effective import optimized_graph
-from autotune.compression.equalization import Equalization, FreeChannels, scaled_weight
+from autotune.compression.equalization import Equalization, scaled_weight
+from autotune.compression.free_channels import FreeChannels
 from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.hard_swish import gate_arrays, swish_factors
 from autotune.compression.quantization import QuantizableGraph

@@ -6,10 +6,12 @@ true figure and can be measured with noise.
 - `Measured` replays a table (`search_tables.py`): real latencies and answers of real models, of
   ten groups. A run's noise is drawn from the table's own replicates.
 - `Simulated` holds what no table can: fifty groups with four precisions and five prune ratios.
-  Of its constants, that a 3x3 convolution takes 0.3 of FP32's time at 8 bits and a depthwise one
-  1.35, comes from measurements (design.md); what the others take, how damages spread and add up,
-  what boundaries cost and how far sensitivities are off are choices. On top lie an effect of
-  every pair of neighbours, which no sum holds, and damages that reinforce each other.
+  Calibrated on real profiles are how time is shared among groups and what 8 bits make of it
+  (`_KINDS`), what boundaries cost and how little of that the sizes of tensors tell
+  (`_BOUNDARY`), and how far sensitivities are off (`_SENSITIVITY_ERROR`); what fewer bits in
+  weights alone cost, how damages spread and add up and what pruning does are choices. On top
+  lie an effect of every pair of neighbours, which no sum holds, and damages that reinforce each
+  other.
 """
 
 from __future__ import annotations
@@ -208,13 +210,55 @@ class Measured:
         )
 
 
-_SPEEDS = {
-    # share of FP32's time: at 8 bits, with 8-bit weights, with 4-bit weights
-    "conv": (0.30, 1.0, 1.25),
-    "pointwise": (0.55, 1.0, 1.25),
-    "depthwise": (1.35, 1.0, 1.1),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """What kernels of one kind take.
+
+    `share` is of FP32's time, over that of a mean group, `share_spread` its standard deviation
+    over its mean; `int8` is the time at 8 bits over FP32's, a geometric mean, `int8_spread` the
+    standard deviation of its logarithm; `fewer` the times with 8-bit and 4-bit weights alone.
+    """
+
+    share: float
+    share_spread: float
+    int8: float
+    int8_spread: float
+    fewer: tuple[float, float]
+
+
+_KINDS = {
+    "stem": _Kind(share=1.2, share_spread=0.4, int8=1.66, int8_spread=0.17, fewer=(1.0, 1.25)),
+    "conv": _Kind(share=1.07, share_spread=0.9, int8=0.18, int8_spread=0.36, fewer=(1.0, 1.25)),
+    "pointwise": _Kind(
+        share=1.22, share_spread=0.58, int8=0.64, int8_spread=0.39, fewer=(1.0, 1.25)
+    ),
+    "depthwise": _Kind(
+        share=0.52, share_spread=0.32, int8=1.16, int8_spread=0.22, fewer=(1.0, 1.1)
+    ),
 }
-_SENSITIVITY_ERROR = 0.4  # of the logarithm, between a sensitivity and the damage in a mixture
+"""From the profiles of the FP32 and the uniform INT8 files of whole jobs on x86 with VNNI
+(onnxruntime 1.31, one thread, 64x64), each scaled to its file's latency: `stem`, the first
+convolution, `pointwise` and `depthwise` are means over mobilenet_v2 (five jobs), mobilenet_v3_small
+and efficientnet_b0, spreads those within a model; `conv` are the eleven 3x3 groups of resnet18.
+`fewer` are choices, with a spread of `_FEWER_SPREAD`, so that every precision is worth a try."""
+
+_FEWER_SPREAD = 0.2
+
+_BOUNDARY = 0.0095
+"""Of FP32's latency, what one boundary costs in the mean. The measured tables fit one cost for
+each of nine boundaries beside one for each choice; over their tensors' bytes these are 0.0061 +
+0.125 per MB (mobilenet_v2), 0.0070 + 0.238 (mobilenet_v3_small) and 0.0053 + 0.025
+(efficientnet_b0), and those models' groups have tensors of 50, 12 and 39 kB in the mean."""
+
+_BOUNDARY_BY_BYTES, _BYTES_SPREAD, _BOUNDARY_SPREAD = 1 / 3, 1.4, 1.1
+"""The part of that which goes with the bytes; the standard deviations of bytes and of the other
+part over their means. In the tables bytes explain a third of how boundaries differ, whose costs
+spread by 0.9 of their mean."""
+
+_SENSITIVITY_ERROR = 0.75
+"""Of the logarithm, between a sensitivity and the damage in a mixture. In the tables it is 0.77:
+the divergence of a choice alone on 64 images against what it adds to that of all mixtures, within
+a model, over the 19 groups where both are above 0.0003 nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +273,7 @@ class Simulated:
     time_shares: np.ndarray
     speeds: np.ndarray
     true_damages: np.ndarray
+    tensor_sizes: np.ndarray
     boundaries: np.ndarray
     hidden: np.ndarray
     ratios: tuple[float, ...]
@@ -356,7 +401,7 @@ class Simulated:
         scales = time_scales(self.time_shares)
         thought = np.array([0.0, INT8_SAVING, *[0.0] * (n_precisions - 2)])
         factors = time_factors(self.time_shares, [thought] * n)
-        links = boundary_links(self.boundaries)
+        links = boundary_links(self.tensor_sizes)
         if self.ratios:
             for share in self.shares()[n:]:
                 factors.append(
@@ -390,19 +435,22 @@ def simulated(
     ratios: Sequence[float] = (),
     seed: int,
 ) -> Simulated:
-    """An oracle whose groups are of those kinds (`conv`, `pointwise`, `depthwise`)."""
+    """An oracle whose groups are of those kinds (`stem`, `conv`, `pointwise`, `depthwise`)."""
     rng = np.random.default_rng(seed)
     n = len(kinds)
-    weight = {"conv": 1.0, "pointwise": 0.8, "depthwise": 0.3}
-    shares = rng.gamma(2.0, 1.0, n) * [weight[kind] for kind in kinds]
+    own = [_KINDS[kind] for kind in kinds]
+    shares = _positive(rng, np.array([k.share_spread for k in own])) * [k.share for k in own]
     shares /= shares.sum()
-    speeds = np.ones((n, n_precisions))
-    for option in range(1, n_precisions):
-        nominal = np.array([_SPEEDS[kind][option - 1] for kind in kinds])
-        speeds[:, option] = nominal * np.exp(rng.normal(0, 0.2, n))
+    nominal = np.array([(1.0, k.int8, *k.fewer) for k in own])[:, :n_precisions]
+    spread = np.array([(0.0, k.int8_spread, *[_FEWER_SPREAD] * 2) for k in own])[:, :n_precisions]
+    speeds = nominal * np.exp(spread * rng.normal(size=nominal.shape))
     steps = rng.gamma(0.5, 0.06 / n, (n, n_precisions - 1)) * [1, 0.3, 4][: n_precisions - 1]
     damages = np.hstack([np.zeros((n, 1)), steps])
-    sizes = rng.gamma(1.5, 1.0, n - 1)
+    sizes = _positive(rng, np.full(n - 1, _BYTES_SPREAD))
+    other = _positive(rng, np.full(n - 1, _BOUNDARY_SPREAD))
+    by_bytes = _BOUNDARY_BY_BYTES * sizes / sizes.mean()
+    # Together 0.7 % of FP32's latency for fifty groups; what sums leave of the tables beyond the
+    # noise of their points is 0, 0, 0.6 and 1.0 %.
     hidden = rng.normal(0, 0.05 / n, (n - 1, n_precisions, n_precisions))
     hidden[:, 0, :] = hidden[:, :, 0] = 0.0
     severity = rng.gamma(1.0, 0.15 / n, n)
@@ -417,10 +465,18 @@ def simulated(
         time_shares=shares,
         speeds=speeds,
         true_damages=damages,
-        boundaries=0.3 * sizes / sizes.sum(),
+        tensor_sizes=sizes,
+        boundaries=_BOUNDARY * (by_bytes + (1 - _BOUNDARY_BY_BYTES) * other),
         hidden=hidden,
         ratios=tuple(ratios),
         prune_damages=prune_damages,
         known_damages=estimated(damages),
         known_prune_damages=estimated(prune_damages),
     )
+
+
+def _positive(rng: np.random.Generator, spread: np.ndarray) -> np.ndarray:
+    """Gamma variables of mean 1 and those standard deviations."""
+    shape = 1 / spread**2
+    found: np.ndarray = rng.gamma(shape) / shape
+    return found

@@ -62,7 +62,7 @@ SEEDS, QUICK_SEEDS = 20, 2
 TPE_RUNS = 200
 WIDE = (1.5, 0.1)
 MODEL_RUNS, UNSEEN = 24, 50
-_KINDS = ("conv", *("pointwise", "depthwise", "pointwise") * 17)
+_KINDS = ("stem", *("pointwise", "depthwise", "pointwise") * 17)
 _SLOW_SEEDS = 5
 """Seeds of Optuna's Gaussian process on a hundred integers, which takes minutes each."""
 

@@ -27,14 +27,19 @@ from tests.unit.spaces import group, inventory, space
 
 KINDS = ("conv", "pointwise", "depthwise", "pointwise", "pointwise") * 2
 NAMES = ("fp32", "w8a8", "w8")
+SPEEDS = {"conv": (1.0, 0.3, 1.0), "pointwise": (1.0, 0.55, 1.0), "depthwise": (1.0, 1.35, 1.0)}
 TENSOR_BYTES = 4e6
 FP32_NS = 1e6
 THOUGHT = {(kind, "w8a8"): 1 - INT8_SAVING for kind in KINDS}
 
 
 def model(seed: int) -> Simulated:
-    """One of the models that run on the same device: shapes and shares differ, kernels do not."""
-    return simulated(f"model {seed}", kinds=KINDS, n_precisions=3, seed=seed)
+    """One of the models that run on one device: shapes and shares differ, kernels hardly do."""
+    made = simulated(f"model {seed}", kinds=KINDS, n_precisions=3, seed=seed)
+    speeds = np.array([SPEEDS[kind] for kind in KINDS])
+    speeds[:, 1:] *= np.exp(np.random.default_rng(seed).normal(0, 0.2, (len(KINDS), 2)))
+    boundaries = 0.3 * made.tensor_sizes / made.tensor_sizes.sum()
+    return replace(made, speeds=speeds, boundaries=boundaries)
 
 
 def measured(oracle: Simulated, *, n: int = 20, seed: int = 0) -> Mixtures:

@@ -24,7 +24,7 @@ from pydantic import (
 
 from autotune.errors import InvalidJob
 from autotune.limits import LatencyBudget, parse_bytes, parse_joules
-from autotune.spec_errors import explain
+from autotune.spec_errors import explain, yaml_fault
 from device_agents.protocol import Quantile
 from search_spaces import USUAL_PROVIDER, Precision
 from search_spaces.errors import InvalidChoice
@@ -111,7 +111,7 @@ class SearchSpec(_Section):
     to gain, whichever comes first. `prune_ratios` are fractions of a prunable group's channels.
     """
 
-    precisions: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
+    precisions: tuple[str, ...] = Field(default=("fp32", "w8a8", "w8", "w4"), min_length=1)
     """Precisions that a layer group may take: `fp32`, `fp16`, `w8a8` (INT8), `w8a16`, weight-only
     `w8`, `w4`, `w2` and `w1` (binary). Behind a dash stands what shares a scale (`-tensor`,
     `-channel`, `-block64`) and `-symmetric` or `-asymmetric` codes, as in `w4-block64`. One that
@@ -121,7 +121,9 @@ class SearchSpec(_Section):
     bytes, and the precisions that make a file smaller without making it faster; `memory` adds
     the peak of a process that serves the model, `energy` the joules of one inference, on devices
     with a sensor."""
-    prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.0, 0.25, 0.5, 0.75)
+    prune_ratios: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = Field(
+        default=(0.0, 0.25, 0.5, 0.75), min_length=1
+    )
     """Shares of its channels that a prunable group may lose; `[0]` switches pruning off. Larger
     ones cost little: which of them are trained depends on what the ones before have lost."""
     prune_importance: Importance = "taylor"
@@ -131,7 +133,7 @@ class SearchSpec(_Section):
     runtimes: tuple[str, ...] = Field(default=("onnxruntime",), min_length=1)
     """Runtimes that compete on the device: `onnxruntime`, `openvino`, or a vendor's by its name.
     The service's host needs each of them too, to judge accuracy in the one that ships."""
-    threads: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    threads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     """Numbers of threads that the runtime may use on the device."""
     providers: tuple[str, ...] = Field(default=(USUAL_PROVIDER,), min_length=1)
     """Execution providers that compete, by onnxruntime's names (`CUDAExecutionProvider`); each
@@ -309,12 +311,12 @@ class JobSpec(_Section):
                 raise ValueError("must be a budget such as 3ms, or one for each device")
         return given
 
-    @field_validator("max_size", "max_memory", "max_energy")
+    @field_validator("max_size", "max_memory", "max_energy", mode="before")
     @classmethod
-    def _amount(cls, text: str | None, known: ValidationInfo) -> str | None:
-        if text is not None:
-            (parse_joules if known.field_name == "max_energy" else parse_bytes)(text)
-        return text
+    def _amount(cls, given: object, known: ValidationInfo) -> object:
+        if given is not None:
+            (parse_joules if known.field_name == "max_energy" else parse_bytes)(str(given))
+        return given
 
     @field_validator("latency_budget")
     @classmethod
@@ -361,7 +363,7 @@ def read_job(path: Path) -> JobSpec:
     except OSError as error:
         raise InvalidJob(f"cannot read the job file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidJob(f"{path} is not YAML: {error}") from error
+        raise InvalidJob(f"{path} is not YAML: {yaml_fault(error)}") from error
     if not isinstance(document, dict):
         raise InvalidJob(f"{path} must hold a mapping with at least `model` and `data`")
 

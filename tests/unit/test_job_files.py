@@ -58,6 +58,16 @@ def test_a_message_names_the_keys_of_the_job_and_not_the_stores_paths(
         ({"search": {"threads": 2}}, "search.threads: must be a list (got 2)"),
         ({"data": {"evaluation": "x.npz"}}, "must begin with npz:, imagefolder: or python:"),
         ({"model": {"source": "resnet18"}}, "must begin with torchvision:, onnx: or python:"),
+        ({"search": {"trials": "many"}}, "search.trials: must be a whole number (got 'many')"),
+        ({"search": {"time_s": "20m"}}, "search.time_s: must be a number of seconds (got '20m')"),
+        ({"search": {"threads": []}}, "search.threads: must be a list of at least one (got [])"),
+        ({"search": {"precisions": []}}, "search.precisions: must be a list of at least one"),
+        ({"search": {"prune_ratios": []}}, "search.prune_ratios: must be a list of at least one"),
+        ({"search": {"prune_ratios": [50]}}, "search.prune_ratios.0: must be less than 1 (got 50)"),
+        ({"max_accuracy_drop": "1%"}, "must be a number, a fraction: 0.01 for 1% (got '1%')"),
+        ({"max_size": 3}, "max_size: '3' is not a size; write 3MB, 800kB or 2MiB (got 3)"),
+        ({"latency_at": "p95"}, "latency_at: must be 'p50', 'p90' or 'p99' (got 'p95')"),
+        ({"name": 5}, "name: must be text (got 5)"),
     ],
 )
 def test_a_value_of_another_shape_is_told_the_right_one(
@@ -65,6 +75,14 @@ def test_a_value_of_another_shape_is_told_the_right_one(
 ) -> None:
     with pytest.raises(InvalidJob, match=re.escape(words)):
         parse_job({**document(), **changes})
+
+
+def test_a_file_that_is_not_yaml_is_told_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("model: {source: [}\n")
+    with pytest.raises(InvalidJob, match=r"job\.yaml is not YAML: line 1, column 18: ") as caught:
+        read_job(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_upload_that_is_missing_is_the_stores_error() -> None:

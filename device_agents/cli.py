@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot be read,
 7 the service does not answer, 8 token or key refused, 11 disk full,
-12 the device cannot run what was asked, 16 another agent release is needed,
+12 the device cannot run what was asked, 17 another agent release is needed,
 20 the runtime crashed, 21 out of memory, 22 timeout, 23 unstable.
 """
 
@@ -63,27 +63,29 @@ _output_option = click.option(
 )
 
 
-@click.group(epilog=EXIT_CODES)
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edge-autotune")
 def main() -> None:
     """Measure models on this device, for a service or on its own."""
 
 
 @main.command(epilog=EXIT_CODES)
-@click.option("--service", required=True, metavar="URL", help="Address of the service.")
+@click.option(
+    "--service", required=True, metavar="URL", help="Address of the service: http://HOST:8577."
+)
 @click.option(
     "--token",
     envvar="AUTOTUNE_ENROLMENT_TOKEN",
     help="One-use token from `autotune device enroll`; only for the first start.",
 )
 @_state_dir_option
-@click.option("--name", help="What to call this device; the host name by default.")
+@click.option("--name", help="What to call this device.  [default: its host name]")
 @click.option(
     "--cache-gb",
     type=click.FloatRange(min=0, min_open=True),
     default=2.0,
     show_default=True,
-    help="How much disk the artifacts may take.",
+    help="Gigabytes of disk that fetched models may take.",
 )
 @click.option(
     "--kernel-benchmark/--no-kernel-benchmark",
@@ -129,7 +131,7 @@ def run(
 @click.option(
     "--against",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Another model to compare with; by default MODEL itself, in a session of its own.",
+    help="Model to compare with.  [default: MODEL itself, in a session of its own]",
 )
 @click.option(
     "--threads",
@@ -196,7 +198,11 @@ def measure(
     output: str,
     **runtime: Any,
 ) -> None:
-    """Measure the latency of MODEL at batch 1 on this device; needs no service."""
+    """Measure a model's latency on this device, without a service.
+
+    One sample at a time (batch 1). Blocks of MODEL alternate with blocks of the other model, so
+    that their ratio holds whatever else the machine does.
+    """
     from device_agents.measurement import Measurement
     from device_agents.protocol import MeasurementPlan, RuntimeRequest
 
@@ -226,7 +232,7 @@ def measure(
 @main.command()
 @_output_option
 def probe(output: str) -> None:
-    """Show what this device is, which runtimes load on it, and which precisions are faster.
+    """Show this device, its runtimes, and which precisions are faster.
 
     The last takes a minute at most and is measured once.
     """
@@ -257,9 +263,9 @@ def probe(output: str) -> None:
 @_state_dir_option
 @_output_option
 def doctor(service: str | None, state_dir: Path, output: str) -> None:
-    """Check what on this device would spoil or stop a measurement, each with its repair.
+    """Check this device for what would spoil or stop a measurement.
 
-    Ends with exit code 1 where something must be repaired.
+    Each finding names its repair. Ends with exit code 1 where something must be repaired.
     """
     from device_agents.doctor import examine
     from device_agents.errors import DeviceAgentError
@@ -277,12 +283,16 @@ def doctor(service: str | None, state_dir: Path, output: str) -> None:
 
 
 @main.command()
-@click.option("--service", required=True, metavar="URL", help="Address of the service.")
+@click.option(
+    "--service", required=True, metavar="URL", help="Address of the service: http://HOST:8577."
+)
 @_state_dir_option
-@click.option("--name", help="What to call this device; the host name by default.")
-@click.option("--user", help="Account to run as, for a system unit; none for a user's own systemd.")
+@click.option("--name", help="What to call this device.  [default: its host name]")
+@click.option(
+    "--user", help="Account to run as, for a system unit.  [default: a unit of your own systemd]"
+)
 def unit(service: str, state_dir: Path, name: str | None, user: str | None) -> None:
-    """Print a systemd unit that keeps the agent running, with a watchdog.
+    """Print a systemd unit that keeps the agent running.
 
     Enroll once with `autotune-agent run --token ...`; the unit needs no token.
     """
@@ -400,7 +410,7 @@ def _exit_code(error: Exception) -> int:
         errors.EnrolmentRefused: 8,
         errors.DeviceDiskFull: 11,
         errors.RuntimeUnavailable: 12,
-        errors.IncompatibleProtocol: 16,
+        errors.IncompatibleProtocol: 17,
     }
     return codes.get(type(error), 1)
 

@@ -29,7 +29,7 @@ Restart=always
 # A model may kill the agent; the next measurement is to begin within 5 s.
 RestartSec=2
 # Refused, or of a release that the service does not speak with: a person has to act.
-RestartPreventExitStatus=8 16
+RestartPreventExitStatus=8 17
 WatchdogSec={watchdog_s}
 # The agent alone hears SIGTERM and ends its measurement itself: a child that died of the signal
 # would be a crash of the model. What is left when the agent is gone is killed.

@@ -84,7 +84,7 @@ def test_an_agent_that_is_told_to_upgrade_says_the_command_and_ends_with_its_own
         text=True,
         timeout=60,
     )
-    assert ended.returncode == 16
+    assert ended.returncode == 17
     assert "another release of the agent: as planned" in ended.stderr
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @click.group()
 def device() -> None:
-    """List, enroll and show devices; keep their keys, and what crashes them, in order."""
+    """Enroll, list, show and revoke devices; see what crashed them."""
 
 
 @device.command("ls")
 @shared_options
 @click.pass_obj
 def list_devices(session: Session) -> None:
-    """List the devices that enrolled, and whether their agents are there."""
+    """List the enrolled devices, and whether they are online."""
     from autotune.cli.output import print_rows
     from autotune.cli.views.devices import DEVICES
 
@@ -36,7 +36,7 @@ def list_devices(session: Session) -> None:
 @shared_options
 @click.pass_obj
 def show(session: Session, reference: str) -> None:
-    """Show what one device is, what it can run, and which precisions are faster on it.
+    """Show a device: hardware, runtimes, and faster precisions.
 
     DEVICE is an id, the unique start of one, or a name.
     """
@@ -52,7 +52,11 @@ def show(session: Session, reference: str) -> None:
 
 
 @device.command("enroll")
-@click.option("--pool", help="Name of a set of identical devices that this one joins.")
+@click.option(
+    "--pool",
+    help="Pool of identical devices that this one joins; it begins with the first one.  "
+    "[default: none]",
+)
 @click.option("--name", help="Name of the device.  [default: its host name]")
 @click.option(
     "--service-url",
@@ -61,7 +65,7 @@ def show(session: Session, reference: str) -> None:
 @shared_options
 @click.pass_obj
 def enroll(session: Session, pool: str | None, name: str | None, service_url: str | None) -> None:
-    """Print the one command to run on a device, to make it measure for this service.
+    """Print the command that makes a device measure for the service.
 
     The command holds a token that enrolls one device, once, within the time shown.
     """
@@ -96,9 +100,10 @@ def enroll(session: Session, pool: str | None, name: str | None, service_url: st
 @shared_options
 @click.pass_obj
 def rotate(session: Session, reference: str) -> None:
-    """Give a device's agent a new key with its next heartbeat, as happens once a day anyway.
+    """Give a device's agent a new key.
 
-    The old key works until the new one was used, so that a lost answer locks nobody out.
+    It gets it with its next heartbeat, as it does once a day anyway. The old key works until the
+    new one was used, so that a lost answer locks nobody out.
     """
     _change(session, session.client().rotate_device_key(reference), "gets a new key")
 
@@ -108,9 +113,10 @@ def rotate(session: Session, reference: str) -> None:
 @shared_options
 @click.pass_obj
 def revoke(session: Session, reference: str) -> None:
-    """End the key of a device's agent; what it is measuring goes back to the queue.
+    """End the key of a device's agent: it measures no more.
 
-    The agent is told and stops. To have the device back, enroll it again.
+    The agent is told and stops; what it is measuring goes back to the queue. To have the device
+    back, enroll it again.
     """
     _change(session, session.client().revoke_device(reference), "has no valid key any more")
 
@@ -120,16 +126,20 @@ def revoke(session: Session, reference: str) -> None:
 @shared_options
 @click.pass_obj
 def resume(session: Session, reference: str) -> None:
-    """Give a drained device work again, once what was wrong with it is repaired."""
+    """Give a drained device work again, once it is repaired."""
     _change(session, session.client().resume_device(reference), "gets work again")
 
 
 @device.command("quarantine")
-@click.option("--clear", metavar="DIGEST", help="Let the artifacts that begin so be tried again.")
+@click.option(
+    "--clear",
+    metavar="DIGEST",
+    help="Let the artifacts whose sha256 begins so (6 digits or more) be tried again.",
+)
 @shared_options
 @click.pass_obj
 def quarantine(session: Session, clear: str | None) -> None:
-    """List the artifacts that crashed devices, and are not sent to such devices any more.
+    """List the artifacts kept from the devices that they crash.
 
     An artifact goes there when it crashed two devices of a kind, or one of them three times.
     """

@@ -17,7 +17,8 @@ from autotune.cli.session import Session, shared_options
 @click.option(
     "--select",
     metavar="knee|fastest|most-accurate|TRIAL",
-    help="A trial of the front by its place, or any trial by number or id.",
+    help="knee, fastest or most-accurate of the front (the knee is where accuracy begins to cost "
+    "much latency), or any trial by its number or id.",
 )
 @click.option(
     "--device",
@@ -42,9 +43,9 @@ def export(
 ) -> None:
     """Write a trial as a bundle: model, candidate, reports, and a program that runs it.
 
-    With a budget or other limits it is the trial that answers them. Without them or --select it
-    is the job's winner: of a job on several devices the one on
-    the worst of them, in the file for the first, unless --device names one. Prints the path.
+    With a budget or other limits it is the trial that answers them; without them and without
+    --select it is the job's winner. Of a job on several devices that is the winner on the worst of
+    them, in the file for the first, unless --device names one. Prints the path.
     """
     if select is not None and any(limit is not None for limit in limits.values()):
         raise click.UsageError("limits and --select exclude each other: each names one trial")

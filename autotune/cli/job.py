@@ -109,7 +109,10 @@ def watch(session: Session, reference: str) -> None:
 @shared_options
 @click.pass_obj
 def cancel(session: Session, reference: str) -> None:
-    """Ask a job to stop; its finished trials are kept and it can be resumed."""
+    """Ask a job to stop; its trials are kept.
+
+    `autotune job resume` goes on with it.
+    """
     cancelled = session.client().cancel(reference)
     click.echo(f"job {cancelled.id} is {cancelled.state}; asked to stop", err=True)
     if session.output_format != "table":
@@ -123,9 +126,11 @@ def cancel(session: Session, reference: str) -> None:
     "extra_trials",
     type=click.IntRange(min=1),
     metavar="+N",
-    help="Trials more than the job has done: +50.",
+    help="How many trials to run beyond those that are done: +50.",
 )
-@click.option("--time", "time_s", type=SECONDS, help="How long to search from now on: 20m.")
+@click.option(
+    "--time", "time_s", type=SECONDS, help="How long to search from now on: 90s, 20m or 1.5h."
+)
 @click.option("--watch", is_flag=True, help="Follow the job until it ends.")
 @shared_options
 @click.pass_obj
@@ -136,10 +141,10 @@ def resume(
     time_s: float | None,
     watch: bool,
 ) -> None:
-    """Take up a job that was cancelled, failed or finished, with all it has learnt.
+    """Go on with a cancelled, failed or finished job.
 
-    Finished trials are kept, and its answer stays until the next one is there. A finished job
-    wants more --trials, or more --time where that is what ended it.
+    Its trials and all it has learnt are kept, and its answer stays until the next one is there.
+    A finished job wants more --trials, or more --time where that is what ended it.
     """
     client = session.client()
     resumed = client.resume(reference, extra_trials, time_s=time_s)
@@ -162,10 +167,10 @@ def resume(
 @shared_options
 @click.pass_obj
 def sensitivity(session: Session, reference: str, picture: Path | None) -> None:
-    """Show what each precision and each prune ratio does to one group alone.
+    """Show what each choice does to one layer group alone.
 
-    Rows are groups in graph order; figures are the KL divergence of the outputs from FP32's.
-    A running job shows what it has so far.
+    Columns are precisions and prune ratios, rows are groups in graph order; figures are the KL
+    divergence of the outputs from FP32's, in nats. A running job shows what it has so far.
     """
     from autotune.cli.output import print_rows
     from autotune.cli.views.sensitivity import ENTRIES, legend, matrix

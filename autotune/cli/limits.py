@@ -18,9 +18,11 @@ R = TypeVar("R")
 
 _DROP = "Largest acceptable loss of accuracy against FP32: 1% or 0.01.  [default: the job's own]"
 _AMOUNTS = {
-    "max_size": "Largest acceptable file: 3MB.",
-    "max_memory": "Largest acceptable peak memory of a process that serves the model: 60MB.",
-    "max_energy": "Most energy that an inference may take, on a device with a sensor: 5mJ.",
+    "max_size": "Largest acceptable file: 3MB, 800kB or 2MiB.  [default: the job's own]",
+    "max_memory": "Largest acceptable peak memory of a process that serves the model: 60MB.  "
+    "[default: the job's own]",
+    "max_energy": "Most energy that an inference may take, on a device with a sensor: 5mJ.  "
+    "[default: the job's own]",
 }
 
 
@@ -36,7 +38,7 @@ def limit_options(budget: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         click.option(
             "--at",
             type=click.Choice(["p50", "p90", "p99"]),
-            help="Where in the latencies the budget holds.  [default: the job's own]",
+            help="Quantile of the latency that must be in the budget.  [default: the job's own]",
         ),
         click.option("--max-drop", type=FRACTION, help=_DROP),
         *(

@@ -32,7 +32,7 @@ def local_service(url: str | None, token: str | None) -> tuple[str, str]:
     if token is not None:
         return address, token
     if local_url is None or address.rstrip("/") != local_url.rstrip("/"):
-        raise AuthenticationError(f"no token is known for {address}; pass --token")
+        raise AuthenticationError(f"no token is known for {address}")
     return address, read_token(settings.token_file)
 
 

@@ -24,7 +24,11 @@ def model() -> None:
 
 @model.command("inspect")
 @click.argument("source", metavar="SOURCE")
-@click.option("--weights", type=click.Path(path_type=Path), help="A .pt or .safetensors file.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="A .pt or .safetensors file.  [default: none: random weights, or those in the file]",
+)
 @click.option(
     "--input-shape",
     type=SHAPE,
@@ -32,7 +36,11 @@ def model() -> None:
     show_default=True,
     help="Shape of one sample, without the batch axis.",
 )
-@click.option("--num-classes", type=click.IntRange(min=2), help="Classes of the output.")
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=2),
+    help="Classes of the output.  [default: the model's own]",
+)
 @click.option("--trust-job-code", is_flag=True, help="Allow a python: source to run.")
 @format_option
 @click.pass_obj
@@ -44,10 +52,10 @@ def inspect(
     num_classes: int | None,
     trust_job_code: bool,
 ) -> None:
-    """Show the layer groups of a model: what may take a precision of its own.
+    """Show the layer groups of a model, with their work and weights.
 
-    SOURCE is torchvision:NAME, onnx:PATH, python:MODULE:FUNCTION, or the path of an ONNX
-    file.
+    A layer group is what may take a precision of its own. SOURCE is torchvision:NAME, onnx:PATH,
+    python:MODULE:FUNCTION, or the path of an ONNX file.
     """
     spec = _model_spec(source, weights, num_classes)
 

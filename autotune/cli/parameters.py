@@ -111,6 +111,6 @@ SECONDS = Seconds()
 SHAPE = Shape()
 
 WARM_START = (
-    "Begin with the results of this earlier job, as priors, or of none.  [default: the newest of "
-    "the same model and devices]"
+    "Begin with what this earlier job measured (its name or id), or with nothing (none).  "
+    "[default: the job file's; without one the newest job of the same model]"
 )

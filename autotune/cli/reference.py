@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from autotune.cli.root import cli, exit_codes
 from autotune.settings import Settings
 from autotune.spec import JobSpec
+from device_agents.cli import EXIT_CODES
 
 SETTINGS = {
     "data_dir": "Folder of the database, the artifacts and the token.",
@@ -56,6 +57,7 @@ def reference_text() -> str:
         *_commands(),
         "## Exit codes\n",
         _exit_codes(),
+        _agent_exit_codes(),
     ]
     parts += ["## Settings of the service\n", _settings(), "## Job file\n", *_job_file()]
     return "\n".join(parts)
@@ -118,6 +120,11 @@ def _exit_codes() -> str:
     return _table(("code", "meaning"), [(str(code), text) for code, text in exit_codes()])
 
 
+def _agent_exit_codes() -> str:
+    listed = " ".join(EXIT_CODES.replace("\b", "").split()).removeprefix("Exit codes: ")
+    return f"Those of `autotune-agent`, which is also `autotune agent`: {listed}\n"
+
+
 def _settings() -> str:
     rows = [
         (f"`{name}`", f"`AUTOTUNE_{name.upper()}`", _default(field, name), SETTINGS[name])
@@ -156,5 +163,6 @@ def _yaml(value: Any) -> str:
 
 def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [titles, tuple("---" for _ in titles), *rows]
-    cells = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines]
+    # A cell is one line: the next one would end the table.
+    cells = [" | ".join(" ".join(x.split()).replace("|", "\\|") for x in line) for line in lines]
     return "".join(f"| {line} |\n" for line in cells)

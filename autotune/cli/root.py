@@ -27,7 +27,6 @@ from autotune.errors import (
     DatabaseInUse,
     DiskFull,
     NotFoundError,
-    ServiceError,
     UntrustedCode,
 )
 
@@ -49,14 +48,16 @@ COMMANDS: dict[str, Entry] = {
     "serve": Entry("serve", "serve", "Run the service that jobs and agents talk to."),
     "agent": Entry("agent", "agent", "Run the agent that measures on this device."),
     "job": Entry("job", "job", "Submit, list, show, watch, cancel and resume jobs."),
-    "trial": Entry("trial", "trial", "List and show the trials of a job."),
+    "trial": Entry("trial", "trial", "List, show and confirm the trials of a job."),
     "front": Entry("front", "front", "Show a job's front; answer any latency budget."),
     "explain": Entry("explain", "explain", "Say why a trial is what it is, group by group."),
     "export": Entry("export", "export", "Write a trial as a bundle that runs on its own."),
     "export-optuna": Entry(
         "export_optuna", "export_optuna", "Write a job's trials as an Optuna study."
     ),
-    "device": Entry("device", "device", "List, enroll and show devices."),
+    "device": Entry(
+        "device", "device", "Enroll, list, show and revoke devices; clear quarantines."
+    ),
     "model": Entry("model", "model", "Look into a model: its layer groups."),
     "doctor": Entry("doctor", "doctor", "Check this machine and say what to repair."),
     "schema": Entry("schema", "schema", "Print the JSON Schema of the job file."),
@@ -67,7 +68,6 @@ COMMANDS: dict[str, Entry] = {
 _HINTS: dict[type[AutotuneError], str] = {
     UntrustedCode: "pass --trust-job-code if you trust the code that the job names",
     NotFoundError: "`autotune job ls`, `trial ls` and `device ls` list what there is",
-    ServiceError: "is the service running? `autotune serve` starts it, `autotune doctor` checks",
     AuthenticationError: "pass --token or set AUTOTUNE_TOKEN; `autotune serve` shows where it lies",
     AddressInUse: "choose another port with --port, or 0 for a free one",
     DatabaseInUse: "stop the other service, or give this one its own --data-dir",
@@ -141,7 +141,7 @@ def exit_codes() -> list[tuple[int, str]]:
     for error in AutotuneError.__subclasses__():
         text = " ".join((error.__doc__ or "").split())
         codes[error.exit_code] = text
-    codes[2] = "The command line is not valid, or: " + codes[2]
+    codes[2] = "The command line or the job file is not valid; the message says what is allowed."
     return sorted(codes.items())
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def trial() -> None:
-    """List and show the trials of a job."""
+    """List, show and confirm the trials of a job."""
 
 
 @trial.command("ls")
@@ -40,8 +40,9 @@ def list_trials(session: Session, job: str) -> None:
 @shared_options
 @click.pass_obj
 def show(session: Session, job: str, reference: str) -> None:
-    """Show one trial: figures, and per layer group the precisions and what its kernels take.
+    """Show one trial: its figures, and what each layer group runs as.
 
+    For each group that is its planned and its executed precision and the time of its kernels.
     TRIAL is a number, an id or the unique start of one.
     """
     from autotune.cli.output import print_one, print_rows
@@ -77,7 +78,7 @@ def show(session: Session, job: str, reference: str) -> None:
 @shared_options
 @click.pass_obj
 def confirm(session: Session, job: str, reference: str) -> None:
-    """Measure a trial again in a fresh process, and judge it on held-out data.
+    """Measure a trial again, in a fresh process, on held-out data.
 
     A job does so with its baselines, its winner and a part of its front; the answer to a budget
     that is asked later may be another trial. Its figures are kept. TRIAL as in `trial show`.

@@ -57,19 +57,22 @@ _CANCEL_PATIENCE_S = 30.0
     "names one.",
 )
 @click.option("--warm-start", metavar="JOB|none", help=WARM_START)
-@click.option("--workers", type=click.IntRange(min=1), help="Worker processes.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes that build and evaluate candidates.  [default: one per usable core]",
+)
 @click.option(
     "--trust-job-code/--no-trust-job-code",
     default=True,
-    show_default=True,
-    help="Run Python code that the job names.",
+    help="Run Python code that the job names (`python:` sources and data).  [default: yes]",
 )
 @click.option(
     "--device",
     "devices",
     metavar="NAME",
     multiple=True,
-    help="Measure on this device of the service that runs, not on this machine; repeat it for "
+    help="Measure on this device of the service at --url, not on this machine; repeat it for "
     "several.",
 )
 @limit_options("latency-budget")

@@ -43,6 +43,13 @@ def test_a_command_says_what_it_does(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", ALL)
+def test_a_list_of_commands_shows_whole_sentences(words: str) -> None:
+    if isinstance(group := ALL[words], click.Group):
+        with click.Context(group, info_name=words, terminal_width=80) as context:
+            assert "..." not in group.get_help(context).partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("words", ALL)
 def test_an_option_says_what_it_means(words: str) -> None:
     options = [p for p in ALL[words].params if isinstance(p, click.Option)]
     assert [option.name for option in options if not option.help] == []
@@ -61,6 +68,11 @@ def test_every_top_level_command_is_reached() -> None:
 def test_every_exit_code_is_in_the_reference(reference: str) -> None:
     for code, meaning in exit_codes():
         assert f"| {code} | {meaning} |" in reference
+
+
+def test_a_table_of_the_reference_has_one_line_for_each_row(reference: str) -> None:
+    between = re.findall(r"^\|.*\n([^|\n].*)$", reference, re.MULTILINE)
+    assert between == []
 
 
 def test_every_setting_is_in_the_reference_with_its_variable(reference: str) -> None:

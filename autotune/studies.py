@@ -7,6 +7,7 @@ search makes its own in `search/sampler.py`. optuna comes with the extra `analys
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -135,8 +136,9 @@ def _create(optuna: Any, *, directions: Sequence[str], storage: str | None, name
         ) from error
     except Exception as error:
         # Optuna hands over whatever SQLAlchemy, Alembic and the database's driver raise.
+        shown = re.sub(r"(?<=//)([^:/@]*):.*@", r"\1:***@", str(storage))  # without the password
         raise StudyError(
-            f"{storage!r} cannot be used as an Optuna storage ({error}); name one such as "
+            f"{shown!r} cannot be used as an Optuna storage ({error}); name one such as "
             "sqlite:///study.db"
         ) from error
     finally:

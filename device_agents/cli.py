@@ -296,8 +296,14 @@ def unit(service: str, state_dir: Path, name: str | None, user: str | None) -> N
 
     Enroll once with `autotune-agent run --token ...`; the unit needs no token.
     """
+    from device_agents.connection import require_address
+    from device_agents.errors import DeviceAgentError
     from device_agents.systemd import unit as unit_text
 
+    try:
+        require_address(service)
+    except DeviceAgentError as error:
+        _fail(str(error), code=2)
     if user is not None and str(state_dir).startswith("~/"):
         state_dir = Path(f"~{user}", *state_dir.parts[1:])
     try:

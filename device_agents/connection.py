@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from uuid import uuid4
 
 import httpx
@@ -98,6 +98,20 @@ class Timeouts:
 PATIENT = Timeouts()
 
 
+def require_address(url: str) -> SplitResult:
+    """The parts of a service's address.
+
+    Raises:
+        DeviceAgentError: it is none.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise DeviceAgentError(
+            f"{url!r} is not a service's address; it looks like http://192.168.1.10:8577"
+        )
+    return parts
+
+
 class ServiceConnection:
     """A connection to one service; usable from several threads.
 
@@ -109,11 +123,7 @@ class ServiceConnection:
     def __init__(
         self, url: str, *, agent_key: str | None = None, timeouts: Timeouts = PATIENT
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise DeviceAgentError(
-                f"{url!r} is not a service's address; it looks like http://192.168.1.10:8577"
-            )
+        parts = require_address(url)
         self.url = url.rstrip("/")
         self._timeouts = timeouts
         self._client = httpx.Client(

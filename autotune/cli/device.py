@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from autotune.cli.parameters import DIGEST
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def resume(session: Session, reference: str) -> None:
 @device.command("quarantine")
 @click.option(
     "--clear",
+    type=DIGEST,
     metavar="DIGEST",
     help="Let the artifacts whose sha256 begins so (6 digits or more) be tried again.",
 )

@@ -1,4 +1,4 @@
-"""Types of command-line values: a fraction, a latency budget and other limits, a time, a shape.
+"""Types of command-line values: fractions, budgets and other limits, digests, times, shapes.
 
 A mistake is a usage error that shows the value and what is allowed.
 """
@@ -65,6 +65,24 @@ class Amount(click.ParamType[str]):
         return str(value).strip()
 
 
+class Digest(click.ParamType[str]):
+    """The beginning of a sha256, as lists show it."""
+
+    name = "digest"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Its digits in lower case."""
+        text = str(value).strip().lower()
+        if not 6 <= len(text) <= 64 or not set(text) <= set("0123456789abcdef"):
+            self.fail(
+                f"{value!r} does not begin a sha256; write 6 to 64 of its digits (0-9, a-f) as "
+                "the list shows them",
+                param,
+                ctx,
+            )
+        return text
+
+
 class Seconds(click.ParamType[float]):
     """A length of time such as `90s`, `20m` or `1.5h`; a bare number is seconds."""
 
@@ -107,6 +125,7 @@ class Shape(click.ParamType["tuple[int, ...]"]):
 
 FRACTION = Fraction()
 BUDGET = Budget()
+DIGEST = Digest()
 SECONDS = Seconds()
 SHAPE = Shape()
 

@@ -248,7 +248,7 @@ def choose_trial(
     Raises:
         InvalidJob: limits and selection at once, or a limit that cannot be read.
         JobNotReady: nothing ranks yet.
-        NotFound: there is no such trial.
+        NotFoundError: there is no such trial.
     """
     is_asked = request.budget is not None or request.is_asked
     if is_asked and request.select is not None:
@@ -256,7 +256,10 @@ def choose_trial(
     if request.select in _SELECTIONS:
         chosen = select(targets.as_searched(job, trials), request.select)
     elif request.select is not None:
-        return context.repository.find_trial(job.id, request.select)
+        try:
+            return context.repository.find_trial(job.id, request.select)
+        except NotFound as error:
+            raise NotFoundError(f"{error}, or named {', '.join(_SELECTIONS)}") from error
     elif not is_asked and job.result is not None:
         return context.repository.get_trial(job.result["winner"])
     else:

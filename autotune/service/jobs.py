@@ -226,7 +226,10 @@ def _resume(context: ServiceContext, reference: str, asked: ResumeRequest) -> Jo
     spec = parse_job(job.spec)
     check_spec(spec, context)
     if asked == ResumeRequest() and job.state is JobState.FINISHED:
-        raise JobNotReady(f"{_finished(job)}; say how many trials more, or for how long")
+        raise JobNotReady(
+            f"{_finished(job)}; say how many trials more, or for how long "
+            "(`autotune job resume JOB --trials +20`, `--time 20m`)"
+        )
     done = len(context.repository.list_trials(job.id))
     search = spec.search
     if asked.trials is not None and job.state is JobState.FINISHED:

@@ -98,6 +98,12 @@ def test_a_system_unit_runs_as_its_user_with_that_users_state():
     assert unit["Install"]["WantedBy"] == "multi-user.target"
 
 
+def test_a_unit_for_what_is_no_address_is_not_written():
+    refused = CliRunner().invoke(main, ["unit", "--service", "my-machine:8577"])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "it looks like http://" in refused.stderr
+
+
 def test_a_users_own_unit_names_no_user():
     unit = unit_of()
     assert "User" not in unit["Service"]

@@ -107,6 +107,13 @@ def test_what_is_no_storage_is_said_in_the_users_terms(storage: str) -> None:
         study_of(make_job(), trials(), storage=storage)
 
 
+def test_a_storage_that_cannot_be_used_is_named_without_its_password() -> None:
+    storage = "mysql+nothing://me:secret@host/studies"
+    with pytest.raises(StudyError, match=r"mysql\+nothing://me:\*\*\*@host/studies") as caught:
+        study_of(make_job(), trials(), storage=storage)
+    assert "secret" not in str(caught.value)
+
+
 def test_a_frame_has_a_row_per_trial_and_a_column_per_figure_and_choice() -> None:
     frame = trials_frame(make_job(), trials())
     assert frame.index.tolist() == [0, 1, 2, 3]

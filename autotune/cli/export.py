@@ -53,6 +53,10 @@ def export(
     named = [client.job(job).name, *([device] if device else []), "bundle"]
     target = out or Path("-".join(named))
     select = select.removeprefix("#") if select is not None else None
+    if any(limit is not None for limit in limits.values()):
+        # An answer may be past the limits, where no trial keeps them: that has to be said.
+        asked = client.front(job, limits["budget"], device=device, **further_limits(limits))
+        click.echo(asked.explanation, err=True)
     written = client.export(
         job,
         target,

@@ -318,10 +318,16 @@ def test_export_prints_the_path(
     call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("export", "job-1", "--select", "#3", "--out", "b.zip") == 0
-    assert capsys.readouterr().out == "b.zip\n"
+    assert capsys.readouterr() == ("b.zip\n", "")
     assert ("export", "job-1", "b.zip", None, "3") in client.calls
+
+
+def test_export_for_a_budget_says_whether_the_trial_keeps_it(
+    call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("export", "job-1", "--budget", "3ms") == 0
-    assert capsys.readouterr().out == "digits-bundle\n"
+    told = client.front("job-1", "3ms").explanation
+    assert capsys.readouterr() == ("digits-bundle\n", f"{told}\n")
 
 
 def test_device_enroll_prints_exactly_one_command(
@@ -353,8 +359,10 @@ def test_the_quarantine_is_shown_and_cleared(
 ) -> None:
     assert call("device", "quarantine") == 0
     assert "crashed pi4 3 times" in capsys.readouterr().out
-    assert call("device", "quarantine", "--clear", "abcdef") == 0
+    assert call("device", "quarantine", "--clear", "ABCDEF") == 0
     assert client.calls[-1] == ("clear_quarantine", "abcdef")
+    assert call("device", "quarantine", "--clear", "abc") == 2
+    assert "6 to 64 of its digits" in capsys.readouterr().err
 
 
 def test_a_drained_device_says_so_in_the_list_and_why_where_it_is_shown(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime
 
 from autotune.compression.data import LabelledData
 from autotune.compression.racing import (
@@ -25,14 +24,15 @@ from autotune.compression.racing import (
     label_margins,
     mean_over_all,
 )
+from autotune.compression.session import Session
 from autotune.compression.shipped_runtime import BY_ONNXRUNTIME, open_answers
 from autotune.errors import CompressionError, InvalidModel
 from storage.records import AccuracyReport
 
 CONFIDENCE_LEVEL = 0.95
 ONNXRUNTIME = "onnxruntime"
+_WHAT = "the artifact"
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-_BATCH = 16
 _Answers = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Probabilities under 1e-12 count as 1e-12, so that one missing class cannot make the mean
 # divergence infinite.
@@ -53,7 +53,7 @@ class AccuracyEvaluator:
         self._threads = threads
         started = time.monotonic()
         try:
-            outputs = _outputs(_session(fp32, threads), data.x, np.arange(len(data)))
+            outputs = _finite(Session(fp32, threads=threads, what=_WHAT).answers(data.x))
         except CompressionError as error:
             raise InvalidModel(f"the FP32 model cannot be evaluated: {error}") from error
         self._log_p = log_probabilities(outputs)
@@ -292,37 +292,16 @@ def log_probabilities(outputs: np.ndarray) -> np.ndarray:
 def _answers(artifact: bytes, runtime: str, threads: int) -> _Answers:
     """From all samples and the rows that are asked for to the outputs on these."""
     if runtime in BY_ONNXRUNTIME:
-        session = _session(artifact, threads)
-        return lambda x, rows: _outputs(session, x, rows)
+        session = Session(artifact, threads=threads, what=_WHAT)
+        return lambda x, rows: _finite(session.answers(_chosen(x, rows)))
     answers = open_answers(artifact, runtime, threads=threads)
     return lambda x, rows: _finite(answers(x[rows]))
 
 
-def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
-        raise CompressionError(f"onnxruntime cannot run the artifact: {error}") from error
-
-
-def _outputs(session: onnxruntime.InferenceSession, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The answers on those samples, batch by batch."""
-    name = session.get_inputs()[0].name
+def _chosen(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     # One copy for a race's random order; none where the samples lie one behind the other.
     in_order = bool((np.diff(rows) == 1).all())
-    chosen = x[rows[0] : rows[-1] + 1] if in_order else x[rows]
-    try:
-        parts = [
-            session.run(None, {name: np.ascontiguousarray(chosen[i : i + _BATCH])})[0]
-            for i in range(0, len(rows), _BATCH)
-        ]
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
-        raise CompressionError(f"onnxruntime cannot run the artifact: {error}") from error
-    return _finite(np.concatenate(parts))
+    return x[rows[0] : rows[-1] + 1] if in_order else x[rows]
 
 
 def _finite(outputs: np.ndarray) -> np.ndarray:

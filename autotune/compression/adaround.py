@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
 from autotune.compression.accuracy import log_probabilities, mean_kl_divergence
@@ -37,7 +36,8 @@ from autotune.compression.rounding import (
     weight_like,
     weight_rows,
 )
-from autotune.compression.slices import FileGraph, needed_for, open_session
+from autotune.compression.session import BATCH, Session
+from autotune.compression.slices import FileGraph, needed_for
 from autotune.compression.weight_only import output_axis
 from autotune.compression.weights import INT8_MAX
 from autotune.errors import CompressionError
@@ -72,7 +72,6 @@ SAMPLES = 1024
 _JUDGES = 160
 """Samples that judge a layer: they give positions enough, where a mean divergence, which is made
 of a few samples, needs as many as there are."""
-_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,13 +390,13 @@ def _values(
     """The tensor of the file for samples, some at a time; only what it needs is run."""
 
     def batches(x: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(x), _BATCH):
-            yield np.ascontiguousarray(x[start : start + _BATCH], dtype=np.float32)
+        for start in range(0, len(x), BATCH):
+            yield np.ascontiguousarray(x[start : start + BATCH], dtype=np.float32)
 
     if tensor == file.input:
         return batches
     nodes, _ = needed_for(file.nodes, [tensor])
-    session: onnxruntime.InferenceSession | None = None
+    session: Session | None = None
 
     def run(x: np.ndarray) -> Iterator[np.ndarray]:
         nonlocal session
@@ -405,12 +404,8 @@ def _values(
             if session is None:
                 inputs = {file.input: batch}
                 piece = file.model(nodes, inputs=inputs, outputs=[tensor], batch=len(batch))
-                session = open_session(piece, threads=threads)
-            try:
-                (value,) = session.run([tensor], {file.input: batch})
-            except Exception as error:
-                # onnxruntime's exceptions share no public base class
-                raise CompressionError(f"onnxruntime cannot run the model: {error}") from error
+                session = Session(piece, threads=threads, what="a part of the model")
+            (value,) = session.run({file.input: batch}, [tensor])
             yield value
 
     return run

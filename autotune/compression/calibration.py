@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper
 
 from autotune.compression.graph import GraphView
@@ -27,6 +26,7 @@ from autotune.compression.operators import (
     find_layers,
     is_residual_add,
 )
+from autotune.compression.session import Session
 from autotune.errors import CompressionError
 
 _LEAST_WIDTH = 2.0**-50
@@ -162,12 +162,12 @@ def tensor_batches(
     view: GraphView, names: Sequence[str], samples: np.ndarray, *, threads: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
     """Those inner tensors of the FP32 graph and its input, a few samples at a time."""
-    session = _session(view.model, names, threads)
+    session = Session(_with_outputs(view.model, names), threads=threads)
     per_sample = sum(4 * math.prod(view.shape(name)) for name in (*names, view.input_name))
     batch = max(1, min(len(samples), _MEMORY_BYTES // max(per_sample, 1)))
     for start in range(0, len(samples), batch):
         part = np.ascontiguousarray(samples[start : start + batch], dtype=np.float32)
-        found = session.run(list(names), {view.input_name: part}) if names else []
+        found = session.run({view.input_name: part}, list(names)) if names else []
         yield {**dict(zip(names, found, strict=True)), view.input_name: part}
 
 
@@ -270,9 +270,7 @@ def felt_values(term: np.ndarray, other: np.ndarray) -> np.ndarray:
     return felt
 
 
-def _session(
-    model: onnx.ModelProto, names: Sequence[str], threads: int
-) -> onnxruntime.InferenceSession:
+def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
     """The FP32 graph with those tensors as its outputs."""
     graph = onnx.ModelProto()
     graph.CopyFrom(model)
@@ -280,9 +278,4 @@ def _session(
     graph.graph.output.extend(
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return graph.SerializeToString()

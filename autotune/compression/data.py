@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 
-from autotune.errors import InvalidData, InvalidModel, UntrustedCode
+from autotune.compression.session import Session
+from autotune.errors import CompressionError, InvalidData, InvalidModel, UntrustedCode
 from autotune.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -160,11 +160,10 @@ def require_fit(source: SourceModel, splits: DataSplits) -> None:
 
 
 def _require_sane_output(source: SourceModel, x: np.ndarray) -> None:
-    session = onnxruntime.InferenceSession(source.fp32_bytes, providers=["CPUExecutionProvider"])
     try:
-        output = session.run([source.output_name], {source.input_name: x})[0]
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
+        session = Session(source.fp32_bytes)
+        (output,) = session.run({source.input_name: x}, [source.output_name])
+    except CompressionError as error:
         raise InvalidModel(
             f"{source.reference!r} does not run on a batch of {len(x)} samples: {error}; "
             "export it with a dynamic batch axis"

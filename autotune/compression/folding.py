@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
+
+from autotune.compression.graph import model_bytes
+from autotune.compression.session import Session
+from autotune.errors import CompressionError, InvalidModel
 
 # A constant that grows (ConstantOfShape, Expand, Tile) may be cheap to compute and dear to ship.
 _MAX_GROWTH_BYTES = 1024 * 1024
@@ -68,15 +71,9 @@ def _evaluated(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> Mappi
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     try:
-        session = onnxruntime.InferenceSession(
-            part.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        results = session.run(None, {})
-    except Exception:  # noqa: BLE001 - onnxruntime's exceptions share no public base class
+        results = Session(model_bytes(part)).run({})
+    except (CompressionError, InvalidModel):
         return {}
     return {
         name: value

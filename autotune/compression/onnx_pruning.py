@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
 
 from autotune.compression.channels import MIN_PRUNABLE_CHANNELS, kept_channels, require_known
@@ -26,6 +25,7 @@ from autotune.compression.onnx_reestimation import (
     reestimate_statistics,
 )
 from autotune.compression.pruning import Prunability
+from autotune.compression.session import Session
 from autotune.errors import CompressionError
 from autotune.spec import Importance
 
@@ -263,19 +263,11 @@ def _require_running(
     """Two samples at once, so that a batch axis fixed by a new shape is seen too."""
     value = graph.graph.input[0]
     x = np.zeros((2, *shape_of(value)[1:]), dtype=np.float32)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     try:
         shapes = [
-            onnxruntime.InferenceSession(
-                model_bytes(model), options, providers=["CPUExecutionProvider"]
-            )
-            .run(None, {value.name: x})[0]
-            .shape
-            for model in (graph, pruned)
+            Session(model_bytes(model)).run({value.name: x})[0].shape for model in (graph, pruned)
         ]
-    except Exception as error:  # onnxruntime's exceptions share no public base class
+    except CompressionError as error:
         raise CompressionError(
             f"the model no longer runs after pruning {', '.join(ratios)}: "
             f"{str(error).splitlines()[0]}"

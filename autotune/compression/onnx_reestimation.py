@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
 
 from autotune.compression.graph import GraphView, attribute, layer_name, unique_names
+from autotune.compression.session import Session
 from autotune.errors import CompressionError
 
 _MEMORY_BYTES = 512 * 1024 * 1024
@@ -138,15 +138,10 @@ def _run(
         ir_version=view.model.ir_version,
         functions=view.model.functions,
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(
-            single.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        found = session.run(None, {name: values[name] for name in names})
-    except Exception as error:  # onnxruntime's exceptions share no public base class
+        session = Session(single.SerializeToString(), threads=threads)
+        found = session.run({name: values[name] for name in names})
+    except CompressionError as error:
         raise CompressionError(
             f"the statistics of the pruned model cannot be re-estimated: node {node.name!r} "
             f"({node.op_type}) fails: {str(error).splitlines()[0]}"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from autotune.compression.accuracy import (
     LARGEST_DIVERGENCE,
@@ -25,6 +24,7 @@ from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.inventory import precisions_of
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.rounding import Rounding, round_weights
+from autotune.compression.session import Session
 from autotune.errors import CompressionError
 from search_spaces import INT8
 
@@ -37,7 +37,6 @@ POST_TRAINING_VERSION = 6
 # Version 3 (2026-11-21): ranges around a HardSwish end lower.
 # Version 2 (2026-11-21): what a Relu behind a residual Add swallows is not in the ranges.
 # Version 1 (2026-11-21): histograms, stretched channels, second-order rounding, corrected biases.
-_BATCH = 16  # as `accuracy.py` runs them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,16 +98,4 @@ def _divergence(
 
 
 def _outputs(model: bytes, x: np.ndarray, threads: int) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        parts = [
-            session.run(None, {name: np.ascontiguousarray(x[i : i + _BATCH], dtype=np.float32)})[0]
-            for i in range(0, len(x), _BATCH)
-        ]
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
-        raise CompressionError(f"onnxruntime cannot run uniform INT8: {error}") from error
-    return np.concatenate(parts)
+    return Session(model, threads=threads, what="uniform INT8").answers(x)

@@ -12,11 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from autotune.compression.slices import Difference, FileGraph, Node, needed_for, open_session
-from autotune.errors import CompressionError
-
-BATCH = 16
-"""Samples that run at once; `accuracy.py` runs as many."""
+from autotune.compression.session import BATCH, Session
+from autotune.compression.slices import Difference, FileGraph, Node, needed_for
 
 MEMORY_BYTES = 256 * 1024 * 1024
 """Kept activations, at most, per worker."""
@@ -126,14 +123,10 @@ class PrefixActivations:
         first = example if graph.input in example else self._inputs[0]
         batch = len(first[self.fp32.input])
         piece = graph.model(nodes, inputs=inputs, outputs=asked, batch=batch)
-        session = open_session(piece, threads=self._threads)
+        session = Session(piece, threads=self._threads, what="a part of the model")
 
         def run(state: _Tensors) -> list[np.ndarray]:
-            try:
-                answers = session.run(asked, {name: state[name] for name in inputs})
-            except Exception as error:
-                # onnxruntime's exceptions share no public base class
-                raise CompressionError(f"onnxruntime cannot run the artifact: {error}") from error
+            answers = session.run({name: state[name] for name in inputs}, asked)
             found = dict(zip(asked, answers, strict=True))
             return [found[name] if name in found else state[name] for name in wanted]
 

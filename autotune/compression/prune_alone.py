@@ -15,9 +15,7 @@ import numpy as np
 from autotune.compression.channels import kept_channels
 from autotune.compression.compressor import Compressor
 from autotune.compression.graph import GraphView, model_bytes
-from autotune.compression.prefix import BATCH
-from autotune.compression.slices import open_session
-from autotune.errors import CompressionError
+from autotune.compression.session import Session
 from search_spaces import PrunableGroup
 
 REESTIMATION_SAMPLES = 128
@@ -94,13 +92,4 @@ def _graph_outputs(
             round_to=compressor.channel_multiple,
             scores=compressor.channel_scores(),
         )
-    session = open_session(model_bytes(graph), threads=1)
-    try:
-        parts = [
-            session.run(None, {source.input_name: np.ascontiguousarray(x[i : i + BATCH])})[0]
-            for i in range(0, len(x), BATCH)
-        ]
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
-        raise CompressionError(f"onnxruntime cannot run the pruned graph: {error}") from error
-    return np.concatenate(parts)
+    return Session(model_bytes(graph), what="the pruned graph").answers(x)

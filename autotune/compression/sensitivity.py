@@ -20,8 +20,9 @@ from autotune.compression.accuracy import log_probabilities, mean_kl_divergence
 from autotune.compression.compressor import Compressor
 from autotune.compression.data import LabelledData
 from autotune.compression.graph import GraphView
-from autotune.compression.prefix import BATCH, MEMORY_BYTES, PrefixActivations
+from autotune.compression.prefix import MEMORY_BYTES, PrefixActivations
 from autotune.compression.prune_alone import pruned_outputs, removed_share
+from autotune.compression.session import BATCH
 from autotune.compression.slices import Difference, FileGraph, counterparts, difference
 from autotune.compression.units import Unit, find_units
 from autotune.errors import CompressionError

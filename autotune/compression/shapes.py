@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper
 
-from autotune.compression.graph import BATCH_AXIS, shape_of
+from autotune.compression.graph import BATCH_AXIS, model_bytes, shape_of
+from autotune.compression.session import Session
+from autotune.errors import CompressionError, InvalidModel
 
 _BATCHES = (2, 3)
 """Two batch sizes: an axis that follows them is the batch axis."""
@@ -50,19 +51,14 @@ def _values(model: onnx.ModelProto, names: list[str]) -> list[dict[str, object]]
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     source = model.graph.input[0]
     rng = np.random.default_rng(0)
     runs = []
     try:
-        session = onnxruntime.InferenceSession(
-            probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = Session(model_bytes(probe))
         for batch in _BATCHES:
             x = rng.standard_normal((batch, *shape_of(source)[1:])).astype(np.float32)
-            runs.append(dict(zip(names, session.run(None, {source.name: x}), strict=True)))
-    except Exception:  # noqa: BLE001 - onnxruntime's exceptions share no public base class
+            runs.append(dict(zip(names, session.run({source.name: x}), strict=True)))
+    except (CompressionError, InvalidModel):
         return []
     return runs

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper
 
 from autotune.compression.graph import BATCH_AXIS
@@ -222,22 +221,6 @@ def counterparts(fp32: FileGraph, artifact: FileGraph, tensors: Iterable[str]) -
         else:
             waiting += [name for node, _ in takers.get(tensor, ()) for name in node.outputs]
     return found
-
-
-def open_session(model: bytes, *, threads: int) -> onnxruntime.InferenceSession:
-    """A plain session on the CPU provider with default options.
-
-    Raises:
-        CompressionError: onnxruntime refuses the model.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
-        raise CompressionError(f"onnxruntime cannot run a part of the model: {error}") from error
 
 
 def _same_bytes(left: memoryview | None, right: memoryview) -> bool:

@@ -29,8 +29,9 @@ from autotune.compression.checkpoint import load_weights, read_weights
 from autotune.compression.cleanup import clean_up
 from autotune.compression.graph import BATCH_AXIS, model_bytes, shape_of
 from autotune.compression.requirements import dynamic_sample_axes, why_it_does_not_load
+from autotune.compression.session import Session
 from autotune.compression.torchvision_repair import import_torchvision
-from autotune.errors import InvalidModel, UntrustedCode
+from autotune.errors import CompressionError, InvalidModel, UntrustedCode
 from autotune.spec import ModelSpec
 
 EXPORT_OPSET = 20
@@ -38,9 +39,6 @@ _INIT_SEED = 0
 # Two float32 implementations of one network differ by rounding; measured: under 2e-6 of the
 # largest output on torchvision's CNNs. A wrong graph differs by orders of magnitude more.
 _EXPORT_TOLERANCE = 1e-3
-_QUIET = onnxruntime.SessionOptions()
-_QUIET.log_severity_level = 4
-_QUIET.intra_op_num_threads = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +178,8 @@ def _traced(
 def _answers(model: onnx.ModelProto, x: np.ndarray, expected: np.ndarray) -> bool:
     """The graph gives the module's outputs for another batch size than it was traced with."""
     try:
-        session = onnxruntime.InferenceSession(
-            model_bytes(model), _QUIET, providers=["CPUExecutionProvider"]
-        )
-        output = session.run(None, {model.graph.input[0].name: x})[0]
-    except Exception:  # noqa: BLE001 - onnxruntime's exceptions share no public base class
+        output = Session(model_bytes(model)).run({model.graph.input[0].name: x})[0]
+    except (CompressionError, InvalidModel):
         return False
     spread = float(np.abs(expected).max()) or 1.0
     return output.shape == expected.shape and bool(
@@ -336,15 +331,14 @@ def _require_batches(spec: ModelSpec, data: bytes, graph: onnx.ModelProto) -> No
     value = graph.graph.input[0]
     x = np.random.default_rng(0).standard_normal((2, *shape_of(value)[1:])).astype(np.float32)
     try:
-        session = onnxruntime.InferenceSession(data, _QUIET, providers=["CPUExecutionProvider"])
-        single = session.run(None, {value.name: x[:1]})[0]
-    except Exception as error:
-        # onnxruntime's exceptions share no public base class
+        session = Session(data)
+        singles = [session.run({value.name: sample})[0] for sample in (x[:1], x[1:])]
+    except CompressionError as error:
         raise InvalidModel(
             f"{spec.source!r} does not run in onnxruntime {onnxruntime.__version__}: "
-            f"{why_it_does_not_load(graph) or _first_line(error)}"
+            f"{why_it_does_not_load(graph) or _first_line(error.__cause__ or error)}"
         ) from error
-    if not _answers(graph, x, np.concatenate([single, session.run(None, {value.name: x[1:]})[0]])):
+    if not _answers(graph, x, np.concatenate(singles)):
         raise InvalidModel(
             f"{spec.source!r} does not answer a batch of 2 as it answers 2 single samples: its "
             "batch axis is fixed; export it with a dynamic batch axis"
@@ -399,5 +393,5 @@ def _called(reference: str) -> Any:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -156,7 +156,7 @@ def test_groups_that_nobody_saw_are_counted_apart_from_those_that_run_as_planned
     unseen = GroupPrecision(group="b", planned="w8a8", effective=None, reason="not seen: why")
     assert group_counts(make_trial(1, groups=[seen, unseen])) == "1 w8a8, 1 unseen (planned w8a8)"
     assert seen_in(make_trial(1, groups=[seen, seen])) == "here"
-    assert seen_in(make_trial(1, groups=[seen, unseen])) == "1 groups in here"
+    assert seen_in(make_trial(1, groups=[seen, unseen])) == "1 in here"
     assert [c.text(unseen) for c in GROUPS.columns[1:3]] == ["w8a8", "unknown"]
 
 

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ BASE_VERSION = 4
 # Version 3 (2026-11-21): rounding.npz with rounded weights, facts.post_training; calibration.json
 # holds histograms, each channel's range and the method of each tensor's.
 # Version 4 (2026-11-21): rounding.npz holds each output's step too.
+# 2026-11-22: reduced.npz beside it, where a device asked for codes that end at 64; written later
+# than the rest, so that no sha256 holds it.
+
+REDUCED_FILE = "reduced.npz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,24 @@ class BaseStore:
                 found = make()
                 self._write(digest, found)
         return found
+
+    def reduced_rounding(self, digest: str, make: Callable[[], Rounding]) -> Rounding:
+        """A stored base's weights rounded for reduced range; made where there are none yet.
+
+        Raises:
+            DiskFull: there is no room for them.
+            CompressionError: the folder cannot be written; or whatever `make` raises.
+        """
+        path = self._folder / digest / REDUCED_FILE
+        with self._locked(digest):
+            with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+                return Rounding.from_bytes(path.read_bytes())
+            found = make()
+            with _disk_errors(self._folder):
+                part = path.with_suffix(".part")  # no other process: the lock is held
+                part.write_bytes(found.to_bytes())
+                part.replace(path)
+            return found
 
     def _read(self, digest: str) -> Base | None:
         folder = self._folder / digest

@@ -26,8 +26,17 @@ from autotune.compression.data import DataSplits, LabelledData
 from autotune.compression.effective import GroupPrecision, effective_precisions
 from autotune.compression.graph import GraphView, model_bytes
 from autotune.compression.inventory import build_inventory, count_cost
-from autotune.compression.kernels import X86_VNNI, KernelClass, as_checked_here
-from autotune.compression.post_training import POST_TRAINING_VERSION, post_training
+from autotune.compression.kernels import (
+    REDUCED_RANGE,
+    X86_VNNI,
+    KernelClass,
+    as_checked_here,
+)
+from autotune.compression.post_training import (
+    POST_TRAINING_VERSION,
+    post_training,
+    reduced_rounding,
+)
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.shipped_runtime import (
     BY_ONNXRUNTIME,
@@ -151,10 +160,9 @@ class Compressor:
             CompressionError: the message names the group and the cause.
             DiskFull: there is no room for a new base.
         """
-        base = self._base(candidate.prune_ratios)
         kernels = kernels or self.kernels
-        learned = self._learn(base.graph, candidate)
-        rounding = None if learned is None else learned.rounding
+        base = self._base(candidate.prune_ratios, kernels)
+        learned, rounding = self._learn(base.graph, candidate)
         data = base.graph.emit(candidate.precisions, kernels=kernels, rounding=rounding)
         return Artifact(
             data=data,
@@ -167,10 +175,15 @@ class Compressor:
             rounding=learned,
         )
 
-    def _learn(self, graph: QuantizableGraph, candidate: Candidate) -> LearnedRounding | None:
-        """The candidate's own rounding, if any; learned once, the same for every kernel class."""
+    def _learn(
+        self, graph: QuantizableGraph, candidate: Candidate
+    ) -> tuple[LearnedRounding | None, Rounding | None]:
+        """The candidate's own rounding, if any; learned once, the same for every kernel class.
+
+        Beside what was learned comes what to write: codes of reduced range stay the base's.
+        """
         if candidate.rounding is None:
-            return None
+            return None, None
         from autotune.compression.adaround import SAMPLES, adaround
 
         digest = candidate.artifact_digest
@@ -192,7 +205,8 @@ class Compressor:
                 f"{learned.earlier_kl:.3g} on {learned.n_judged} search samples, with new codes "
                 f"for {len(learned.improved)} of {learned.n_layers} layers"
             )
-        return learned
+        rounding = dataclasses.replace(learned.rounding, reduced=graph.rounding.reduced)
+        return learned, rounding
 
     def emit(self, candidate: Candidate) -> bytes:
         """The bytes of `build` without the check: milliseconds on a warm base.
@@ -201,9 +215,8 @@ class Compressor:
             CompressionError: the message names the group and the cause.
             DiskFull: there is no room for a new base.
         """
-        graph = self._base(candidate.prune_ratios).graph
-        learned = self._learn(graph, candidate)
-        rounding = None if learned is None else learned.rounding
+        graph = self._base(candidate.prune_ratios, self.kernels).graph
+        _, rounding = self._learn(graph, candidate)
         return graph.emit(candidate.precisions, rounding=rounding)
 
     def _executed(
@@ -267,7 +280,10 @@ class Compressor:
         with torch_settings(seed=self._seed, threads=self._threads):
             return score_channels(module, self.source.input_shape, self._importance, x=x, y=y)
 
-    def _base(self, prune_ratios: Mapping[str, float]) -> _WarmBase:
+    def _base(
+        self, prune_ratios: Mapping[str, float], kernels: KernelClass = X86_VNNI
+    ) -> _WarmBase:
+        """The base, with rounded weights for those kernels."""
         ratios = self._felt(Candidate(prune_ratios=prune_ratios).prune_ratios)
         digest = self._base_digest(ratios)
         if digest not in self._warm:
@@ -279,7 +295,19 @@ class Compressor:
             if len(self._warm) > _WARM_BASES:
                 self._warm.popitem(last=False)
         self._warm.move_to_end(digest)
-        return self._warm[digest]
+        warm = self._warm[digest]
+        if kernels.largest_weight_code == REDUCED_RANGE and warm.graph.rounding.reduced is None:
+            warm.graph.rounding = dataclasses.replace(
+                warm.graph.rounding, reduced=self._reduced(digest, warm.graph)
+            )
+        return warm
+
+    def _reduced(self, digest: str, graph: QuantizableGraph) -> Rounding:
+        def make() -> Rounding:
+            samples = self._splits.calibration
+            return reduced_rounding(graph.fp32, graph.calibration, samples, threads=self._threads)
+
+        return self._store.reduced_rounding(digest, make)
 
     def _felt(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """The ratios that rounding leaves an effect: those without one share a base."""

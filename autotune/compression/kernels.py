@@ -21,7 +21,7 @@ _ARM_DOT = frozenset({"asimddp", "i8mm"})
 _ARM_HALF = frozenset({"asimdhp", "fphp"})
 
 _FULL_RANGE = 127
-_REDUCED_RANGE = 64
+REDUCED_RANGE = 64
 # Without VNNI, x86 adds two products of 8-bit codes in 16 bits and saturates (vpmaddubsw):
 # 2 x 255 x 64 is 32,640 and just fits (onnxruntime's `reduce_range` draws the same line).
 
@@ -47,13 +47,13 @@ class KernelClass:
 
 
 X86_VNNI = KernelClass(name="x86-vnni", signed_activations=False, largest_weight_code=_FULL_RANGE)
-X86 = KernelClass(name="x86", signed_activations=False, largest_weight_code=_REDUCED_RANGE)
+X86 = KernelClass(name="x86", signed_activations=False, largest_weight_code=REDUCED_RANGE)
 ARM_DOT = KernelClass(name="arm-dot", signed_activations=True, largest_weight_code=_FULL_RANGE)
 ARM_DOT_HALF = KernelClass(
     name="arm-dot-half", signed_activations=True, largest_weight_code=_FULL_RANGE, has_half=True
 )
-ARM = KernelClass(name="arm", signed_activations=True, largest_weight_code=_REDUCED_RANGE)
-OTHER = KernelClass(name="other", signed_activations=False, largest_weight_code=_REDUCED_RANGE)
+ARM = KernelClass(name="arm", signed_activations=True, largest_weight_code=REDUCED_RANGE)
+OTHER = KernelClass(name="other", signed_activations=False, largest_weight_code=REDUCED_RANGE)
 KERNEL_CLASSES = {c.name: c for c in (X86_VNNI, X86, ARM_DOT, ARM_DOT_HALF, ARM, OTHER)}
 
 

@@ -52,8 +52,8 @@ def layer_codes(
     """The codes of a layer whose input and output are stretched as said.
 
     `shift` is added to every bias. Rounded weights are taken where there are any for these
-    steps (per channel, all 8 bits) and the bias, corrected for them, fits into int32; else
-    every weight goes to its nearest code.
+    steps (per channel, of that largest code) and the bias, corrected for them, fits into int32;
+    else every weight goes to its nearest code.
     """
     gain = np.ones(weight.shape[axis]) if after is None else after.factors
     factors = channel_factors(
@@ -75,10 +75,12 @@ def layer_codes(
         largest_code=largest_code,
     )
     codes = None
-    rounded = rounding and rounding.of(layer.name, stretched=before is not None)
-    if rounded and granularity is None and largest_code == INT8_MAX:
+    rounded = rounding and rounding.of(
+        layer.name, stretched=before is not None, largest_code=largest_code
+    )
+    if rounded and granularity is None:
         corrected = None if plain is None else plain - rounded.mean_error * gain
-        if _has_same_steps(largest, scale, corrected, input_scale):
+        if _has_same_steps(largest / largest_code, scale, corrected, input_scale):
             codes, plain = rounded.codes, corrected
             scale = scale * rounded.widening
     if codes is None:
@@ -113,10 +115,10 @@ def offset_terms(
 
 
 def _has_same_steps(
-    largest: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, input_scale: float
+    narrowest: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, input_scale: float
 ) -> bool:
-    """No scale was widened for its bias' sake: the codes were chosen for multiples of max / 127."""
-    same = (largest == 0) | (scale <= largest / INT8_MAX * (1 + 1e-6))
+    """No scale was widened for its bias' sake: the codes were chosen for the narrowest steps."""
+    same = (narrowest == 0) | (scale <= narrowest * (1 + 1e-6))
     if bias is not None:
         same &= np.abs(bias) <= input_scale * scale.astype(np.float64) * BIAS_MAX
     return bool(same.all())

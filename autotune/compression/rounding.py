@@ -33,14 +33,14 @@ _POSITIONS = 4096
 # Rows of input per layer for the Hessian: eight times as many as it has columns.
 _DAMPING = 0.01  # of the Hessian's mean diagonal (Frantar et al. 2022, section 3.3, step 3)
 _WIDENINGS = np.linspace(1.0, 1.14, 15, dtype=np.float32)
-"""Steps that an output's weights may have, as multiples of `max / 127`.
+"""Steps that an output's weights may have, as multiples of the narrowest that holds them.
 
 With few inputs it is luck how well they meet a step's multiples: over fifteen steps the
 squared logit error of uniform INT8 falls by 3 % on mobilenet_v2 and by 0.5 % on
 mobilenet_v3_small (digits, 2,000 held-out images, means of 6 builds whose ranges differ).
 """
 _MOST_INPUTS_WIDENED = 64
-"""Layers with more inputs take `max / 127`: widening up to 200 gains another 0.5 % of the squared
+"""Layers with more inputs take the narrowest: widening up to 200 gains another 0.5 % of the squared
 error of mobilenet_v2's answers, and all rounding takes half as long again."""
 
 
@@ -48,8 +48,9 @@ error of mobilenet_v2's answers, and all rounding takes half as long again."""
 class RoundedWeight:
     """A layer's signed 8-bit codes in the weight's shape.
 
-    `widening` is each output's step as a multiple of `max / 127`, at least 1, and `mean_error`
-    what the outputs are too large by on average; both `(outputs,)` float32.
+    `widening` is each output's step as a multiple of the largest weight over the largest code, at
+    least 1, and `mean_error` what the outputs are too large by on average; both `(outputs,)`
+    float32.
     """
 
     codes: np.ndarray
@@ -62,15 +63,22 @@ class Rounding:
     """The rounded weights of a base by layer name.
 
     `plain` are the model's own weights, `stretched` those behind a stretched input tensor;
-    the latter holds layers alone whose input can be stretched.
+    the latter holds layers alone whose input can be stretched. Their codes go up to 127;
+    `reduced` has the same for kernels whose codes end at 64, and is written to a file of its own.
     """
 
     plain: Mapping[str, RoundedWeight] = field(default_factory=dict)
     stretched: Mapping[str, RoundedWeight] = field(default_factory=dict)
+    reduced: Rounding | None = None
 
-    def of(self, layer: str, *, stretched: bool) -> RoundedWeight | None:
+    def of(
+        self, layer: str, *, stretched: bool, largest_code: int = INT8_MAX
+    ) -> RoundedWeight | None:
         """The layer's rounded weight, behind a stretched tensor or not; None without one."""
-        return (self.stretched if stretched else self.plain).get(layer)
+        held = self if largest_code == INT8_MAX else self.reduced
+        if held is None:
+            return None
+        return (held.stretched if stretched else held.plain).get(layer)
 
     def with_layer(self, layer: str, rounded: RoundedWeight, *, stretched: bool) -> Rounding:
         """This rounding with one layer's weights rounded otherwise."""
@@ -79,7 +87,7 @@ class Rounding:
         return replace(self, plain={**self.plain, layer: rounded})
 
     def to_bytes(self) -> bytes:
-        """An npz file; the same rounding gives the same bytes."""
+        """An npz file, without `reduced`; the same rounding gives the same bytes."""
         arrays = {}
         for kind, layers in (("plain", self.plain), ("stretched", self.stretched)):
             for name, rounded in sorted(layers.items()):
@@ -103,7 +111,7 @@ class Rounding:
                         widening=arrays[f"{kind}|{name}|widening"],
                         mean_error=arrays[f"{kind}|{name}|mean_error"],
                     )
-        return cls(**found)
+        return cls(plain=found["plain"], stretched=found["stretched"])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,8 +129,9 @@ def round_weights(
     stretched: Mapping[str, Stretched],
     *,
     threads: int = 1,
+    largest_code: int = INT8_MAX,
 ) -> Rounding:
-    """Every layer's 8-bit weights after one run over the samples.
+    """Every layer's 8-bit weights, in codes up to the largest, after one run over the samples.
 
     `stretched` are the tensors that uniform INT8 stretches. A layer is left out, and keeps its
     nearest codes, where its inputs are too large or too alike to say which code is better.
@@ -137,8 +146,10 @@ def round_weights(
             _add(moments[layer.name], rows)
     behind = {layer.name: stretched[layer.input] for layer in layers if layer.input in stretched}
     return Rounding(
-        plain=_all_rounded(view, layers, moments, {}),
-        stretched=_all_rounded(view, [x for x in layers if x.name in behind], moments, behind),
+        plain=_all_rounded(view, layers, moments, {}, largest_code),
+        stretched=_all_rounded(
+            view, [x for x in layers if x.name in behind], moments, behind, largest_code
+        ),
     )
 
 
@@ -208,9 +219,9 @@ def input_rows(
     return stacked.reshape(stacked.shape[0] * stacked.shape[1], groups, -1)
 
 
-def int8_scales(rows: np.ndarray) -> np.ndarray:
-    """The step of each output channel's codes, float32 `(groups, outputs)`: max / 127."""
-    scale = (np.abs(rows).max(axis=2) / INT8_MAX).astype(np.float32)
+def int8_scales(rows: np.ndarray, largest_code: int = INT8_MAX) -> np.ndarray:
+    """The step of each output channel's codes, float32 `(groups, outputs)`: max / largest code."""
+    scale = (np.abs(rows).max(axis=2) / largest_code).astype(np.float32)
     return np.where(scale > 0, scale, np.float32(1.0))
 
 
@@ -219,6 +230,7 @@ def _all_rounded(
     layers: Sequence[WeightedNode],
     moments: Mapping[str, _Moments],
     read: Mapping[str, Stretched],
+    largest_code: int,
 ) -> dict[str, RoundedWeight]:
     """The layers' rounded weights, without those whose moments say nothing."""
     found = {}
@@ -228,7 +240,7 @@ def _all_rounded(
             continue
         # Where a channel hardly differs from its offset, what is left of its moment is rounding.
         with contextlib.suppress(np.linalg.LinAlgError):
-            found[layer.name] = _rounded(view, layer, held, read.get(layer.name))
+            found[layer.name] = _rounded(view, layer, held, read.get(layer.name), largest_code)
     return found
 
 
@@ -237,10 +249,11 @@ def _rounded(
     layer: WeightedNode,
     moments: _Moments,
     read: Stretched | None,
+    largest_code: int,
 ) -> RoundedWeight:
     rows = weight_rows(view, layer, read)
     factors, offsets = per_input(read, rows.shape)
-    narrowest = int8_scales(rows)
+    narrowest = int8_scales(rows, largest_code)
     mean = moments.total / max(moments.n, 1)
     widening = np.ones(narrowest.shape, np.float32)
     parts, start = [], 0
@@ -252,9 +265,10 @@ def _rounded(
         middle = (mean[:, at] - offsets[:, at]) * factors[:, at]
         second = spread + _outer(middle, middle)
         if rows.shape[2] <= _MOST_INPUTS_WIDENED:
-            found, widening = _best_steps(rows, narrowest, second, spread)
+            found, widening = _best_steps(rows, narrowest, second, spread, largest_code)
         else:
-            found = second_order_codes(rows[:, :, at] / narrowest[..., None], second)
+            steps = rows[:, :, at] / narrowest[..., None]
+            found = second_order_codes(steps, second, largest_code)
         parts.append(found)
         start = at.stop
     codes = np.concatenate(parts, axis=2)
@@ -271,7 +285,11 @@ def _rounded(
 
 
 def _best_steps(
-    rows: np.ndarray, narrowest: np.ndarray, second: np.ndarray, spread: np.ndarray
+    rows: np.ndarray,
+    narrowest: np.ndarray,
+    second: np.ndarray,
+    spread: np.ndarray,
+    largest_code: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and widening per output: of all steps, rounded alike, the one of least error.
 
@@ -282,7 +300,8 @@ def _best_steps(
     steps = narrowest[..., None] * _WIDENINGS
     shape = (groups, outputs * len(_WIDENINGS), inputs)
     divided = (rows[:, :, None] / steps[..., None].astype(np.float64)).reshape(shape)
-    codes = second_order_codes(divided, second).reshape(groups, outputs, -1, inputs)
+    found = second_order_codes(divided, second, largest_code)
+    codes = found.reshape(groups, outputs, -1, inputs)
     error = codes * steps[..., None] - rows[:, :, None]
     seen = (error.reshape(shape) @ spread).reshape(error.shape)
     cost = (seen * error).sum(axis=3)
@@ -305,7 +324,9 @@ def per_input(read: Stretched | None, shape: tuple[int, ...]) -> tuple[np.ndarra
     return factors, offsets
 
 
-def second_order_codes(steps: np.ndarray, products: np.ndarray) -> np.ndarray:
+def second_order_codes(
+    steps: np.ndarray, products: np.ndarray, largest_code: int = INT8_MAX
+) -> np.ndarray:
     """Whole numbers near `steps` `(groups, outputs, k)` whose products with inputs stay nearest.
 
     `products` `(groups, k, k)` is the inputs' second moment. Column by column in order of
@@ -326,7 +347,7 @@ def second_order_codes(steps: np.ndarray, products: np.ndarray) -> np.ndarray:
         end = min(start + 32, k)
         errors = np.empty((*rest.shape[:2], end - start))
         for i in range(start, end):
-            codes[:, :, i] = np.clip(np.rint(rest[:, :, i]), -INT8_MAX, INT8_MAX)
+            codes[:, :, i] = np.clip(np.rint(rest[:, :, i]), -largest_code, largest_code)
             error = (rest[:, :, i] - codes[:, :, i]) / upper[:, i, i, None]
             errors[:, :, i - start] = error
             rest[:, :, i + 1 : end] -= error[..., None] * upper[:, None, i, i + 1 : end]

@@ -9,14 +9,16 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from autotune.compression.bases import Base, BaseFacts, BaseStore
 from autotune.compression.calibration import Calibration, Range
 from autotune.compression.compressor import Compressor
 from autotune.compression.graph import model_bytes
-from autotune.compression.kernels import ARM_DOT, as_checked_here
+from autotune.compression.kernels import ARM_DOT, X86, as_checked_here
 from autotune.compression.recovery import MOST_PASSES
+from autotune.compression.rounding import RoundedWeight, Rounding
 from autotune.errors import CompressionError, DiskFull
 from autotune.spec import RecoverySpec
 from search_spaces import INT8, W4, Candidate, Precision, RuntimeOptions
@@ -67,6 +69,33 @@ def test_groups_of_a_file_for_other_kernels_say_that_a_stand_in_was_looked_at(
     assert all("u8s8 stand-in for the s8s8" in (g.seen_in or "") for g in quantized.groups)
     plain = warm.build(Candidate(), kernels=ARM_DOT)
     assert not any("stand-in" in (g.seen_in or "") for g in plain.groups), "the file itself"
+
+
+def test_reduced_range_gets_rounded_weights_made_once_per_base(tmp_path: Path) -> None:
+    candidate, x = Candidate(precisions={"head": INT8, "hidden": INT8}), samples(32, seed=5)
+    first = compressor(tmp_path, training=False, kernels=X86)
+    artifact = first.build(candidate)
+    again = compressor(tmp_path, training=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("autotune.compression.compressor.reduced_rounding")
+        assert again.build(candidate, kernels=X86).data == artifact.data == first.emit(candidate)
+    graph = first._base({}).graph
+    nearest = graph.emit(candidate.precisions, kernels=X86, rounding=Rounding())
+    exact = run(tiny_source().fp32_bytes, x)
+    rounded, plain = (np.square(run(m, x) - exact).mean() for m in (artifact.data, nearest))
+    assert rounded < 0.8 * plain
+
+
+def test_damaged_weights_of_reduced_range_are_made_again(tmp_path: Path) -> None:
+    one = np.ones(3, np.float32)
+    held = RoundedWeight(codes=one.astype(np.int8), widening=one, mean_error=one)
+    made, store = Rounding(plain={"a": held}), BaseStore(tmp_path)
+    store.get_or_make("d", lambda: _base("d"))
+    assert store.reduced_rounding("d", lambda: made).to_bytes() == made.to_bytes()
+    (path,) = tmp_path.glob("bases/d/reduced.npz")
+    path.write_bytes(path.read_bytes()[:-40])
+    assert store.reduced_rounding("d", lambda: made).to_bytes() == made.to_bytes()
+    assert store.reduced_rounding("d", Rounding).to_bytes() == made.to_bytes(), "it is read"
 
 
 def test_what_runs_in_a_devices_own_provider_is_unknown(warm: Compressor) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from autotune.compression import rounding
 from autotune.compression.calibration import Range, calibrate
 from autotune.compression.equalization import Equalization, Stretched
 from autotune.compression.graph import GraphView
-from autotune.compression.post_training import post_training
+from autotune.compression.kernels import REDUCED_RANGE, X86
+from autotune.compression.post_training import post_training, reduced_rounding
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.rounding import Rounding, input_rows, round_weights, second_order_codes
 from autotune.compression.units import find_layers
@@ -111,6 +114,46 @@ def test_a_corrected_bias_takes_up_the_mean_error_of_every_output() -> None:
     assert errors[1] == pytest.approx(np.abs(rounded.mean_error), abs=1.1 * left)
 
 
+def reduced(model: onnx.ModelProto, x: np.ndarray) -> tuple[QuantizableGraph, QuantizableGraph]:
+    """The model for kernels of reduced range: with the nearest codes, and with rounded ones."""
+    calibration = calibrate(model, x)
+    stretched = Equalization(GraphView(model), calibration).whole
+    found = round_weights(GraphView(model), x, stretched, largest_code=REDUCED_RANGE)
+    nearest, rounded = (
+        QuantizableGraph(model, calibration, kernels=X86, rounding=Rounding(reduced=held))
+        for held in (None, found)
+    )
+    return nearest, rounded
+
+
+def test_codes_of_reduced_range_are_rounded_and_their_biases_corrected_too() -> None:
+    model = gemm_model(k=32)
+    x = (3 + np.abs(np.random.default_rng(5).normal(size=(512, 32)))).astype(np.float32)
+    expected = run(model.SerializeToString(), x)
+    errors = [run(graph.emit({"a": INT8}), x) - expected for graph in reduced(model, x)]
+    nearest, rounded = (np.abs(error.mean(axis=0)).mean() for error in errors)
+    assert rounded < 0.1 * nearest
+    assert np.square(errors[1]).mean() < 0.5 * np.square(errors[0]).mean()
+
+
+def test_a_network_of_reduced_range_comes_nearer_to_fp32_on_other_samples() -> None:
+    source, x = tiny_source(), samples(64, seed=3)
+    expected = run(source.fp32_bytes, x)
+    errors = []
+    for graph in reduced(source.graph, samples(32)):
+        artifact = graph.emit(dict.fromkeys(graph.units, INT8))
+        assert all(np.abs(codes).max() <= REDUCED_RANGE for codes in weight_codes_of(artifact))
+        errors.append(float(np.square(run(artifact, x) - expected).mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def weight_codes_of(artifact: bytes) -> list[np.ndarray]:
+    constants = onnx.load_from_string(artifact).graph.initializer
+    arrays = [numpy_helper.to_array(c) for c in constants if c.name.endswith(".weight/q")]
+    assert arrays
+    return arrays
+
+
 def test_inputs_whose_squares_are_no_numbers_leave_a_layer_at_its_nearest_codes() -> None:
     view, x = GraphView(gemm_model()), np.random.default_rng(3).normal(size=(64, 80))
     assert round_weights(view, x.astype(np.float32), {}).plain.keys() == {"a"}
@@ -132,3 +175,15 @@ def test_what_a_base_keeps_diverges_no_more_than_the_plain_way() -> None:
     found = post_training(tiny_source().graph, samples(16))
     assert 0 <= found.mean_kl <= found.plain_kl
     assert found.rounding.plain or found.mean_kl == found.plain_kl
+
+
+def test_rounded_codes_of_reduced_range_are_kept_where_they_diverge_less() -> None:
+    source, x = tiny_source(), samples(16)
+    calibration = calibrate(source.graph, x)
+    found = reduced_rounding(source.fp32_bytes, calibration, x)
+    assert found.plain.keys() == {layer.name for layer in find_layers(GraphView(source.graph))}
+    with pytest.MonkeyPatch.context() as patch:
+        worse = {name: replace(r, mean_error=r.mean_error + 9) for name, r in found.plain.items()}
+        wrong = Rounding(plain=worse, stretched=found.stretched)
+        patch.setattr("autotune.compression.post_training.round_weights", lambda *_, **__: wrong)
+        assert not reduced_rounding(source.fp32_bytes, calibration, x).plain

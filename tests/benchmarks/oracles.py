@@ -8,10 +8,10 @@ true figure and can be measured with noise.
 - `Simulated` holds what no table can: fifty groups with four precisions and five prune ratios.
   Calibrated on real profiles are how time is shared among groups and what 8 bits make of it
   (`_KINDS`), what boundaries cost and how little of that the sizes of tensors tell
-  (`_BOUNDARY`), and how far sensitivities are off (`_SENSITIVITY_ERROR`); what fewer bits in
-  weights alone cost, how damages spread and add up and what pruning does are choices. On top
-  lie an effect of every pair of neighbours, which no sum holds, and damages that reinforce each
-  other.
+  (`_BOUNDARY`), and how far the uniform file's profile and sensitivities are off
+  (`_PROFILE_ERROR`, `_SENSITIVITY_ERROR`); what fewer bits in weights alone cost, how damages
+  spread and add up and what pruning does are choices. On top lie an effect of every pair of
+  neighbours, which no sum holds, and damages that reinforce each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Protocol
 
 import numpy as np
 
-from autotune.search.landscape import INT8_SAVING
 from autotune.search.minima import minima
 from autotune.search.priors import (
     LEAST_SHARE,
@@ -255,10 +254,15 @@ _BOUNDARY_BY_BYTES, _BYTES_SPREAD, _BOUNDARY_SPREAD = 1 / 3, 1.4, 1.1
 part over their means. In the tables bytes explain a third of how boundaries differ, whose costs
 spread by 0.9 of their mean."""
 
-_SENSITIVITY_ERROR = 0.75
-"""Of the logarithm, between a sensitivity and the damage in a mixture. In the tables it is 0.77:
-the divergence of a choice alone on 64 images against what it adds to that of all mixtures, within
-a model, over the 19 groups where both are above 0.0003 nats."""
+_PROFILE_ERROR = 0.26
+"""Of the logarithm, between a group's time at 8 bits in the profile of the uniform file and what
+it takes in mixtures: in the tables 0.22, 0.22, 0.27 and 0.32 within a model, over 39 groups."""
+
+_SENSITIVITY_ERROR = 0.4
+"""Of the logarithm, between a sensitivity and the damage in a mixture. In the tables, within a
+model: the divergence of a choice alone on 64 images against what it adds to mixtures whose other
+choices diverge by 0.03 nats at most (0.34, 23 groups) or by 0.1 (0.54); past that answers saturate,
+which is counted by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +282,7 @@ class Simulated:
     hidden: np.ndarray
     ratios: tuple[float, ...]
     prune_damages: np.ndarray
+    profiled_int8: np.ndarray
     known_damages: np.ndarray
     known_prune_damages: np.ndarray
 
@@ -387,8 +392,9 @@ class Simulated:
         return [table / DROP_PER_NAT for table in tables]
 
     def features(self, per_nat: float, uniform: Sequence[float]) -> tuple[Features, Features]:
-        """Time shares, tensor sizes, sensitivities; no profiles."""
-        return self._latency_features(), self._drop_features(per_nat)
+        """Kernel times of the uniform files' profiles, tensor sizes, sensitivities."""
+        int8 = profiled(self.profiled_int8, uniform[1] / uniform[0])
+        return self._latency_features(1 - int8 / self.time_shares), self._drop_features(per_nat)
 
     def _left(self, points: np.ndarray) -> np.ndarray:
         if not self.ratios:
@@ -396,11 +402,12 @@ class Simulated:
         kept: np.ndarray = 1 - 0.85 * np.asarray(self.ratios)[points[:, self.n_groups :]]
         return kept
 
-    def _latency_features(self) -> Features:
+    def _latency_features(self, int8_savings: np.ndarray) -> Features:
         n, n_precisions = self.n_groups, self.speeds.shape[1]
         scales = time_scales(self.time_shares)
-        thought = np.array([0.0, INT8_SAVING, *[0.0] * (n_precisions - 2)])
-        factors = time_factors(self.time_shares, [thought] * n)
+        savings = np.zeros((n, n_precisions))
+        savings[:, 1] = int8_savings
+        factors = time_factors(self.time_shares, list(savings))
         links = boundary_links(self.tensor_sizes)
         if self.ratios:
             for share in self.shares()[n:]:
@@ -472,6 +479,7 @@ def simulated(
         prune_damages=prune_damages,
         known_damages=estimated(damages),
         known_prune_damages=estimated(prune_damages),
+        profiled_int8=shares * speeds[:, 1] * np.exp(rng.normal(0, _PROFILE_ERROR, n)),
     )
 
 

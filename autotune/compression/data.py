@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import struct
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autotune.compression import job_code
 from autotune.compression.session import Session
 from autotune.errors import CompressionError, InvalidData, InvalidModel, UntrustedCode
 from autotune.spec import DataSpec
@@ -276,14 +276,8 @@ def _image(picture: Any) -> np.ndarray:
 
 def _called(reference: str) -> tuple[Any, Any]:
     """The `(x, y)` that `MODULE:FUNCTION` returns."""
-    module_name, _, function_name = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        function: Any = importlib.import_module(module_name)
-        for part in function_name.split("."):
-            function = getattr(function, part)
-        x, y = function()
+        x, y = job_code.call(reference)
     except Exception as error:
         # the user's code may raise anything
         raise InvalidData(

@@ -10,8 +10,6 @@ from __future__ import annotations
 import difflib
 import gc
 import hashlib
-import importlib
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import external_data_helper, numpy_helper
 
+from autotune.compression import job_code
 from autotune.compression.checkpoint import load_weights, read_weights
 from autotune.compression.cleanup import clean_up
 from autotune.compression.graph import BATCH_AXIS, model_bytes, shape_of
@@ -378,14 +377,8 @@ def _classes_in(state: Mapping[str, torch.Tensor] | None, models: Any, name: str
 
 def _called(reference: str) -> Any:
     """The result of `MODULE:FUNCTION`."""
-    module_name, _, function_name = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        function: Any = importlib.import_module(module_name)
-        for part in function_name.split("."):
-            function = getattr(function, part)
-        return function()
+        return job_code.call(reference)
     except Exception as error:
         # the user's code may raise anything
         raise InvalidModel(

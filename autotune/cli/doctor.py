@@ -35,9 +35,12 @@ _BASE = ("click", "httpx", "numpy", "onnxruntime", "psutil", "pydantic")
 _SERVICE = (
     "alembic",
     "fastapi",
+    "jinja2",
+    "matplotlib",
     "onnx",
     "onnxscript",
     "optuna",
+    "pillow",
     "pydantic-settings",
     "pyyaml",
     "ray",
@@ -51,6 +54,7 @@ _SERVICE = (
     "uvicorn",
 )
 _MODULE_OF = {
+    "pillow": "PIL",
     "pydantic-settings": "pydantic_settings",
     "pyyaml": "yaml",
     "torch-pruning": "torch_pruning",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from autotune.cli.session import Session
 from autotune.errors import ServiceError
 from tests.unit.cli_fakes import FakeClient
 
+PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+
 
 def test_an_old_python_fails_with_the_version_needed() -> None:
     assert check_python((3, 11, 0)).status == "ok"
@@ -38,6 +42,13 @@ def test_an_import_shows_its_version_and_a_missing_one_the_repair() -> None:
     assert check_import("click").text[0].isdigit()
     found = check_import("no-such-distribution")
     assert found.status == "fail" and "'edge-autotune[service]'" in found.text
+
+
+def test_every_library_that_an_install_brings_is_looked_for() -> None:
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["service"]]
+    names = {re.split(r"[<>=\[;]", line)[0] for line in wanted}
+    assert {*doctor._BASE, *doctor._SERVICE} == names
 
 
 def test_a_library_that_breaks_at_import_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ the folder. What a file is for is noted in the repository (`record_artifact`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -19,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from device_agents.files import NO_ROOM
 from storage.errors import ArtifactDamaged, ArtifactStoreFull, NotFound, StorageError
 
 CHUNK_BYTES: Final = 1 << 20
 STALE_PART_S: Final = 24 * 3600.0  # no file takes a day to write: its writer was killed
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +201,7 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in NO_ROOM:
             raise ArtifactStoreFull(
                 f"no room for an artifact below {path}; free some space and resume the job"
             ) from error

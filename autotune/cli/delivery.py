@@ -20,11 +20,10 @@ from autotune.cli.output import Column, Field, View, print_rows, write_json
 from autotune.cli.views.front import FRONT, front_rows
 from autotune.cli.views.portability import portability_view
 from autotune.errors import BundleError, DiskFull, JobNotReady
+from device_agents.files import NO_ROOM
 
 if TYPE_CHECKING:
     from autotune.client import Client
-
-_ENOSPC = 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +209,7 @@ def write_file(path: Path, content: bytes, *, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        known = DiskFull if error.errno == _ENOSPC else BundleError
+        known = DiskFull if error.errno in NO_ROOM else BundleError
         raise known(f"cannot write the {what} {path}: {error.strerror}") from error
 
 

@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from errno import ENOSPC
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import onnx
 from autotune.errors import BundleError, DiskFull
 from autotune.export import figures
 from autotune.export.provenance import provenance
+from device_agents.files import NO_ROOM
 from device_agents.protocol import LatencyReport, RuntimeRequest
 from search_spaces import Candidate
 from search_spaces.errors import SearchSpaceError
@@ -103,7 +103,7 @@ def write_bundle(
         else:
             _write_folder(path, files)
     except OSError as error:
-        if error.errno == ENOSPC:
+        if error.errno in NO_ROOM:
             raise DiskFull(f"no room is left to write the bundle {path}") from error
         raise BundleError(f"cannot write the bundle {path}: {error.strerror or error}") from error
     return path

@@ -27,6 +27,7 @@ from autotune.service.broadcast import Broadcast
 from autotune.service.context import JobRunner, ServiceContext
 from autotune.service.security import LocalToken, local_token, write_private
 from autotune.settings import Settings
+from device_agents.files import NO_ROOM
 from storage.artifacts import ArtifactStore
 from storage.database import Database, open_database
 from storage.errors import ArtifactStoreFull, DatabaseFull, DatabaseLocked, StorageError
@@ -34,8 +35,6 @@ from storage.repository import Repository
 
 GRACE_S = 10.0
 """Requests under way get this long to end; long polls and event streams end at once."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _BACKLOG = 1024
 """Agents that come back together after a restart are queued, not refused."""
@@ -252,7 +251,7 @@ def _translated(settings: Settings) -> Iterator[None]:
     except StorageError as error:
         raise ServiceError(str(error)) from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in NO_ROOM:
             raise DiskFull(
                 f"no room is left below {settings.data_dir}; free some space and start again"
             ) from error

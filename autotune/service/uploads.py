@@ -7,7 +7,6 @@ comes, is verified, and enters the artifact store only whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -24,6 +23,7 @@ from autotune.errors import DiskFull, InvalidData, ServiceError
 from autotune.service.context import Context, ServiceContext
 from autotune.service.problems import problem_responses
 from autotune.settings import Settings
+from device_agents.files import NO_ROOM
 from storage.errors import ArtifactDamaged, ArtifactStoreFull, NotFound
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
@@ -81,7 +81,7 @@ async def upload(context: Context, sha256: Sha256, request: Request) -> Upload:
     except ClientDisconnect as error:
         raise ServiceError("the client went away in the middle of the upload") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise DiskFull(f"no room for the upload below {folder}: {_FREE}") from error
         raise ServiceError(f"cannot keep the upload below {folder}: {error.strerror}") from error
     finally:

@@ -1,5 +1,6 @@
 """Bundles: what is written comes back, what was altered does not."""
 
+import errno
 import json
 import re
 import subprocess
@@ -181,14 +182,15 @@ def test_somebody_elses_file_is_left_alone(export, tmp_path: Path) -> None:
         export(tmp_path / "thesis.zip")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("name", ["folder", "packed.zip"])
 def test_a_full_disk_leaves_the_earlier_bundle(
-    export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
     export(tmp_path / name)
 
     def full(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, "no room left")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(bundle_module.os, "fsync", full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
 
 from search_spaces import Candidate
 from storage.database import open_database
@@ -96,30 +97,58 @@ def test_services_that_start_together_migrate_once(empty_url: str, engine: Engin
 def test_jobs_and_trials_of_the_first_schema_are_on_one_device(
     empty_url: str, engine: Engine
 ) -> None:
-    at_first_schema(engine)
+    at_schema(engine, "0001")
     with engine.begin() as connection:
-        connection.execute(
-            text(
-                "INSERT INTO jobs (id, name, state, phase, spec, cancel_requested, sensitivity, "
-                "created_at) VALUES ('j-1', 'old', 'finished', 'finished', '{}', false, '[]', "
-                "'2026-11-20 12:00:00')"
-            )
-        )
-        connection.execute(
-            text(
-                "INSERT INTO trials (id, job_id, number, candidate, candidate_digest, "
-                "proposed_by, state, created_at) VALUES ('t-1', 'j-1', 0, :candidate, 'd', "
-                "'baseline', 'finished', '2026-11-20 12:00:00')"
-            ),
-            {"candidate": Candidate().canonical_json()},
-        )
+        insert_old_trial(connection)
     with contextlib.closing(open_database(empty_url)) as database:
         repository = Repository(database)
         (trial,) = repository.list_trials("j-1")
         assert (repository.get_job("j-1").further_targets, trial.further) == ((), ())
 
 
-def at_first_schema(engine: Engine) -> None:
-    """What the first release left behind."""
+def test_groups_that_nobody_saw_lose_the_precision_that_they_were_planned_in(
+    empty_url: str, engine: Engine
+) -> None:
+    at_schema(engine, "0004")
+    unseen = {"group": "a", "planned": "w8a8", "effective": "w8a8", "reason": "not seen: silent"}
+    seen = {**unseen, "group": "b", "reason": None}
+    compression = {"groups": [unseen, seen], "kernels": "x86-vnni"}
     with engine.begin() as connection:
-        command.upgrade(alembic_config(connection), "0001")
+        insert_old_trial(connection)
+        connection.execute(
+            text("UPDATE trials SET compression = :compression, further = :further"),
+            {
+                "compression": json.dumps(compression),
+                "further": json.dumps([{"device_id": "d-2", "compression": compression}]),
+            },
+        )
+    with contextlib.closing(open_database(empty_url)) as database:
+        (trial,) = Repository(database).list_trials("j-1")
+    for kept in (trial.compression, trial.further[0].compression):
+        assert kept is not None and kept["kernels"] == "x86-vnni"
+        assert [g["effective"] for g in kept["groups"]] == [None, "w8a8"]
+
+
+def at_schema(engine: Engine, revision: str) -> None:
+    """What a release with that schema left behind."""
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), revision)
+
+
+def insert_old_trial(connection: Connection) -> None:
+    """A finished job with one baseline, in columns that every schema has."""
+    connection.execute(
+        text(
+            "INSERT INTO jobs (id, name, state, phase, spec, cancel_requested, sensitivity, "
+            "created_at) VALUES ('j-1', 'old', 'finished', 'finished', '{}', false, '[]', "
+            "'2026-11-20 12:00:00')"
+        )
+    )
+    connection.execute(
+        text(
+            "INSERT INTO trials (id, job_id, number, candidate, candidate_digest, "
+            "proposed_by, state, created_at) VALUES ('t-1', 'j-1', 0, :candidate, 'd', "
+            "'baseline', 'finished', '2026-11-20 12:00:00')"
+        ),
+        {"candidate": Candidate().canonical_json()},
+    )

@@ -29,7 +29,7 @@ from autotune.search.interruption import Stopped
 from autotune.search.portability import portability
 from autotune.service import views
 from autotune.service.context import Context, ServiceContext
-from autotune.service.jobs import devices_of
+from autotune.service.jobs import all_events, devices_of
 from autotune.service.pools import as_measured
 from autotune.service.problems import Refusal, problem_responses
 from autotune.service.questions import Question, asked_of
@@ -45,7 +45,6 @@ MAX_MODEL_BYTES = 2 * 1024**3
 """An ONNX file is one protobuf message, which cannot be larger than 2 GiB."""
 
 _SELECTIONS = ("knee", "fastest", "most-accurate")
-_EVENTS_PER_READ = 1000
 
 # The page is one file without a script; whatever a name in it holds cannot become one.
 _REPORT_HEADERS = {
@@ -367,15 +366,11 @@ def _last_verification(
     context: ServiceContext, job: JobRecord, device_name: str | None
 ) -> Verification | None:
     """The newest one; on that device where one of several is meant."""
-    last, after = None, 0
-    while True:
-        page = context.repository.list_events(job.id, after=after, limit=_EVENTS_PER_READ)
-        for event in page:
-            is_meant = device_name in (None, event.payload.get("device_name"))
-            last = event if event.kind == VERIFIED and is_meant else last
-        if len(page) < _EVENTS_PER_READ:
-            return None if last is None else Verification(**last.payload)
-        after = page[-1].id
+    for event in reversed(all_events(context, job.id)):
+        is_meant = device_name in (None, event.payload.get("device_name"))
+        if event.kind == VERIFIED and is_meant:
+            return Verification(**event.payload)
+    return None
 
 
 def _nothing_ranks(job: JobRecord) -> str:

@@ -125,7 +125,7 @@ async def get_trial(context: Context, job_id: str, reference: str) -> Trial:
 
 def show(context: ServiceContext, job: JobRecord) -> Job:
     """The job with its progress; reads trials, device and notices."""
-    events = _all_events(context, job.id)
+    events = all_events(context, job.id)
     devices = devices_of(context, job)
     now = context.clock()
     return views.job_view(
@@ -253,7 +253,8 @@ def _finished(job: JobRecord) -> str:
     return f"job {job.id} is finished" + (f": {why}" if why else "")
 
 
-def _all_events(context: ServiceContext, job_id: str) -> list[EventRecord]:
+def all_events(context: ServiceContext, job_id: str) -> list[EventRecord]:
+    """Everything that was told of a job, oldest first."""
     events: list[EventRecord] = []
     while True:
         after = events[-1].id if events else 0

@@ -181,9 +181,9 @@ class Runner:
                 with self._choosing:
                     found = self._next_job()
                     self._current = None if found is None else found.job.id
-            except StorageError:
-                # The database may be back in a moment; this thread must be there then.
-                _log.exception("the next job could not be read")
+            except Exception:  # noqa: BLE001 - without this thread no job would run any more
+                # The database may be back in a moment.
+                _log.exception("the next job could not be taken")
                 self._stopping.wait(_IDLE_S)
                 continue
             if found is None:

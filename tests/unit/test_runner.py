@@ -169,10 +169,13 @@ def test_an_error_nobody_foresaw_ends_that_job_only(
         loop.wait_for(loop.job(), JobState.FINISHED)
 
 
-def test_a_database_that_fails_once_does_not_end_the_loop(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "failure", [DatabaseUnavailable("gone for a moment"), ZeroDivisionError("a defect")]
+)
+def test_what_fails_once_between_jobs_does_not_end_the_loop(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
-    real, failures = loop.repository.list_jobs, [DatabaseUnavailable("gone for a moment")]
+    real, failures = loop.repository.list_jobs, [failure]
 
     def list_jobs() -> list[JobRecord]:
         if failures:

@@ -107,6 +107,15 @@ def test_the_group_that_hurts_is_left_in_fp32_first() -> None:
     assert any(c.precision("stem") == FP32 and c.precision("body") == INT8 for c in unpruned)
 
 
+@pytest.mark.parametrize(("budget", "n_taught"), [(12, 0), (16, 1), (24, 2)])
+def test_what_was_measured_before_counts_of_the_quarter_that_may_teach(
+    budget: int, n_taught: int
+) -> None:
+    """Every second one of the job's first quarter, and two are measured."""
+    found = propose(encoding(), knowledge(), measured(), n=6, seed=0, budget=budget)
+    assert sum(promise.gain is None for _, promise in found) == n_taught
+
+
 def test_a_job_that_may_lose_more_goes_on_beyond_three_points() -> None:
     # INT8 everywhere loses five points, so that up to three a base on top of it gains nothing.
     pruned = replace(encoding().space.uniform_int8(), prune_ratios=BASE)

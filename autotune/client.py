@@ -97,7 +97,10 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         if not (token.isascii() and token.isprintable() and token.strip()):
-            raise errors.AuthenticationError("the token is empty or holds what no token holds")
+            raise errors.AuthenticationError(
+                "the token is empty or holds characters that no token has; a service's user token "
+                "lies in the file `token` of its data directory"
+            )
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:

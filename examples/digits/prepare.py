@@ -38,8 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m examples.digits.prepare",
         description="Make the demo's data, train its model, write its job file.",
     )
-    parser.add_argument("--model", choices=sorted(RECIPES), default="mobilenet_v2")
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR")
+    parser.add_argument(
+        "--model",
+        choices=sorted(RECIPES),
+        default="mobilenet_v2",
+        help="torchvision's network to train (%(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        metavar="DIR",
+        help="the folder for data, model and job file (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     # Threads that wait must not spin: on a busy machine that doubles the training time. The
     # OpenMP runtime reads this when torch is first imported, which is later and only if needed.

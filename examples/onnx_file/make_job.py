@@ -22,16 +22,26 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m examples.onnx_file.make_job",
         description="Write the job file that tunes an ONNX model.",
     )
-    parser.add_argument("--model", type=Path, metavar="MODEL.onnx", help="your model")
+    parser.add_argument(
+        "--model", type=Path, metavar="MODEL.onnx", help="your model (the demo's, exported)"
+    )
     parser.add_argument(
         "--data",
         type=Path,
         default=DEMO / "evaluation.npz",
         metavar="DATA.npz",
-        help="arrays x (float32, one sample per row) and y (class numbers)",
+        help="arrays x (float32, one sample per row) and y (class numbers) (%(default)s)",
     )
-    parser.add_argument("--budget", default="0.7x", help="such as 3ms, 800us or 0.7x of FP32")
-    parser.add_argument("--out", type=Path, default=Path("onnx-job.yaml"), metavar="JOB.yaml")
+    parser.add_argument(
+        "--budget", default="0.7x", help="3ms, 800us, or a share of FP32 (%(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("onnx-job.yaml"),
+        metavar="JOB.yaml",
+        help="the job file to write (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     model = options.model or export_demo(DEMO, options.out.with_suffix(".onnx"))
     text = job_text(model, options.data, budget=options.budget)

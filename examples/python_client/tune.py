@@ -23,11 +23,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code is that of the error, if there is one."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.python_client.tune",
-        description="Tune a model through a running service.",
+        description="Tune a model through the service at AUTOTUNE_URL, with AUTOTUNE_TOKEN.",
     )
-    parser.add_argument("job", type=Path, metavar="JOB.yaml")
-    parser.add_argument("--out", type=Path, default=Path("bundle.zip"))
-    parser.add_argument("--budget", help="another budget to ask for when the job is done")
+    parser.add_argument("job", type=Path, metavar="JOB.yaml", help="the job file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bundle.zip"),
+        metavar="PATH",
+        help="the bundle: a folder, or a file that ends in .zip (%(default)s)",
+    )
+    parser.add_argument("--budget", help="another budget to ask for at the end, such as 3ms")
     options = parser.parse_args(arguments)
     url = os.environ.get("AUTOTUNE_URL", DEFAULT_URL)
     try:

@@ -81,7 +81,9 @@ def test_the_token_travels_as_a_bearer() -> None:
 
 @pytest.mark.parametrize("token", ["", "  ", "two\nlines", "schlüssel"])
 def test_a_token_that_cannot_be_one_is_said_before_anything_is_sent(token: str) -> None:
-    with pytest.raises(errors.AuthenticationError):
+    with pytest.raises(
+        errors.AuthenticationError, match="in the file `token` of its data directory"
+    ):
         Client("http://service", token)
 
 

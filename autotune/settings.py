@@ -135,5 +135,7 @@ def _explain(error: ValidationError) -> str:
     for entry in error.errors():
         name = ".".join(str(part) for part in entry["loc"])
         message = str(entry["msg"]).removeprefix("Value error, ")
-        lines.append(f"{name} is {entry['input']!r}: {message}" if name else message)
+        message = message.replace("Input should be", "must be").partition(", unable to parse")[0]
+        where = f"{name} (or AUTOTUNE_{name.upper()})"
+        lines.append(f"{where} is {entry['input']!r}: {message}" if name else message)
     return "; ".join(lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autotune.cli.limits import limit_options, within
-from autotune.cli.parameters import SECONDS, WARM_START
+from autotune.cli.parameters import COUNT, SECONDS, WARM_START
 from autotune.cli.session import Session, shared_options
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def cancel(session: Session, reference: str) -> None:
 @click.option(
     "--trials",
     "extra_trials",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="+N",
     help="How many trials to run beyond those that are done: +50.",
 )

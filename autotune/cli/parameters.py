@@ -1,4 +1,4 @@
-"""Types of command-line values: fractions, budgets and other limits, digests, times, shapes.
+"""Types of command-line values: fractions, limits, digests, counts, times, shapes.
 
 A mistake is a usage error that shows the value and what is allowed.
 """
@@ -83,6 +83,19 @@ class Digest(click.ParamType[str]):
         return text
 
 
+class Count(click.ParamType[int]):
+    """How many more, written `+50` or `50`."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, 1 or more."""
+        text = str(value).strip()
+        if not text.removeprefix("+").isdecimal() or int(text) < 1:
+            self.fail(f"{value!r} is not how many more; write a whole number as +50", param, ctx)
+        return int(text)
+
+
 class Seconds(click.ParamType[float]):
     """A length of time such as `90s`, `20m` or `1.5h`; a bare number is seconds."""
 
@@ -125,6 +138,7 @@ class Shape(click.ParamType["tuple[int, ...]"]):
 
 FRACTION = Fraction()
 BUDGET = Budget()
+COUNT = Count()
 DIGEST = Digest()
 SECONDS = Seconds()
 SHAPE = Shape()

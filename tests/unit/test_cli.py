@@ -314,6 +314,13 @@ def test_a_wrong_value_is_a_usage_error(arguments: tuple[str, ...], call: Call) 
     assert call(*arguments) == 2
 
 
+def test_a_number_of_trials_that_is_none_is_told_how_to_write_one(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("job", "resume", "job-1", "--trials", "many") == 2
+    assert "'many' is not how many more; write a whole number as +50" in capsys.readouterr().err
+
+
 def test_export_prints_the_path(
     call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:

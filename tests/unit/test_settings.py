@@ -25,6 +25,13 @@ def test_the_environment_sets_what_the_caller_does_not(monkeypatch: pytest.Monke
     assert (settings.port, settings.workers) == (9001, 3)
 
 
+def test_a_wrong_value_is_told_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOTUNE_PORT", "abc")
+    told = r"^port \(or AUTOTUNE_PORT\) is 'abc': must be a valid integer$"
+    with pytest.raises(InvalidSettings, match=told):
+        Settings()
+
+
 def test_the_data_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_data_dir() == tmp_path / "edge-autotune"

@@ -2,7 +2,9 @@
 
 An id is a prefix that tells the noun, a dash, and 13 characters of Crockford's base 32
 (https://www.crockford.com/base32.html): 8 of milliseconds since 2026 (enough for 34 years)
-and 5 of randomness. Artifacts have no id of this kind: their sha256 is their name.
+and 5 of randomness. Artifacts have no id of this kind: their sha256 is their name. That of a
+trial's measurement ends in a digest of what is asked (`autotune/search/fleet.py`), by which it is
+found again after a restart.
 """
 
 from __future__ import annotations

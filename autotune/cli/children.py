@@ -87,12 +87,12 @@ class Child:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
-    def tail(self, lines: int = _TAIL_LINES) -> str:
+    def tail(self) -> str:
         """The last lines of its log, this run's only."""
         with self.log.open("rb") as written:
             written.seek(self._log_start)
             text = written.read().decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
     def _explain(self, code: int) -> AutotuneError:
         last_words = self.tail()

@@ -51,7 +51,6 @@ class AccuracyEvaluator:
         self._data = data
         self._split = split
         self._threads = threads
-        started = time.monotonic()
         try:
             outputs = _finite(Session(fp32, threads=threads, what=_WHAT).answers(data.x))
         except CompressionError as error:
@@ -59,17 +58,11 @@ class AccuracyEvaluator:
         self._log_p = log_probabilities(outputs)
         self._fp32_correct = outputs.argmax(axis=1) == data.y
         self._margins = label_margins(self._log_p, data.y)
-        self._fp32_wall_s = time.monotonic() - started
 
     @property
     def n_samples(self) -> int:
         """How many samples every report is about."""
         return len(self._data)
-
-    @property
-    def fp32_report(self) -> AccuracyReport:
-        """The source model's own report: its drop and its divergence are 0."""
-        return self._report(self._fp32_correct, 0.0, self._fp32_wall_s)
 
     def evaluate(
         self, artifact: bytes, *, race: Race | None = None, runtime: str = ONNXRUNTIME

@@ -36,7 +36,6 @@ __all__ = [
     "Prunability",
     "PruningReport",
     "describe_pruning",
-    "find_prunable_groups",
     "kept_channels",
     "prune_module",
 ]
@@ -118,13 +117,6 @@ def describe_pruning(module: nn.Module, input_shape: tuple[int, ...]) -> Prunabi
     return Prunability(
         groups=tuple(c.group for c in couplings.offered), left_out=couplings.left_out
     )
-
-
-def find_prunable_groups(
-    module: nn.Module, input_shape: tuple[int, ...]
-) -> tuple[PrunableGroup, ...]:
-    """The groups alone of `describe_pruning`."""
-    return describe_pruning(module, input_shape).groups
 
 
 def prune_module(

@@ -49,6 +49,7 @@ _MIN_BN_MOMENTUM = 0.1
 """torch's default. torchvision's mobilenet_v3 has 0.01, which forgets its old statistics only
 after some 400 steps, more than a whole recovery takes."""
 _REESTIMATION_SAMPLES = 512
+_BATCH = 64  # where nothing is trained
 _VALIDATION_FRACTION = 0.1
 _VALIDATION_SAMPLES = (32, 256)
 """Fewest and most validation samples; a smaller training set gives none away."""
@@ -122,7 +123,7 @@ def recover(
         return course.run(student, spec.model_copy(update={"epochs": epochs}), started)
 
 
-def reestimate_batch_norm(module: nn.Module, x: np.ndarray, *, batch_size: int = 64) -> None:
+def reestimate_batch_norm(module: nn.Module, x: np.ndarray) -> None:
     """Replace every BatchNorm's running statistics by their average over `x`, in place.
 
     `x` has shape `(n, ...)`, float32. Cumulative average over equal batches, the rest of
@@ -141,7 +142,7 @@ def reestimate_batch_norm(module: nn.Module, x: np.ndarray, *, batch_size: int =
             layer.momentum = None
             layer.train()
         with torch.no_grad():
-            for batch in _batches(np.arange(len(x)), batch_size):
+            for batch in _batches(np.arange(len(x)), _BATCH):
                 module(_tensor(x[batch]))
     finally:
         for layer, momentum in momenta.items():
@@ -196,13 +197,13 @@ def hold_back(n_samples: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[held_back:], order[:held_back]
 
 
-def logits(module: nn.Module, x: np.ndarray, *, batch_size: int = 64) -> np.ndarray:
+def logits(module: nn.Module, x: np.ndarray) -> np.ndarray:
     """The module's outputs over `x` in evaluation mode, float32 of shape `(n, classes)`."""
     was_training = module.training
     module.eval()
     try:
         with torch.inference_mode():
-            parts = [module(_tensor(x[b])) for b in _batches(np.arange(len(x)), batch_size)]
+            parts = [module(_tensor(x[b])) for b in _batches(np.arange(len(x)), _BATCH)]
     finally:
         module.train(was_training)
     return torch.cat(parts).float().numpy()

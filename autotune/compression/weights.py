@@ -228,12 +228,6 @@ def block_matrix(
     return BlockedMatrix(codes=packed, scale=scale.reshape(-1), zero=zeros)
 
 
-def pack_blocks(matrix: np.ndarray, *, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """`block_matrix` with its defaults: codes and scales."""
-    blocked = block_matrix(matrix, bits=bits)
-    return blocked.codes, blocked.scale
-
-
 def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
     """Codes of `bits` bits in bytes, the first one in the least significant bits; flat.
 

@@ -11,7 +11,6 @@ pool's reference latency. It is comparable while each member's own is that of th
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.renewal import require_unchanged
 from autotune.search.targets import target_on
 from device_agents.protocol import MeasurementPlan, MeasurementRequest, Outcome
+from storage.identifiers import MEASUREMENT, new_id
 from storage.records import (
     CanaryRecord,
     DeviceRecord,
@@ -290,7 +290,7 @@ class _Canaries:
             trial_id=None,
             device_id=member.id,
             request=MeasurementRequest(
-                measurement_id=f"m-{secrets.token_hex(8)}",
+                measurement_id=new_id(MEASUREMENT),
                 artifact=evaluation.reference,
                 reference=evaluation.reference,
                 runtime=options,

@@ -24,6 +24,7 @@ from device_agents.protocol import (
 )
 from search_spaces import RuntimeOptions
 from storage.errors import NotFound
+from storage.identifiers import MEASUREMENT
 from storage.records import DeviceRecord, JobRecord, MeasurementRecord, MeasurementState
 from storage.repository import Repository
 
@@ -400,4 +401,4 @@ def _measurement_id(pursuit: _Pursuit) -> str:
             str(pursuit.attempt),
         )
     )
-    return "m-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return f"{MEASUREMENT}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

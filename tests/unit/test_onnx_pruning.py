@@ -27,7 +27,7 @@ from autotune.compression.onnx_pruning import (
     score_graph_channels,
     slice_channels,
 )
-from autotune.compression.pruning import find_prunable_groups, prune_module
+from autotune.compression.pruning import describe_pruning, prune_module
 from autotune.compression.source import SourceModel, export_module, load_source_model
 from autotune.errors import CompressionError, InvalidJob
 from autotune.search.conclusion import limits
@@ -294,7 +294,7 @@ def test_the_outputs_of_the_model_are_never_pruned() -> None:
 def test_groups_are_those_of_the_torch_module(name: str) -> None:
     source = torchvision_source(name)
     assert source.module is not None
-    torch_groups = find_prunable_groups(source.module, source.input_shape)
+    torch_groups = describe_pruning(source.module, source.input_shape).groups
     groups = describe_graph_pruning(source.graph).groups
     assert {(g.name, g.channels, g.block, frozenset(g.layers)) for g in groups} == {
         (g.name, g.channels, g.block, frozenset(g.layers)) for g in torch_groups

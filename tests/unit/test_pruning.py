@@ -11,7 +11,6 @@ from torch import nn
 from autotune.compression.pruning import (
     MIN_PRUNABLE_CHANNELS,
     describe_pruning,
-    find_prunable_groups,
     kept_channels,
     prune_module,
 )
@@ -55,7 +54,7 @@ def out_channels(module: nn.Module) -> dict[str, int]:
 
 
 def test_groups_that_are_not_named_keep_their_channels(model: nn.Module) -> None:
-    groups = find_prunable_groups(model, SHAPE)
+    groups = describe_pruning(model, SHAPE).groups
     chosen = groups[len(groups) // 2]
     before = out_channels(model)
     after = out_channels(prune_module(model, SHAPE, {chosen.name: 0.5}))
@@ -65,24 +64,24 @@ def test_groups_that_are_not_named_keep_their_channels(model: nn.Module) -> None
 
 def test_no_group_holds_the_classifier_outputs_or_few_channels(model: nn.Module) -> None:
     last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
-    for group in find_prunable_groups(model, SHAPE):
+    for group in describe_pruning(model, SHAPE).groups:
         assert last not in group.layers
         assert group.channels >= MIN_PRUNABLE_CHANNELS
         assert group.name == group.layers[0]
 
 
 def test_groups_do_not_overlap_and_do_not_depend_on_weights(model: nn.Module) -> None:
-    groups = find_prunable_groups(model, SHAPE)
+    groups = describe_pruning(model, SHAPE).groups
     layers = [layer for group in groups for layer in group.layers]
     assert len(layers) == len(set(layers))
     zeroed = copy.deepcopy(model)
     for parameter in zeroed.parameters():
         parameter.data.zero_()
-    assert find_prunable_groups(zeroed, SHAPE) == groups
+    assert describe_pruning(zeroed, SHAPE).groups == groups
 
 
 def test_the_residual_stream_of_resnet18_is_one_group_per_stage() -> None:
-    groups = {g.name: g for g in find_prunable_groups(make_model("resnet18"), SHAPE)}
+    groups = {g.name: g for g in describe_pruning(make_model("resnet18"), SHAPE).groups}
     assert groups["conv1"].layers == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
     assert set(groups["layer2.0.conv2"].layers) == {
         "layer2.0.conv2",
@@ -99,7 +98,7 @@ def test_a_depthwise_convolution_follows_its_expansion() -> None:
 
 
 def test_squeeze_layers_are_not_offered() -> None:
-    groups = find_prunable_groups(make_model("mobilenet_v3_small"), SHAPE)
+    groups = describe_pruning(make_model("mobilenet_v3_small"), SHAPE).groups
     assert not any(layer.endswith("fc1") for group in groups for layer in group.layers)
 
 
@@ -119,7 +118,7 @@ def test_a_grouped_convolution_loses_whole_groups() -> None:
     weak = [*range(8, 16), *range(24, 32)]
     with torch.no_grad():
         net[0].weight[weak] = 0.0
-    groups = find_prunable_groups(net, (3, 8, 8))
+    groups = describe_pruning(net, (3, 8, 8)).groups
     assert [(g.name, g.block) for g in groups] == [("0", 8), ("3", 1)]
     pruned = prune_module(net, (3, 8, 8), {"0": 0.5})
     assert (pruned[1].groups, pruned[1].in_channels, pruned[1].out_channels) == (2, 16, 16)
@@ -178,7 +177,7 @@ def test_removing_dead_channels_does_not_change_the_answer() -> None:
 
 def test_equal_ratios_keep_equal_channels_in_any_order() -> None:
     net = make_model("mobilenet_v3_small")
-    ratios = {group.name: 0.25 for group in find_prunable_groups(net, SHAPE)}
+    ratios = {group.name: 0.25 for group in describe_pruning(net, SHAPE).groups}
     first = prune_module(net, SHAPE, ratios).state_dict()
     second = prune_module(net, SHAPE, dict(reversed(ratios.items()))).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -250,12 +249,12 @@ class Refusing(nn.Module):
 def test_a_model_that_cannot_be_traced_names_the_layer_reached() -> None:
     net = nn.Sequential(nn.Conv2d(3, 32, 1), Refusing())
     with pytest.raises(CompressionError, match=r"Sequential cannot be pruned.*at layer '1'.*no"):
-        find_prunable_groups(net, (3, 8, 8))
+        describe_pruning(net, (3, 8, 8))
 
 
 def test_an_input_that_does_not_fit_is_told_with_its_shape() -> None:
     with pytest.raises(CompressionError, match=r"shape \(4, 8, 8\)"):
-        find_prunable_groups(small_net(), (4, 8, 8))
+        describe_pruning(small_net(), (4, 8, 8))
 
 
 class ChannelCounter(nn.Module):

@@ -19,7 +19,7 @@ from autotune.compression.effective import effective_precisions, optimized_graph
 from autotune.compression.inventory import precisions_of
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.units import Unit
-from autotune.compression.weights import pack_blocks, quantize_weight
+from autotune.compression.weights import block_matrix, quantize_weight
 from autotune.errors import CompressionError
 from search_spaces import FP32, INT8, W2, W4, W8, Precision
 from tests.unit.compression_models import quantizable, run, samples, tiny_source
@@ -249,7 +249,8 @@ def test_a_constant_or_huge_channel_quantizes_without_overflow() -> None:
 
 def test_block_packing_restores_the_matrix() -> None:
     matrix = np.random.default_rng(0).standard_normal((5, 70)).astype(np.float32)
-    codes, scale = pack_blocks(matrix, bits=4)
+    blocked = block_matrix(matrix, bits=4)
+    codes, scale = blocked.codes, blocked.scale
     assert codes.shape == (5, 3, 16)
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(5, 3, 32).astype(np.float32)
     restored = ((nibbles - 8) * scale.reshape(5, 3, 1)).reshape(5, 96)[:, :70]

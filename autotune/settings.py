@@ -136,6 +136,6 @@ def _explain(error: ValidationError) -> str:
         name = ".".join(str(part) for part in entry["loc"])
         message = str(entry["msg"]).removeprefix("Value error, ")
         message = message.replace("Input should be", "must be").partition(", unable to parse")[0]
-        where = f"{name} (or AUTOTUNE_{name.upper()})"
-        lines.append(f"{where} is {entry['input']!r}: {message}" if name else message)
+        variable = f"in the environment: AUTOTUNE_{name.upper()}"
+        lines.append(f"{name} is {entry['input']!r}: {message} ({variable})" if name else message)
     return "; ".join(lines)

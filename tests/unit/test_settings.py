@@ -27,7 +27,7 @@ def test_the_environment_sets_what_the_caller_does_not(monkeypatch: pytest.Monke
 
 def test_a_wrong_value_is_told_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOTUNE_PORT", "abc")
-    told = r"^port \(or AUTOTUNE_PORT\) is 'abc': must be a valid integer$"
+    told = r"^port is 'abc': must be a valid integer \(in the environment: AUTOTUNE_PORT\)$"
     with pytest.raises(InvalidSettings, match=told):
         Settings()
 

@@ -272,7 +272,10 @@ class ServiceConnection:
 
     def _unreachable(self, error: httpx.HTTPError) -> ServiceUnreachable:
         cause = str(error) or type(error).__name__
-        return ServiceUnreachable(f"the service at {self.url} does not answer: {cause}")
+        return ServiceUnreachable(
+            f"the service at {self.url} does not answer: {cause}; check the "
+            "address, and that `autotune serve` runs there"
+        )
 
 
 def _name(request: httpx.Request) -> None:

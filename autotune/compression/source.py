@@ -125,7 +125,8 @@ def export_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> onnx
     ) as error:
         raise InvalidModel(
             f"{type(module).__name__} cannot be exported to ONNX for an input of shape "
-            f"{input_shape}: {_first_line(error)}"
+            f"{input_shape}: {_first_line(error)}; this is the shape of one sample (channels "
+            "first, without the batch axis), give samples as the model takes them"
         ) from error
     finally:
         module.train(was_training)

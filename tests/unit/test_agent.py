@@ -122,6 +122,7 @@ def test_no_service_at_all_ends_the_first_start(tmp_path):
         error = running.join()
     assert isinstance(error, ServiceUnreachable)
     assert "http://127.0.0.1:9 does not answer" in str(error)
+    assert "check the address, and that `autotune serve` runs there" in str(error)
 
 
 def test_an_enrolled_agent_outlives_a_service_that_fails(service, tmp_path):

@@ -99,7 +99,8 @@ class DataSpec(_Section):
     training: str | None = Field(default=None, pattern=r"^(npz|imagefolder|python):.+")
     """Labelled data for calibration and for training after pruning."""
     held_out_fraction: float = Field(default=0.6, gt=0.0, lt=1.0)
-    """Share of the evaluation data that only confirmed trials are judged by."""
+    """Share of the evaluation data that the search never sees; confirmed trials are judged by it.
+    """
     calibration_samples: int = Field(default=128, ge=1)
     """Samples from which the ranges of quantized tensors are taken."""
 
@@ -149,13 +150,13 @@ class SearchSpec(_Section):
     """Whether onnxruntime's threads keep their cores busy while they wait for work; with two
     threads or more. Without it the other programs of the device have more of them."""
     trials: int = Field(default=40, ge=1)
-    """Finished trials after which the search stops."""
+    """Finished trials after which the search stops, baselines included."""
     time_s: float | None = Field(default=None, gt=0)
     """Seconds after which the search stops."""
     least_gain_per_minute: float | None = Field(default=None, gt=0)
     """The search stops when the next trials promise less than this share of hypervolume per minute
-    that the device measures: 0.001 is 0.1 % of what the front has. It spends its trials and its
-    time where left out."""
+    that the device measures: 0.001 is 0.1 % of what the front has. Left out, only `trials` and
+    `time_s` end it."""
     warm_start: str = Field(default="auto", min_length=1)
     """Whose results the search begins with, as priors: those of the newest job of the same model
     (`auto`; one on the same devices comes first), of the job of this id or name, or `none`."""
@@ -247,10 +248,8 @@ class JobSpec(_Section):
     duration such as `2.5ms` or `800us`; None asks for the whole front. A candidate is inside it
     where the upper bound of its latency is, at the quantile `latency_at`; with several devices
     where it is on each of them. A candidate past `max_size`, `max_memory` or `max_energy` is as
-    little an answer as one past the budget. `max_accuracy_drop`
-    is the largest acceptable loss of the metric against FP32, as a fraction: among the
-    trials inside the latency budget, the winner is the fastest one within it, or the most
-    accurate one where it is None.
+    little an answer as one past the budget. `max_accuracy_drop` is the largest acceptable loss of
+    the metric against FP32, as a fraction.
     """
 
     version: Literal[1] = JOB_VERSION
@@ -278,7 +277,8 @@ class JobSpec(_Section):
     max_energy: str | None = None
     """Most energy that one inference may take, on a device with a sensor: `5mJ`."""
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
-    """Largest acceptable loss of accuracy against FP32, as a fraction: 0.01 is one point."""
+    """Largest acceptable loss of accuracy against FP32, as a fraction: 0.01 is one point. With it
+    the fastest trial that keeps it wins, without it the most accurate one inside the budget."""
     search: SearchSpec = SearchSpec()
     """What may be chosen, and how long to search."""
     recovery: RecoverySpec = RecoverySpec()

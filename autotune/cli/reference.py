@@ -113,7 +113,8 @@ def _is_its_own(parameter: click.Parameter) -> TypeGuard[click.Option]:
 
 def _option(option: click.Option) -> tuple[str, str]:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-    return names, " ".join((option.help or "").split())
+    _, meaning = option.get_help_record(click.Context(cli)) or ("", "")
+    return names, meaning
 
 
 def _exit_codes() -> str:

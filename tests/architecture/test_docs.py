@@ -61,6 +61,10 @@ def test_a_command_is_in_the_reference(words: str, reference: str) -> None:
         assert re.search(rf"^### `{re.escape(words)}[ `]", reference, re.MULTILINE)
 
 
+def test_the_reference_tells_the_defaults_that_the_help_tells(reference: str) -> None:
+    assert "Seconds of timing after which to stop anyway. [default: 10.0; x>0]" in reference
+
+
 def test_every_top_level_command_is_reached() -> None:
     assert {words.split()[1] for words in ALL} == set(COMMANDS)
 

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from autotune.search.landscape import (
@@ -17,7 +18,7 @@ from autotune.search.landscape import (
     propose,
     ratio_deviation,
 )
-from autotune.search.priors import Earlier
+from autotune.search.priors import BOUNDARY_SCALE, Earlier, boundary_links
 from device_agents.protocol import KernelTime, Profile
 from search_spaces import FP32, INT8, Candidate, RuntimeOptions
 from storage.records import TrialRecord
@@ -105,6 +106,13 @@ def test_the_group_that_hurts_is_left_in_fp32_first() -> None:
     found = [c for c, _ in propose(encoding(), knowledge(), measured(), n=4, seed=0)]
     unpruned = [c for c in found if not c.prune_ratios]
     assert any(c.precision("stem") == FP32 and c.precision("body") == INT8 for c in unpruned)
+
+
+def test_a_boundary_is_thought_to_cost_something_however_small_its_tensor_is() -> None:
+    links = boundary_links(np.array([300.0, 100.0, 0.0]), price=0.04)
+    assert sum(link.scale for link in links) == pytest.approx(BOUNDARY_SCALE)
+    assert [link.scale / links[2].scale for link in links] == pytest.approx([2.125, 1.375, 1.0])
+    assert [link.price for link in links] == pytest.approx([0.03, 0.01, 0.0])
 
 
 @pytest.mark.parametrize(("budget", "n_taught"), [(12, 0), (16, 1), (24, 2)])

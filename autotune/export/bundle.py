@@ -1,4 +1,4 @@
-"""The bundle: the exported winner, as a folder or a zip, and the way back from it.
+"""The bundle: the exported winner as files or a zip, and the way back from either.
 
 Owns the format (`BUNDLE_VERSION`) and its digests. The same records give the same bytes.
 Measuring a bundle again is the service's work; running it is `run.py`'s, whose source is
@@ -10,9 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +20,9 @@ from typing import Any
 import jinja2
 import onnx
 
-from autotune.errors import BundleError, DiskFull
+from autotune.errors import BundleError
 from autotune.export import figures
 from autotune.export.provenance import provenance
-from device_agents.files import NO_ROOM
 from device_agents.protocol import LatencyReport, RuntimeRequest
 from search_spaces import Candidate
 from search_spaces.errors import SearchSpaceError
@@ -40,7 +36,6 @@ BUNDLE_VERSION = 1
 # where it was seen; nothing reads either back.
 
 FORMAT = "edge-autotune bundle"
-FILES = ("README.md", "candidate.json", "model.onnx", "reports.json", "run.py")
 VERIFIED = ("candidate.json", "model.onnx", "run.py")
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that the format knows: a zip has no clock in it
 
@@ -63,52 +58,6 @@ class Bundle:
         return str(self.reports["model"]["sha256"])
 
 
-def write_bundle(
-    path: Path,
-    *,
-    job: JobRecord,
-    trial: TrialRecord,
-    device: DeviceRecord | None,
-    model: bytes,
-    fp32_trial: TrialRecord | None = None,
-    int8_trial: TrialRecord | None = None,
-    input_name: str | None = None,
-    input_shape: Sequence[int] | None = None,
-    class_names: Sequence[str] | None = None,
-) -> Path:
-    """Write the trial's artifact with its reports; a zip where `path` ends in `.zip`.
-
-    An earlier bundle at `path` is replaced in one step; anything else there is left alone.
-    `input_name` and `input_shape` (no batch axis) are read from the model where not given.
-
-    Raises:
-        BundleError: the bytes are not the trial's artifact, or something else is at `path`.
-        DiskFull: no room is left.
-    """
-    files = bundle_files(
-        job=job,
-        trial=trial,
-        device=device,
-        model=model,
-        fp32_trial=fp32_trial,
-        int8_trial=int8_trial,
-        input_name=input_name,
-        input_shape=input_shape,
-        class_names=class_names,
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".zip":
-            _write_zip(path, files)
-        else:
-            _write_folder(path, files)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise DiskFull(f"no room is left to write the bundle {path}") from error
-        raise BundleError(f"cannot write the bundle {path}: {error.strerror or error}") from error
-    return path
-
-
 def bundle_files(
     *,
     job: JobRecord,
@@ -121,7 +70,9 @@ def bundle_files(
     input_shape: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, bytes]:
-    """The bundle's files by name; what `write_bundle` writes.
+    """The bundle's files by name.
+
+    `input_name` and `input_shape` (no batch axis) are read from the model where not given.
 
     Raises:
         BundleError: the bytes are not the trial's artifact, or not an ONNX model.
@@ -310,44 +261,6 @@ def _readme(
         provenance=reports["provenance"],
     )
     return text.encode()
-
-
-def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise BundleError(f"{path} exists and is not a bundle; choose another path")
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        try:
-            part.write(bundle_zip(files))
-            part.flush()
-            os.fsync(part.fileno())
-            os.chmod(part.name, 0o644)  # noqa: PTH101 - the temporary file is a name, not a Path
-            os.replace(part.name, path)  # noqa: PTH105 - likewise
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
-
-
-def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    if path.exists() and not _may_be_replaced(path):
-        raise BundleError(f"{path} exists and is not a bundle; choose another path")
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        part.chmod(0o755)
-        for name, content in files.items():
-            (part / name).write_bytes(content)
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """An empty folder, or one that holds a bundle's files and nothing else."""
-    if not path.is_dir():
-        return False
-    return {entry.name for entry in path.iterdir()} <= {*FILES, "__pycache__"}
 
 
 def _json_bytes(document: Mapping[str, Any]) -> bytes:

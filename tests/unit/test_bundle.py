@@ -14,10 +14,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from autotune import bundle_download
+from autotune.bundle_download import write_bundle
 from autotune.errors import BundleError, DiskFull
-from autotune.export import bundle as bundle_module
 from autotune.export import run_bundle
-from autotune.export.bundle import read_bundle, write_bundle
+from autotune.export.bundle import bundle_files, bundle_zip, read_bundle
 from autotune.export.run_bundle import Unusable, open_session
 from device_agents.runtimes import onnxruntime as measured
 from search_spaces import RuntimeOptions
@@ -43,7 +44,7 @@ def export(records):
             "fp32_trial": trials[0],
             "int8_trial": trials[1],
         }
-        return write_bundle(path, **{**arguments, **changes})
+        return write_bundle(path, bundle_zip(bundle_files(**{**arguments, **changes})))
 
     return write
 
@@ -171,14 +172,14 @@ def test_an_earlier_bundle_is_replaced(export, records, tmp_path: Path, name: st
 def test_somebody_elses_folder_is_left_alone(export, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work", encoding="utf-8")
-    with pytest.raises(BundleError, match="exists and is not a bundle"):
+    with pytest.raises(BundleError, match="left alone"):
         export(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1.tex").read_text(encoding="utf-8") == "years of work"
 
 
 def test_somebody_elses_file_is_left_alone(export, tmp_path: Path) -> None:
     (tmp_path / "thesis.zip").write_text("not a zip at all", encoding="utf-8")
-    with pytest.raises(BundleError, match="exists and is not a bundle"):
+    with pytest.raises(BundleError, match="left alone"):
         export(tmp_path / "thesis.zip")
 
 
@@ -193,7 +194,7 @@ def test_a_full_disk_leaves_the_earlier_bundle(
         raise OSError(number, "no room left")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    monkeypatch.setattr(bundle_module.os, "fsync", full)
+    monkeypatch.setattr(bundle_download.os, "fsync", full)
     with pytest.raises(DiskFull):
         export(tmp_path / name)
     assert read_bundle(tmp_path / name).model == fabricated.linear_model()

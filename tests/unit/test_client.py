@@ -313,10 +313,20 @@ def test_a_bundle_replaces_an_earlier_one_whole(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "reports.json").write_text("{}")
-    (target / "old.bin").write_text("old")
+    (target / "__pycache__").mkdir()  # of its program, once it was run
     client(lambda _: archive(**{"reports.json": "{}", "model.onnx": "new"})).export("j", target)
     assert sorted(path.name for path in target.iterdir()) == ["model.onnx", "reports.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_somebody_keeps_beside_a_bundle_is_not_deleted(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    answer = client(lambda _: archive(**{"reports.json": "{}"}))
+    answer.export("j", target)
+    (target / "notes.txt").write_text("a day of work")
+    with pytest.raises(errors.BundleError, match=r"holds notes\.txt, .* left alone"):
+        answer.export("j", target)
+    assert (target / "notes.txt").read_text() == "a day of work"
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/etc/escaped", "sub/file"])

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from autotune.bundle_download import write_bundle
 from autotune.cli.root import run
 from autotune.cli.session import Session
-from autotune.export.bundle import write_bundle
+from autotune.export.bundle import bundle_files, bundle_zip
 from autotune.search.verification import keep_confirmation
 from device_agents.protocol import Outcome
 from tests.unit import fabricated_job as fabricated
@@ -69,13 +70,13 @@ class Confirming(FakeClient):
 
     def export(self, reference, path, **asked):
         inventory = fabricated.inventory()
-        return write_bundle(
-            path,
+        files = bundle_files(
             job=fabricated.job(inventory),
             trial=fabricated.trials(inventory)[7],
             device=fabricated.device(),
             model=fabricated.linear_model(),
         )
+        return write_bundle(path, bundle_zip(files))
 
     def trial(self, reference, number):
         shown = super().trial(reference, number)

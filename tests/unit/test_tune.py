@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from autotune.api_types import Verification
+from autotune.bundle_download import write_bundle
 from autotune.cli import tune as tune_module
 from autotune.cli.children import Child, wait_until
 from autotune.cli.delivery import answer_lines, compare, deliver
@@ -35,7 +36,7 @@ from autotune.errors import (
     ServiceError,
     UntrustedCode,
 )
-from autotune.export.bundle import write_bundle
+from autotune.export.bundle import bundle_files, bundle_zip
 from autotune.spec import JobSpec, parse_job
 from tests.unit import fabricated_job as fabricated
 from tests.unit.cli_fakes import (
@@ -326,13 +327,13 @@ def delivering(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
         measured: str | None = None
 
         def export(self, reference: str, path: Path, **asked: Any) -> Path:
-            return write_bundle(
-                path,
+            files = bundle_files(
                 job=fabricated.job(inventory),
                 trial=records[7],
                 device=fabricated.device(),
                 model=fabricated.linear_model(),
             )
+            return write_bundle(path, bundle_zip(files))
 
         def verify(
             self,

@@ -1,7 +1,7 @@
 """The Python client: the nouns of the HTTP API as methods, its shapes as return values.
 
-Owns the connection, its retries, uploading what a job names, and turning problem details
-back into the classes of `autotune.errors`. It imports none of the heavy libraries.
+Owns the connection, its retries and uploading what a job names; what an error or an event looks
+like on the wire is `responses.py`'s. It imports none of the heavy libraries.
 
     with Client("http://127.0.0.1:8577", token) as client:
         job = client.submit(read_job(Path("job.yaml")))
@@ -33,7 +33,6 @@ from autotune.api_types import (
     Front,
     Health,
     Portability,
-    Problem,
     Quarantined,
     Sensitivity,
     Trial,
@@ -42,6 +41,7 @@ from autotune.api_types import (
 )
 from autotune.bundle_download import write_bundle
 from autotune.limits import FurtherLimits
+from autotune.responses import error_of, parse_events
 from autotune.spec import JobSpec, map_files, upload_of
 
 FINAL_STATES: Final = frozenset({"finished", "cancelled", "failed"})
@@ -60,15 +60,8 @@ SILENCE_S: Final = 45.0
 
 _TRANSIENT: Final = (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError)
 _UNAVAILABLE: Final = (502, 503, 504)
+_MALFORMED: Final = "the token is empty or malformed; `autotune serve` says where its own lies"
 _CHUNK_BYTES: Final = 1024**2
-
-_ByStatus = type[errors.AutotuneError]
-_BY_STATUS: Final[dict[int, _ByStatus]] = {
-    401: errors.AuthenticationError,
-    404: errors.NotFoundError,
-    413: errors.InvalidData,
-    507: errors.DiskFull,
-}
 
 _Shape = TypeVar("_Shape")
 
@@ -83,8 +76,7 @@ class Client:
     Args:
         url: address of the service.
         token: a user token.
-        timeout_s: how long one answer may take; uploads, exports and verifications take
-            longer and have limits of their own.
+        timeout_s: how long one answer may take; uploads, exports and verifications take longer.
         transport: replaces the network, for tests.
     """
 
@@ -97,10 +89,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         if not (token.isascii() and token.isprintable() and token.strip()):
-            raise errors.AuthenticationError(
-                "the token is empty or holds characters that no token has; a service's user token "
-                "lies in the file `token` of its data directory"
-            )
+            raise errors.AuthenticationError(_MALFORMED)
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:
@@ -438,41 +427,6 @@ class Client:
 
 class _Unavailable(Exception):
     """The service is there but not ready."""
-
-
-def parse_events(lines: Iterator[str]) -> Iterator[Event | None]:
-    """Events of a stream of server-sent events; None for the one that ends it.
-
-    Comments and fields that are not used here are skipped (WHATWG HTML, section 9.2.6).
-    """
-    kind, content = "", [""][:0]
-    for line in lines:
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if field == "event":
-            kind = value
-        elif field == "data":
-            content.append(value)
-        elif line == "" and kind == "end":
-            yield None
-            return
-        elif line == "":
-            if content:
-                yield Event.model_validate_json("\n".join(content))
-            kind, content = "", []
-
-
-def error_of(response: httpx.Response) -> errors.AutotuneError:
-    """The error that a response stands for: by the problem's name, else by the status."""
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:
-        asked = f"{response.request.method} {response.request.url}"
-        kind = _BY_STATUS.get(response.status_code, errors.ServiceError)
-        return kind(f"{asked} was answered with status {response.status_code}")
-    named = getattr(errors, problem.error, None)
-    is_known = isinstance(named, type) and issubclass(named, errors.AutotuneError)
-    return named(problem.detail) if is_known else errors.ServiceError(problem.detail)  # type: ignore[misc]
 
 
 def _quoted(reference: str) -> str:

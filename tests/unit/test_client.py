@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from autotune import errors
-from autotune.client import Client, parse_events
+from autotune.client import Client
+from autotune.responses import parse_events
 from autotune.spec import parse_job
 
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -81,9 +82,7 @@ def test_the_token_travels_as_a_bearer() -> None:
 
 @pytest.mark.parametrize("token", ["", "  ", "two\nlines", "schlüssel"])
 def test_a_token_that_cannot_be_one_is_said_before_anything_is_sent(token: str) -> None:
-    with pytest.raises(
-        errors.AuthenticationError, match="in the file `token` of its data directory"
-    ):
+    with pytest.raises(errors.AuthenticationError, match="serve` says where its own lies"):
         Client("http://service", token)
 
 

@@ -66,6 +66,7 @@ def test_the_client_draws_in_nothing_of_the_service(tmp_path: Path) -> None:
         "autotune.errors",
         "autotune.frames",
         "autotune.limits",
+        "autotune.responses",
         "autotune.spec",
         "autotune.spec_errors",
         "autotune.studies",

@@ -57,7 +57,7 @@ def find(session: Session, key_hash: str, *, now: datetime) -> tuple[AgentRecord
         raise ReplacedKey(
             f"this key of agent {row.id} ({device.name}) was replaced at "
             f"{row.key_changed_at:%F %T %Z} and the new one is in use: this is a copy of its "
-            "state folder, or an old backup; enrol it again, with a name of its own if it is "
+            "state folder, or an old backup; enroll it again, with a name of its own if it is "
             "another device"
         )
     return record_of(row, device), row.next_key_hash == key_hash

@@ -105,7 +105,7 @@ def lease(
     """The oldest queued measurement for the device; an agent's earlier lease ends here."""
     agent = locked_by_id(session, AgentRow, "agent", agent_id)
     if agent.revoked_at is not None:
-        raise InvalidToken(f"agent {agent_id} was revoked; enrol it again")
+        raise InvalidToken(f"agent {agent_id} was revoked; enroll it again")
     held = _leased().where(MeasurementRow.leased_by == agent_id).with_for_update(key_share=True)
     lease_id = _lease_id(agent_id, request_id)
     expires_at = now + timedelta(seconds=ttl_s)

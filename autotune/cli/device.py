@@ -30,6 +30,11 @@ def list_devices(session: Session) -> None:
 
     devices = session.client().devices()
     print_rows(DEVICES, devices, output_format=session.output_format, to=sys.stdout)
+    if not devices:
+        click.echo(
+            "no device has enrolled yet; `autotune device enroll` prints the command that does it",
+            err=True,
+        )
 
 
 @device.command("show")

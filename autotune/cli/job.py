@@ -72,7 +72,10 @@ def list_jobs(session: Session) -> None:
     from autotune.cli.output import print_rows
     from autotune.cli.views.jobs import JOBS
 
-    print_rows(JOBS, session.client().jobs(), output_format=session.output_format, to=sys.stdout)
+    jobs = session.client().jobs()
+    print_rows(JOBS, jobs, output_format=session.output_format, to=sys.stdout)
+    if not jobs:
+        click.echo("there is no job yet; `autotune job submit JOB.yaml` makes one", err=True)
 
 
 @job.command("show")

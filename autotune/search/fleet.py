@@ -370,7 +370,7 @@ def absence(selector: str | None) -> str:
     if selector is None:
         return "no device is online; start an agent (`autotune device enroll`)"
     return (
-        f"no device or pool is called {selector!r}; enrol it (`autotune device enroll`) and the "
+        f"no device or pool is called {selector!r}; enroll it (`autotune device enroll`) and the "
         "job goes on, or cancel the job"
     )
 

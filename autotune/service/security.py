@@ -89,7 +89,7 @@ async def require_agent(
         AuthenticationError: there is no key, or it is not a current agent's; it says why.
     """
     if credentials is None:
-        raise AuthenticationError("this route needs an agent key; enrol the device first")
+        raise AuthenticationError("this route needs an agent key; enroll the device first")
     digest = hash_secret(credentials.credentials)
     try:
         return await known.find(digest)

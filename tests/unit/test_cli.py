@@ -372,6 +372,21 @@ def test_the_quarantine_is_shown_and_cleared(
     assert "6 to 64 of its digits" in capsys.readouterr().err
 
 
+def test_an_empty_list_says_what_fills_it(
+    call: Call,
+    client: FakeClient,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client.device_list.clear()
+    monkeypatch.setattr(FakeClient, "jobs", lambda _: [])
+    assert call("device", "ls", "-o", "json") == 0
+    assert call("job", "ls", "-o", "json") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "[]\n[]\n"
+    assert "`autotune device enroll`" in captured.err and "`autotune job submit" in captured.err
+
+
 def test_a_drained_device_says_so_in_the_list_and_why_where_it_is_shown(
     call: Call, client: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,7 +252,8 @@ class Client:
         the file for it, where one of several is named. An earlier bundle at `path` is replaced.
 
         Raises:
-            BundleError: something that is not a bundle is at `path`, or it cannot be written.
+            BundleError: something else is at `path` or in it, or it cannot be written.
+            DiskFull: there is no room for it.
         """
         asked = {"budget": budget, "select": select, "device": device, **limits}
         body = {k: v for k, v in asked.items() if v is not None}

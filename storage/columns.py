@@ -7,8 +7,9 @@ keep exactly the same value (PostgreSQL's refuses NaN). Which columns there are 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol, Self
@@ -111,10 +112,8 @@ class Document(TypeDecorator[Any]):
         """
         if value is None:
             return None
-        try:
+        with _reading(self.value_type):
             return self.value_type.from_json(json.loads(value))
-        except (KeyError, TypeError, ValueError, SearchSpaceError) as error:
-            raise _unreadable(self.value_type, error) from error
 
 
 class Documents(TypeDecorator[Any]):
@@ -137,10 +136,8 @@ class Documents(TypeDecorator[Any]):
         Raises:
             StorageError: a newer release wrote them, or they were altered.
         """
-        try:
+        with _reading(self.value_type):
             return tuple(self.value_type.from_json(entry) for entry in json.loads(value or "[]"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise _unreadable(self.value_type, error) from error
 
 
 class Message(TypeDecorator[Any]):
@@ -165,10 +162,8 @@ class Message(TypeDecorator[Any]):
         """
         if value is None:
             return None
-        try:
+        with _reading(self.message_type):
             return self.message_type.model_validate(json.loads(value))
-        except ValueError as error:
-            raise _unreadable(self.message_type, error) from error
 
 
 def enum_column(states: type[StrEnum]) -> Enum:
@@ -187,8 +182,12 @@ def text_column() -> String:
     return String()
 
 
-def _unreadable(value_type: type, error: Exception) -> StorageError:
-    return StorageError(
-        f"a stored {value_type.__name__} cannot be read ({error}); "
-        "was it written by a newer release?"
-    )
+@contextlib.contextmanager
+def _reading(value_type: type) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, SearchSpaceError) as error:
+        raise StorageError(
+            f"a stored {value_type.__name__} cannot be read ({error}); "
+            "was it written by a newer release?"
+        ) from error

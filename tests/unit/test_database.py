@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import OperationalError
 
+from storage.columns import Documents
 from storage.database import Database, _prepare_sqlite, _translate, open_database
 from storage.errors import DatabaseFull, DatabaseLocked, DatabaseUnavailable, StorageError
+from storage.latency_model import LatencyModel
 from storage.repository import Repository
 from storage.tables import JobRow
 
@@ -196,6 +199,13 @@ def test_a_document_of_a_newer_release_is_not_half_read(database: Database) -> N
         session.execute(text("""UPDATE jobs SET inventory = '{"version": 99}'"""))
     with pytest.raises(StorageError, match="LayerInventory cannot be read"):
         repository.get_job(job.id)
+
+
+@pytest.mark.parametrize("runtime", ['{"threads": 0}', '{"graph_level": "most"}', '{"cores": 1}'])
+def test_a_list_with_an_option_of_a_newer_release_is_not_half_read(runtime: str) -> None:
+    stored = f'[{{"version": 1, "runtime": {runtime}, "runtime_version": "2", "operators": []}}]'
+    with pytest.raises(StorageError, match="LatencyModel cannot be read"):
+        Documents(LatencyModel).process_result_value(stored, sqlite.dialect())
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ near to the front that a tenth and more of all mixtures is mispredicted by over 
 
 _UNSEEN = 128
 """Random mixtures on which the model is to be sure; those measured for that are of them: points
-near the front would teach it less (of fifty groups' mixtures 0.87 instead of 0.90 are predicted
-within 10 % after 24 runs, and 0.70 where nothing is measured to teach)."""
+near the front would teach it less: after 24 runs 0.93 instead of 0.95 of mobilenet_v2's mixtures
+are predicted within 10 %, 0.87 instead of 0.89 of efficientnet_b0's (20 seeds); of fifty simulated
+groups' 0.93 and 0.92, and 0.75 where nothing is measured to teach (12 seeds)."""
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 

@@ -49,8 +49,8 @@ Baselines and the warm start count, so that a job of 20 trials teaches nothing m
 behind them, regret after 20 trials in replays is 0.039 +- 0.002 instead of 0.021 +- 0.001 on
 resnet18, 0.016 +- 0.008 instead of 0.005 +- 0.004 on efficientnet_b0 (100 seeds each), 0.002 +-
 0.001 instead of 0 on mobilenet_v2 and 0 as before on mobilenet_v3_small (60), though the model's
-error on other mixtures is 4 to 14 % less; on the simulated fifty groups, after 60, it is 0.193
-instead of 0.187 (5)."""
+error on other mixtures is 4 to 14 % less; on the simulated fifty groups, after 60, it is 0.168
+instead of 0.151 (5)."""
 
 LONG_BUDGET = _TEACHING_SHARE * TEACHING_RUNS
 """Trials of a job in which teaching is not cut short."""

@@ -34,11 +34,11 @@ OPTUNA_EVERY, OPTUNA_EVERY_BESIDE = 8, 2
 count that the model does not know.
 
 In replays the share costs: mean regret on the simulated fifty groups (12 seeds) is 0.162 +- 0.002
-with every fourth, 0.157 +- 0.003 with every eighth and 0.152 +- 0.003 with none; on the measured tables it is 0.022, 0.024 and 0.023 +- 0.001 on resnet18 (60 seeds), 0.015 +-
-0.005, 0.019 +- 0.010 and 0.003 +- 0.002 on efficientnet_b0 (200, 60 and 200), 0 on the others. As
-insurance against models that are wrong throughout it is weak: with their prior knowledge permuted
-(30 seeds), regret on resnet18 is 0.28 with every fourth and 0.26 with none, on efficientnet_b0 0.54
-and 0.58.
+with every fourth, 0.157 +- 0.003 with every eighth and 0.152 +- 0.003 with none; on the measured
+tables it is 0.022, 0.024 and 0.023 +- 0.001 on resnet18 (60 seeds), 0.015 +- 0.005, 0.019 +- 0.010
+and 0.003 +- 0.002 on efficientnet_b0 (200, 60 and 200), 0 on the others. As insurance against
+models that are wrong throughout it is weak: with their prior knowledge permuted (30 seeds),
+regret on resnet18 is 0.28 with every fourth and 0.26 with none, on efficientnet_b0 0.54 and 0.58.
 """
 
 _WARM = ("earlier", "sensitivity", "size")

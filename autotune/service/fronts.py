@@ -33,6 +33,7 @@ from autotune.service.jobs import all_events, devices_of
 from autotune.service.pools import as_measured
 from autotune.service.problems import Refusal, problem_responses
 from autotune.service.questions import Question, asked_of
+from autotune.service.security import PAGE_HEADERS
 from storage.errors import NotFound
 from storage.records import DeviceRecord, JobRecord, TrialRecord
 
@@ -45,13 +46,6 @@ MAX_MODEL_BYTES = 2 * 1024**3
 """An ONNX file is one protobuf message, which cannot be larger than 2 GiB."""
 
 _SELECTIONS = ("knee", "fastest", "most-accurate")
-
-# The page is one file without a script; whatever a name in it holds cannot become one.
-_REPORT_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-    "X-Content-Type-Options": "nosniff",
-}
-
 
 _NAMED = "name or id of one of the job's devices"
 Named = Annotated[str | None, Query(description=_NAMED)]
@@ -127,7 +121,7 @@ async def get_report(context: Context, job_id: str, device: Named = None) -> HTM
     Of a job on several devices it is about the primary one, or about `device`.
     """
     page = await run_in_threadpool(_report, context, job_id, device)
-    return HTMLResponse(page, headers=_REPORT_HEADERS)
+    return HTMLResponse(page, headers=PAGE_HEADERS)
 
 
 @router.post(

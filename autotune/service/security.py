@@ -1,4 +1,4 @@
-"""Who may do what: user tokens, agent keys, enrolment tokens.
+"""Who may do what: user tokens, agent keys, enrolment tokens; and what a page may do in a browser.
 
 Owns the secrets' making and checking. Each secret is 256 random bits, so that its plain
 SHA-256 is safe at rest: there is nothing to guess, hence nothing for a slow hash to slow
@@ -34,6 +34,13 @@ ENROLMENT_VALID_S = 3600.0
 KEY_VALID_S = 86_400.0
 """An agent is told to get a new key after a day. A choice: a key that leaks from a backup is
 worth nothing the day after, and a device that is off for longer keeps the one it has."""
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Of a page or a picture for a browser: each is one file without a script, and whatever a name in
+it holds cannot become one."""
 
 _user_scheme = HTTPBearer(
     scheme_name="UserToken",

@@ -17,6 +17,7 @@ from autotune.errors import JobNotReady
 from autotune.export.sensitivity_table import in_order
 from autotune.service.context import Context, ServiceContext
 from autotune.service.problems import problem_responses
+from autotune.service.security import PAGE_HEADERS
 from storage import sensitivity as stored
 from storage.records import JobRecord
 
@@ -35,11 +36,6 @@ _MEDIA_TYPES = {
     PictureForm.SVG: "image/svg+xml",
     PictureForm.PNG: "image/png",
     PictureForm.HTML: "text/html; charset=utf-8",
-}
-# Opened in a browser, neither an SVG nor a page may run what a job's name holds.
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-    "X-Content-Type-Options": "nosniff",
 }
 
 
@@ -97,7 +93,7 @@ async def get_heat_map(
         return heat_map(entries, title=f"{job.name}: sensitivity", form=form.value)
 
     picture = await run_in_threadpool(draw)
-    return Response(picture, media_type=_MEDIA_TYPES[form], headers=_HEADERS)
+    return Response(picture, media_type=_MEDIA_TYPES[form], headers=PAGE_HEADERS)
 
 
 def _entries(context: ServiceContext, reference: str) -> tuple[JobRecord, list[stored.Sensitivity]]:

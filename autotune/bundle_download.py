@@ -15,8 +15,8 @@ from pathlib import Path
 from autotune import errors
 from device_agents.files import NO_ROOM
 
-_BY_ITS_PROGRAM = "__pycache__"
-"""What may lie in a bundle's folder beside its files: its program was imported there."""
+_OF_NOBODY = frozenset({"__pycache__", ".DS_Store"})
+"""What may lie in a bundle's folder beside its files: Python and macOS's Finder leave these."""
 
 
 def write_bundle(path: Path, content: bytes) -> Path:
@@ -60,7 +60,7 @@ def _replace_folder(path: Path, content: bytes) -> None:
     """Unpack beside `path`, then put it in place, so that no half bundle is ever seen."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    _require_replaceable(path, {*files, _BY_ITS_PROGRAM})
+    _require_replaceable(path, {*files, *_OF_NOBODY})
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         part.chmod(0o755)

@@ -312,7 +312,8 @@ def test_a_bundle_replaces_an_earlier_one_whole(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "reports.json").write_text("{}")
-    (target / "__pycache__").mkdir()  # of its program, once it was run
+    for left_behind in ("__pycache__", ".DS_Store"):
+        (target / left_behind).mkdir()
     client(lambda _: archive(**{"reports.json": "{}", "model.onnx": "new"})).export("j", target)
     assert sorted(path.name for path in target.iterdir()) == ["model.onnx", "reports.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -124,19 +124,20 @@ def _optuna() -> Any:
 
 def _create(optuna: Any, *, directions: Sequence[str], storage: str | None, name: str) -> Study:
     verbosity = optuna.logging.get_verbosity()
+    # An address may hold a password, which nobody is to read in a message.
+    shown = re.sub(r"(?<=//)([^:/@]*):.*@", r"\1:***@", str(storage))
     optuna.logging.set_verbosity(logging.ERROR)
     try:
         study: Study = optuna.create_study(directions=directions, storage=storage, study_name=name)
         return study
     except optuna.exceptions.DuplicatedStudyError as error:
         raise StudyError(
-            f"{storage} holds a study {name!r} already, and it is left alone: give the new one "
+            f"{shown} holds a study {name!r} already, and it is left alone: give the new one "
             f"another name with --name, write to another storage, or delete the old one with "
-            f"`optuna delete-study --study-name {name!r} --storage {storage}`"
+            f"`optuna delete-study --study-name {name!r} --storage {shown}`"
         ) from error
     except Exception as error:
         # Optuna hands over whatever SQLAlchemy, Alembic and the database's driver raise.
-        shown = re.sub(r"(?<=//)([^:/@]*):.*@", r"\1:***@", str(storage))  # without the password
         raise StudyError(
             f"{shown!r} cannot be used as an Optuna storage ({error}); name one such as "
             "sqlite:///study.db"

@@ -114,6 +114,18 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_study_that_is_there_is_named_without_its_storages_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def create_study(**_: Any) -> None:
+        raise optuna.exceptions.DuplicatedStudyError
+
+    monkeypatch.setattr(optuna, "create_study", create_study)
+    with pytest.raises(StudyError, match=r"me:\*\*\*@host/studies holds a study") as caught:
+        study_of(make_job(), trials(), storage="postgresql://me:secret@host/studies")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_frame_has_a_row_per_trial_and_a_column_per_figure_and_choice() -> None:
     frame = trials_frame(make_job(), trials())
     assert frame.index.tolist() == [0, 1, 2, 3]

@@ -30,7 +30,7 @@ from device_agents.files import NO_ROOM, NO_ROOM_EXIT
 from device_agents.isolation import die_with_parent, leave_network
 from device_agents.latency import energy_per_inference, summarize
 from device_agents.profile import profile
-from device_agents.quantiles import lower_bounds, upper_bounds
+from device_agents.quantiles import tail_bounds
 from device_agents.runtimes import (
     InvalidArtifact,
     Runtime,
@@ -176,11 +176,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         "outcome": "ok" if summary.is_steady else "unstable",
         "reason": summary.unsteady_reason,
         "report": asdict(summary)
-        | {
-            f"{name}_{end}_ns": bound
-            for end, bounds in (("low", lower_bounds), ("high", upper_bounds))
-            for name, bound in bounds(blocks, reference_latency_ns=job.reference_latency_ns).items()
-        }
+        | tail_bounds(blocks, reference_latency_ns=job.reference_latency_ns)
         | {
             "blocks": [asdict(block) for block in blocks],
             "before": before,

@@ -13,7 +13,7 @@ independent ones the dependent ones are worth is estimated first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Protocol
 
@@ -67,7 +67,7 @@ def upper_bounds(
     few for a bound: p90 takes 36 independent ones at least, p99 368; and where blocks are no
     pairs of positive samples.
     """
-    return _bounds(blocks, reference_latency_ns, upper_quantile, lower_quantile, sign=1)
+    return _bounds(blocks, reference_latency_ns, sign=1)
 
 
 def lower_bounds(
@@ -77,18 +77,27 @@ def lower_bounds(
 
     It takes fewer samples, because most of them lie on that side.
     """
-    return _bounds(blocks, reference_latency_ns, lower_quantile, upper_quantile, sign=-1)
+    return _bounds(blocks, reference_latency_ns, sign=-1)
+
+
+def tail_bounds(
+    blocks: Sequence[Timed], *, reference_latency_ns: float | None
+) -> dict[str, float | None]:
+    """Both, under the names that a latency report has for them, such as `p90_low_ns`."""
+    return {
+        f"{name}_{end}_ns": ns
+        for end, bounds in (("low", lower_bounds), ("high", upper_bounds))
+        for name, ns in bounds(blocks, reference_latency_ns=reference_latency_ns).items()
+    }
 
 
 def _bounds(
-    blocks: Sequence[Timed],
-    reference_latency_ns: float | None,
-    bound_of: Callable[[Sequence[Floats], float], float | None],
-    opposite_of: Callable[[Sequence[Floats], float], float | None],
-    *,
-    sign: int,
+    blocks: Sequence[Timed], reference_latency_ns: float | None, *, sign: int
 ) -> dict[str, float | None]:
-    """On the side of `sign`; the reference counts by its `opposite_of`, for it is divided by."""
+    """Above for the sign 1, below for -1; the reference, divided by, counts the other way."""
+    bound_of, opposite_of = upper_quantile, lower_quantile
+    if sign < 0:
+        bound_of, opposite_of = opposite_of, bound_of
     candidate = [b for b in blocks if b.subject == "candidate"]
     paired = [b for b in blocks if b.subject == "reference"]
     if not candidate or len(candidate) != len(paired) or min(map(_least, blocks)) <= 0:

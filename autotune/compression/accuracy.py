@@ -150,14 +150,9 @@ class AccuracyEvaluator:
         less, more = drop - float(standing.low[0]), float(standing.high[0]) - drop
         right = min(max(fp32_right - drop * n, 0.0), float(n))
 
-        drop_low, drop_high = _paired_interval(fp32_right - lost, lost, won, n)
-        drop_low = drop - math.hypot(drop - drop_low, less)
-        drop_high = drop + math.hypot(drop_high - drop, more)
-        low, high = wilson_interval(right, n)
-        low, high = (
-            right / n - math.hypot(right / n - low, more),
-            right / n + math.hypot(high - right / n, less),
-        )
+        interval = _paired_interval(fp32_right - lost, lost, won, n)
+        drop_low, drop_high = _widened(drop, interval, below=less, above=more)
+        low, high = _widened(right / n, wilson_interval(right, n), below=more, above=less)
         return AccuracyReport(
             split=self._split,
             n_samples=seen,
@@ -174,6 +169,13 @@ class AccuracyEvaluator:
             confidence_level=CONFIDENCE_LEVEL,
             wall_s=wall_s,
         )
+
+
+def _widened(
+    value: float, interval: tuple[float, float], *, below: float, above: float
+) -> tuple[float, float]:
+    low, high = interval
+    return value - math.hypot(value - low, below), value + math.hypot(high - value, above)
 
 
 def _reason(race: Race, standing: Standing, seen: int, total: int) -> str:

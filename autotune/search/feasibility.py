@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from autotune.errors import InvalidJob
 from autotune.limits import QUANTILES, amounts, bytes_text, joules_text, ms_text
 from device_agents.protocol import LatencyReport, Quantile
-from device_agents.quantiles import lower_bounds, upper_bounds
+from device_agents.quantiles import tail_bounds
 from storage.records import DeviceRecord, JobRecord, TrialRecord
 
 _DROP_UNIT = 0.01
@@ -123,11 +123,7 @@ def bounded(report: LatencyReport) -> LatencyReport:
     """The report with the tail's bounds; from its samples where the agent did not send all."""
     if None not in (report.p90_low_ns, report.p90_high_ns) or not report.blocks:
         return report
-    bounds = {
-        f"{name}_{end}_ns": ns
-        for end, of in (("low", lower_bounds), ("high", upper_bounds))
-        for name, ns in of(report.blocks, reference_latency_ns=report.reference_latency_ns).items()
-    }
+    bounds = tail_bounds(report.blocks, reference_latency_ns=report.reference_latency_ns)
     return report.model_copy(update=bounds)
 
 

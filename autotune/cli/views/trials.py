@@ -33,7 +33,7 @@ def seen_in(trial: Trial) -> str:
     counter = Counter(group.seen_in for group in trial.groups if group.seen_in)
     if len(counter) == 1 and counter.total() == len(trial.groups):
         return next(iter(counter))
-    return "; ".join(f"{n} in {where}" for where, n in counter.most_common()) or (figures.MISSING)
+    return "; ".join(f"{n} in {where}" for where, n in counter.most_common()) or figures.MISSING
 
 
 def prune_summary(trial: Trial) -> str:

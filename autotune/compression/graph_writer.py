@@ -70,6 +70,7 @@ class GraphWriter:
         self._made: set[str] = set()
         self._half_made: set[str] = set()
         self._meanings: dict[str, _Codes] = {}
+        self._unrounded: dict[str, str] = {}  # sums as float, by the tensor that has their codes
         self._symmetric = plan.symmetric_roots()
 
     def write(self) -> None:
@@ -87,6 +88,8 @@ class GraphWriter:
                 self._int8_hard_swish(node)
             elif node.op_type == "BatchNormalization" and node.name in self._placement.int8:
                 self._int8_norm(node)
+            elif node.name in self._placement.sums:
+                self._float_sum(node)
             elif node.name in self._placement.int8:
                 self._int8_operator(node)
             else:
@@ -143,7 +146,9 @@ class GraphWriter:
 
     def _as_coded16(self, tensor: str) -> str:
         """The name under which a layer with 16-bit activations reads the tensor."""
-        if tensor in self._placement.stored or tensor in self._plan.wide.rounded:
+        if tensor in self._placement.stored:
+            return self._as_codes(tensor)
+        if tensor in self._plan.wide.rounded:
             return self._as_float(tensor)
         if f"{tensor}/dq16" not in self._made:
             self._made.add(f"{tensor}/dq16")
@@ -184,6 +189,17 @@ class GraphWriter:
         out = self._placement.writes.get(node.output[0], node.output[0])
         self._parts.copy(node, inputs, [_raw(out)])
         self._quantize(_raw(out), out)
+
+    def _float_sum(self, node: onnx.NodeProto) -> None:
+        """A residual Add on float; its Q and DQ stand in front of the first that takes codes."""
+        out = self._placement.writes.get(node.output[0], node.output[0])
+        inputs = [self._as_float(name) for name in node.input]
+        # onnxruntime would make 8 bits of an Add between a DQ and a Q; it has none for a Sum.
+        self._parts.node("Sum", inputs, [_raw(out)], node.name)
+        if out == node.output[0] != self._view.output_name:
+            self._unrounded[out] = _raw(out)
+        else:  # the codes are the model's answer, or their range stands for an activation
+            self._quantize(_raw(out), out)
 
     def _operand(self, name: str) -> str:
         """An Add's or Mul's constant, with a range of its own."""
@@ -307,6 +323,8 @@ class GraphWriter:
 
     def _as_float(self, tensor: str) -> str:
         """The name under which a float node reads the tensor."""
+        if tensor in self._unrounded:
+            return self._unrounded[tensor]
         if tensor in self._placement.stored:
             return _dequantized(self._view, tensor)
         if tensor in self._half_made and tensor not in self._made:
@@ -337,6 +355,9 @@ class GraphWriter:
             self._parts.source_constant(tensor)
             return tensor
         if tensor in self._placement.stored:
+            if tensor in self._unrounded and f"{tensor}/dq" not in self._made:
+                self._made.add(f"{tensor}/dq")
+                self._quantize(self._unrounded[tensor], tensor)
             return _dequantized(self._view, tensor)
         if f"{tensor}/dq" not in self._made:
             self._made.add(f"{tensor}/dq")

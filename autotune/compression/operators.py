@@ -101,6 +101,25 @@ def is_residual_add(view: GraphView, node: onnx.NodeProto) -> bool:
     return left == right and len(left) > 0
 
 
+def stream_sums(view: GraphView) -> frozenset[str]:
+    """Residual Adds that follow one another with nothing in between.
+
+    Rounded at every Add, a stream gathers the errors of all of them; one that stays float is
+    rounded for the layers that read it alone. Uniform INT8's divergence falls from 0.54 to 0.45 of
+    `quantize_static`'s on mobilenet_v2, from 0.55 to 0.53 on mobilenet_v3_small (means over six
+    calibration sets of 128 digits) and its latency grows by 3 to 4 %, 0 to 2 % (one core, 64 and
+    224 pixels; efficientnet_b0 0 to 1 %). Streams that a Relu cuts are wide: float ones would make
+    resnet18 4 to 7 % slower and resnet50 13 to 16 %.
+    """
+    adds = {node.output[0]: node.name for node in view.nodes if is_residual_add(view, node)}
+    sums: set[str] = set()
+    for tensor, name in adds.items():
+        before = [adds[x] for x in view.producer[tensor].input if x in adds]
+        if before:
+            sums.update([name, *before])
+    return frozenset(sums)
+
+
 def is_swish(view: GraphView, node: onnx.NodeProto) -> bool:
     """The product in x * Sigmoid(x), which exporters write for SiLU."""
     return swish_input(view, node) is not None

@@ -22,6 +22,7 @@ from autotune.compression.operators import (
     clip_bounds,
     constant_operand,
     norm_as_convolution,
+    stream_sums,
 )
 from autotune.compression.sharing import share_concat_scales
 from search_spaces import LayerKind, Precision
@@ -47,7 +48,8 @@ class Placement:
     output range replaces to that range's kind: `clip` or `gate` (HardSigmoid). `writes` maps
     a producer's tensor to the one it writes instead. `guarded` names the float nodes that
     onnxruntime would quantize on its own. `shared` maps a tensor to the Concat outputs whose
-    ranges together are its scale: equal scales make an 8-bit Concat a copy.
+    ranges together are its scale: equal scales make an 8-bit Concat a copy. `sums` names the
+    residual Adds of `int8` that add in float and hand their sum on to the next one unrounded.
     """
 
     int8: set[str] = field(default_factory=set)
@@ -56,6 +58,7 @@ class Placement:
     writes: dict[str, str] = field(default_factory=dict)
     guarded: set[str] = field(default_factory=set)
     shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: frozenset[str] = frozenset()
 
 
 def place(
@@ -71,6 +74,7 @@ def place(
     placement.shared = share_concat_scales(
         view, placement.int8, placement.stored, placement.absorbed
     )
+    placement.sums = stream_sums(view) & placement.int8
     _guard(view, placement)
     return placement
 

@@ -29,7 +29,9 @@ from autotune.compression.session import Session
 from autotune.errors import CompressionError
 from search_spaces import INT8
 
-POST_TRAINING_VERSION = 6
+POST_TRAINING_VERSION = 7
+# Version 7 (2026-11-22): sums of a residual stream are not rounded: ranges are as they were, the
+# divergence of uniform INT8 is not.
 # Version 6 (2026-11-22): least divergence is a range of as many bins as codes at least, and some
 # tensors take it; before, it was a range of two bins, which none took.
 # Version 5 (2026-11-21): the ranges of a residual stream share its factors at the least cost;

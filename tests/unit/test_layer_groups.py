@@ -26,16 +26,16 @@ from tests.unit.sketches import near
 EXPECTED: dict[str, tuple[dict[str, int], dict[str, int], float, float]] = {
     "resnet18": ({"conv_bn_act": 8, "residual": 4, "classifier": 1}, {}, 29, 14),
     "resnet50": ({"conv_bn_act": 33, "residual": 4, "classifier": 1}, {}, 26, 6),
-    "mobilenet_v2": ({"conv_bn_act": 37, "residual": 5, "classifier": 1}, {}, 22, 11),
+    "mobilenet_v2": ({"conv_bn_act": 37, "residual": 5, "classifier": 1}, {"Sum": 9}, 22, 11),
     "mobilenet_v3_small": (
         {"conv_bn_act": 24, "squeeze_excite": 9, "residual": 4, "linear_act": 1, "classifier": 1},
-        {},
+        {"Sum": 4},
         22,
         16,
     ),
     "efficientnet_b0": (
         {"conv_bn_act": 35, "squeeze_excite": 16, "residual": 5, "classifier": 1},
-        {},
+        {"Sum": 7},
         18,
         17,
     ),
@@ -70,7 +70,7 @@ LISTED = {
 FLOAT_WORK = {
     "Add", "BatchNormalization", "BiasGelu", "Concat", "Conv", "FusedConv", "FusedGemm",
     "FusedMatMul", "Gelu", "Gemm", "HardSigmoid", "LayerNormalization", "MatMul", "Mul", "Relu",
-    "Sigmoid", "Softmax",
+    "Sigmoid", "Softmax", "Sum",
 }  # fmt: skip
 
 

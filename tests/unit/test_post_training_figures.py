@@ -21,7 +21,7 @@ def test_divergence_is_none_of_equal_outputs_and_positive_of_others() -> None:
 
 
 def test_a_spread_model_has_other_weights_and_the_same_function() -> None:
-    images = post_training.Images(calibration=samples(4), held_out=labelled(4))
+    images = post_training.Images(sets=(samples(4),), held_out=labelled(4))
     changed = post_training.spread(tiny_source(), images)
     assert changed.fp32_bytes != tiny_source().fp32_bytes
     expected = post_training.outputs(tiny_source().fp32_bytes, samples(8, seed=3))

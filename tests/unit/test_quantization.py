@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from autotune.compression.calibration import Calibration, Range, calibrate
 from autotune.compression.effective import effective_precisions, optimized_graph
 from autotune.compression.inventory import precisions_of
+from autotune.compression.operators import stream_sums
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.units import Unit
 from autotune.compression.weights import block_matrix, quantize_weight
@@ -67,12 +68,15 @@ def quantize_static(model: onnx.ModelProto, x: np.ndarray, folder: Path) -> byte
 
 
 @pytest.mark.parametrize("name", ["tiny", *TORCHVISION])
-def test_uniform_int8_leaves_no_float_arithmetic(name: str) -> None:
+def test_uniform_int8_leaves_no_float_arithmetic_but_the_sums_of_streams(name: str) -> None:
     graph = quantizable(name)
     artifact = graph.emit(uniform(graph))
     executed = operators(artifact)
     assert not FLOAT_WORK & set(executed), executed
-    assert executed["QuantizeLinear"] == 1, "only the model's input is quantized"
+    sums = stream_sums(graph.view)
+    assert executed["Sum"] == len(sums)
+    # Beside the model's input, what layers read of streams.
+    assert executed["QuantizeLinear"] == 1 + len(sums)
     onnx.checker.check_model(onnx.load_from_string(artifact))
 
 

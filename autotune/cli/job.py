@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autotune.api_types import Job
     from autotune.cli.watching import Ended
     from autotune.client import Client
+    from autotune.spec import JobSpec
 
 
 @click.group()
@@ -48,7 +49,8 @@ def submit(
 ) -> None:
     """Submit the job of a job file; print its id.
 
-    The files that the job names are uploaded where the service does not have them.
+    The files that the job names are uploaded where the service does not have them. A job whose
+    device has not enrolled waits for it.
     """
     from autotune.spec import measured_on, read_job, warm_started
 
@@ -60,6 +62,7 @@ def submit(
         click.echo(submitted.id)
     else:
         _print_job(session, submitted)
+    _say_what_is_awaited(client, spec)
     if watch:
         _watch(client, submitted.id)
 
@@ -217,6 +220,20 @@ def _watch(client: Client, job_id: str) -> None:
     from autotune.cli.watching import require_finished
 
     require_finished(_follow(client, job_id))
+
+
+def _say_what_is_awaited(client: Client, spec: JobSpec) -> None:
+    """A misspelt device is one that may still enroll: the job waits, and the user should know."""
+    devices = client.devices()
+    known = {name for device in devices for name in (device.id, device.name, device.pool) if name}
+    named = (spec.device,) if isinstance(spec.device, str) else spec.device or ()
+    missing = [name for name in named if name not in known]
+    if not missing and devices:
+        return
+    calls = ", ".join(sorted({d.name for d in devices} | {d.pool for d in devices if d.pool}))
+    who = f"is called {' or '.join(map(repr, missing))}" if missing else "has enrolled"
+    there = f"there are {calls}" if calls else "`autotune device enroll` prints how to add one"
+    click.echo(f"no device or pool {who} yet, and the job waits for it; {there}", err=True)
 
 
 def _print_job(session: Session, shown: Job) -> None:

@@ -236,6 +236,36 @@ def test_job_submit_prints_the_id_alone(
     assert ("submit", "digits") in client.calls
 
 
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (["pi4"], ""),
+        (["pi4-kitchn"], "no device or pool is called 'pi4-kitchn' yet"),
+        (["pi4", "pi9"], "there are pi4"),
+    ],
+)
+def test_job_submit_says_which_device_the_job_waits_for(
+    devices: list[str], said: str, call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(JOB_FILE)
+    asked = [part for name in devices for part in ("--device", name)]
+    assert call("job", "submit", str(job_file), *asked) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "job-1\n"
+    assert said in captured.err if said else captured.err == ""
+
+
+def test_job_submit_says_that_no_device_has_enrolled(
+    call: Call, client: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.device_list = []
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(JOB_FILE)
+    assert call("job", "submit", str(job_file)) == 0
+    assert "`autotune device enroll`" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_in_a_job_file_is_told_the_nearest(
     call: Call, client: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,10 +7,10 @@ one graph in memory. Uniform INT8 loses nothing on digits, so accuracy is given 
 channels are spread (`post_training.spread`) and quantized with plain least-to-largest ranges;
 one group of mobilenet_v2 can be pruned too, mobilenet_v3_small's last take weights of 4 bits.
 
-A single short measurement makes a front of lucky outliers. So every point is measured in
-as many rounds as its recipe says, each in a new random order and in a new session, and points near the front again
-until the interval of their mean is narrow. All replicates are kept: replaying draws its noise
-from them.
+A single short measurement makes a front of lucky outliers. So every point is measured in as many
+rounds as its recipe says, each in a new random order and in a new session, and points near the
+front again until the interval of their mean is narrow. All replicates are kept: replaying draws its
+noise from them.
 
 Without an option all steps are taken in turn; each goes on where it was interrupted.
 `--latency` and `--replicate` want a core of their own, `--accuracy` may run beside `--latency`

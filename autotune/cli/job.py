@@ -226,8 +226,7 @@ def _say_what_is_awaited(client: Client, spec: JobSpec) -> None:
     """A misspelt device is one that may still enroll: the job waits, and the user should know."""
     devices = client.devices()
     known = {name for device in devices for name in (device.id, device.name, device.pool) if name}
-    named = (spec.device,) if isinstance(spec.device, str) else spec.device or ()
-    missing = [name for name in named if name not in known]
+    missing = [name for name in spec.targets if name is not None and name not in known]
     if not missing and devices:
         return
     calls = ", ".join(sorted({d.name for d in devices} | {d.pool for d in devices if d.pool}))

@@ -354,10 +354,7 @@ class GraphWriter:
         if self._view.is_constant(tensor):
             self._parts.source_constant(tensor)
             return tensor
-        if tensor in self._placement.stored:
-            if tensor in self._unrounded and f"{tensor}/dq" not in self._made:
-                self._made.add(f"{tensor}/dq")
-                self._quantize(self._unrounded[tensor], tensor)
+        if tensor in self._placement.stored and tensor not in self._unrounded:
             return _dequantized(self._view, tensor)
         if f"{tensor}/dq" not in self._made:
             self._made.add(f"{tensor}/dq")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from autotune.compression.calibration import calibrate
 from autotune.compression.data import DataSplits, LabelledData
+from autotune.compression.effective import optimized_graph
 from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.source import SourceModel, load_source_model
 from autotune.compression.torchvision_repair import import_torchvision
@@ -139,6 +141,11 @@ def run(model: bytes, x: np.ndarray) -> np.ndarray:
     """The model's output in a plain session with default options."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def operators(artifact: bytes) -> Counter[str]:
+    """How many nodes of each kind a plain onnxruntime session executes."""
+    return Counter(node.op_type for node in optimized_graph(artifact).graph.node)
 
 
 def save(model: onnx.ModelProto, path: Path) -> str:

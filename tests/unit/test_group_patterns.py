@@ -19,7 +19,7 @@ from autotune.compression.quantization import QuantizableGraph
 from autotune.compression.units import find_units
 from autotune.errors import CompressionError
 from search_spaces import FP32, INT8, LayerInventory, LayerPattern
-from tests.unit.compression_models import run, tiny_source
+from tests.unit.compression_models import operators, run, tiny_source
 from tests.unit.sketches import Sketch, near
 
 
@@ -34,10 +34,6 @@ def groups_of(model: onnx.ModelProto) -> dict[str, tuple[str, list[str]]]:
 def int8(graph: QuantizableGraph, *but: str) -> bytes:
     """The file with every group INT8 that can be, but those named."""
     return graph.emit({name: INT8 for name in graph.units if name not in but})
-
-
-def operators(artifact: bytes) -> Counter[str]:
-    return Counter(node.op_type for node in optimized_graph(artifact).graph.node)
 
 
 def concat_copies(artifact: bytes) -> list[list[bool]]:

@@ -6,7 +6,6 @@ import hashlib
 import random
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from autotune.compression.calibration import Calibration, Range, calibrate
-from autotune.compression.effective import effective_precisions, optimized_graph
+from autotune.compression.effective import effective_precisions
 from autotune.compression.inventory import precisions_of
 from autotune.compression.operators import stream_sums
 from autotune.compression.quantization import QuantizableGraph
@@ -23,7 +22,7 @@ from autotune.compression.units import Unit
 from autotune.compression.weights import block_matrix, quantize_weight
 from autotune.errors import CompressionError
 from search_spaces import FP32, INT8, W2, W4, W8, Precision
-from tests.unit.compression_models import quantizable, run, samples, tiny_source
+from tests.unit.compression_models import operators, quantizable, run, samples, tiny_source
 
 TORCHVISION = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
 FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "FusedGemm", "HardSigmoid", "Sigmoid", "Mul", "Add"}
@@ -37,10 +36,6 @@ def with_kernels(unit: Unit) -> list[Precision]:
     """What onnxruntime's CPU provider on x86 has kernels for."""
     is_matrix = all(layer.is_matrix_product for layer in unit.layers)
     return [FP32, INT8, *([W8, W4, W2] if is_matrix else [])]
-
-
-def operators(artifact: bytes) -> Counter[str]:
-    return Counter(node.op_type for node in optimized_graph(artifact).graph.node)
 
 
 def quantize_static(model: onnx.ModelProto, x: np.ndarray, folder: Path) -> bytes:

@@ -107,9 +107,9 @@ def stream_sums(view: GraphView) -> frozenset[str]:
     Rounded at every Add, a stream gathers the errors of all of them; one that stays float is
     rounded for the layers that read it alone. Uniform INT8's divergence falls from 0.54 to 0.45 of
     `quantize_static`'s on mobilenet_v2, from 0.55 to 0.53 on mobilenet_v3_small (means over six
-    calibration sets of 128 digits) and its latency grows by 3 to 4 %, 0 to 2 % (one core, 64 and
-    224 pixels; efficientnet_b0 0 to 1 %). Streams that a Relu cuts are wide: float ones would make
-    resnet18 4 to 7 % slower and resnet50 13 to 16 %.
+    calibration sets of 128 digits) and its latency grows by 2 to 4 %, 0 to 2 % (one core, 64 and
+    224 pixels, medians of 30 to 60 alternating pairs; efficientnet_b0 0 to 1 %). Streams that a
+    Relu cuts are wide: float ones would make resnet18 4 to 7 % slower and resnet50 13 to 16 %.
     """
     adds = {node.output[0]: node.name for node in view.nodes if is_residual_add(view, node)}
     sums: set[str] = set()

@@ -147,7 +147,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         InvalidDuration: the clock cannot be trusted.
     """
     started_s = time.monotonic()
-    start_ticks = cpu_ticks()
+    conditions = ConditionsLog()
     runtime = load_runtime(job.runtime)
     models = Models(runtime, job)
     plan = SamplingPlan(
@@ -157,18 +157,25 @@ def measure(job: ChildJob) -> dict[str, Any]:
         quantile=job.quantile,
         seed=job.seed,
     )
-    before, ticks = read_conditions(since=start_ticks), cpu_ticks()
+    before = conditions.read()
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
     meter, source = find_meter(job.options.provider)
     watch = runtime.watch or DeviceWatch()
-    sampled = sample(models.load, plan, runtime.clock, watch=watch, meter=meter)
+    sampled = sample(
+        models.load,
+        plan,
+        runtime.clock,
+        watch=watch,
+        meter=meter,
+        observe=lambda: conditions.read() | {"missing": {}},
+    )
     blocks = sampled.blocks
     gc.enable()
     joules = energy_per_inference(blocks)
     if joules is None:
         source = sampled.energy_missing or source
-    after = read_conditions(since=ticks)
+    after = conditions.read()
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
     if sampled.drift is not None:
         summary = replace(summary, is_steady=False, unsteady_reason=sampled.drift)
@@ -180,6 +187,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         | {
             "blocks": [asdict(block) for block in blocks],
             "before": before,
+            "between": list(sampled.between),
             "after": after,
             "peak_memory_bytes": models.peak_memory_bytes,
             "energy_joules": joules,
@@ -192,6 +200,19 @@ def measure(job: ChildJob) -> dict[str, Any]:
             "wall_s": time.monotonic() - started_s,
         },
     }
+
+
+class ConditionsLog:
+    """Readings of the device, each with the time stolen since the one before."""
+
+    def __init__(self) -> None:
+        self._ticks = cpu_ticks()
+
+    def read(self) -> dict[str, Any]:
+        """The device now."""
+        found = read_conditions(since=self._ticks)
+        self._ticks = cpu_ticks()
+        return found
 
 
 def profile_of(runtime: Runtime, job: ChildJob) -> dict[str, Any]:

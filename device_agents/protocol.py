@@ -42,6 +42,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-21: `REQUEST_HEADER`; an answer of a service without it is taken as it comes.
 # 2026-11-22: `p90_low_ns` and `p99_low_ns` of `LatencyReport`, which the service computes from the
 # samples of an agent that does not; `process_s`, None from an agent that does not say.
+# 2026-11-22: `between` of `LatencyReport`, empty from an agent without it.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -396,7 +397,8 @@ class LatencyReport(Message):
     `energy_source` says why. `tainted_pairs` counts by reason the pairs of blocks that were
     measured again because the device was throttled, preempted or changed its clock meanwhile
     (`are_tainted_used`: most were, so they count after all); `n_restarts` is how often a drift
-    made everything begin anew. `wall_s` is from loading the runtime to the figures, `process_s`
+    made everything begin anew. `between` is the device from sitting to sitting, evenly spaced where
+    there were many; what it does not have is explained in `before`. `wall_s` is from loading the runtime to the figures, `process_s`
     how long the process that did it lived.
     """
 
@@ -427,6 +429,7 @@ class LatencyReport(Message):
     runtime: RuntimeRequest
     runtime_version: str
     before: Conditions
+    between: tuple[Conditions, ...] = ()
     after: Conditions
     blocks: tuple[Block, ...] = ()
     profile: Profile | None = None

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from device_agents.energy import EnergyMeter, NoEnergySensor
 from device_agents.latency import (
@@ -68,11 +68,17 @@ MAX_RESTARTS = 3
 PAUSE_SHARE = 0.1
 """Of the time cap: how long a device may cool before a measurement begins anew. A board's heat
 sink takes minutes; what a second shows is whether it cools at all."""
+MAX_OBSERVATIONS = 64
+"""Of the device between sittings, kept of a measurement: evenly spaced where there were more."""
 LEAST_LEFT_SHARE = 0.2
 """Of the time cap, that must be left for beginning anew: with less the interval would be worse
 than the trend, which the ratio has taken out already."""
 WARM_UP_NS = 30e6
 MIN_WARM_UP_CALLS = 3
+
+
+Observe = Callable[[], Mapping[str, Any]]
+"""Reads the device's conditions; may take milliseconds, as it is asked between sittings."""
 
 
 class InvalidDuration(Exception):
@@ -192,7 +198,7 @@ class Sampled:
     reason; `are_tainted_used` says that they are among the blocks, because they are the rule
     here. `n_restarts` is how often the device was given a pause and everything began anew;
     `drift` says why the result must not rank, `energy_missing` why blocks have no energy though
-    there is a meter.
+    there is a meter. `between` is what was observed of the device from sitting to sitting.
     """
 
     blocks: list[TimedBlock]
@@ -201,6 +207,7 @@ class Sampled:
     n_restarts: int = 0
     drift: str | None = None
     energy_missing: str | None = None
+    between: Sequence[Mapping[str, Any]] = ()
 
 
 def sample(
@@ -210,6 +217,7 @@ def sample(
     *,
     watch: Watch,
     meter: EnergyMeter | None = None,
+    observe: Observe | None = None,
 ) -> Sampled:
     """Pairs of blocks until the interval is narrow enough or the time cap is reached.
 
@@ -230,7 +238,9 @@ def sample(
     order = alternation(random.Random(plan.seed))  # noqa: S311 - an order, not a secret
     trends: list[float] = []
     while True:
-        attempt = _Attempt(seats=seats, plan=plan, clock=clock, watch=watch, meter=meter)
+        attempt = _Attempt(
+            seats=seats, plan=plan, clock=clock, watch=watch, meter=meter, observe=observe
+        )
         trend = attempt.run(order, cap_ns)
         if trend is None:
             n_restarts, drift = len(trends), None
@@ -249,7 +259,15 @@ def sample(
         n_restarts=n_restarts,
         drift=drift,
         energy_missing=attempt.energy_missing,
+        between=evenly(attempt.between, MAX_OBSERVATIONS),
     )
+
+
+def evenly(values: Sequence[Mapping[str, Any]], most: int) -> Sequence[Mapping[str, Any]]:
+    """The values, or `most` of them at even distances with both ends; `most` is 2 or more."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def drift_reason(trends: Sequence[float]) -> str | None:
@@ -303,6 +321,8 @@ class _Attempt:
     clock: Clock
     watch: Watch
     meter: EnergyMeter | None
+    observe: Observe | None
+    between: list[Mapping[str, Any]] = field(default_factory=list)
     taints: Counter[str] = field(default_factory=Counter)
     energy_missing: str | None = None
     _all: list[TimedBlock] = field(default_factory=list)
@@ -328,6 +348,8 @@ class _Attempt:
             is_late = self.clock.now_ns() + self.seats.loading_ns >= cap_ns
             if is_late and self._n_pairs >= MIN_PAIRS:
                 return reference_trend(self.blocks)
+            if self.observe is not None:
+                self.between.append(self.observe())
             self.seats.change()
 
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:

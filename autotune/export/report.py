@@ -166,8 +166,8 @@ def _outcome(trial: TrialRecord) -> str:
     return (trial.outcome or trial.state).value.replace("_", " ")
 
 
-def _conditions(report: LatencyReport | None) -> list[tuple[str, str, str]]:
-    """Rows of (what, before, after); a value that is missing says why."""
+def _conditions(report: LatencyReport | None) -> list[tuple[str, str, str, str]]:
+    """Rows of (what, before, between sittings, after); a value that is missing says why."""
     if report is None:
         return []
     rows = []
@@ -176,8 +176,23 @@ def _conditions(report: LatencyReport | None) -> list[tuple[str, str, str]]:
             _condition(side, name, form)
             for side in (report.before.model_dump(), report.after.model_dump())
         )
-        rows.append((label, before, after))
+        rows.append((label, before, _between(report, name, form), after))
     return rows
+
+
+def _between(report: LatencyReport, name: str, form: str) -> str:
+    """From the least to the largest of what was read while it was measured; of words, each."""
+    read = [side.model_dump() for side in report.between]
+    told = [side for side in read if side[name] is not None]
+    if not told:
+        return figures.NONE
+    is_number = isinstance(told[0][name], int | float)
+    if is_number:
+        shown = [pick(told, key=lambda side: side[name]) for pick in (min, max)]
+    else:
+        shown = [side for side in told if side[name]] or told[:1]
+    words = dict.fromkeys(_condition(side, name, form) for side in shown)
+    return (" to " if is_number else ", ").join(words)
 
 
 def _condition(side: dict[str, Any], name: str, form: str) -> str:

@@ -103,6 +103,10 @@ def latency(p50_ns: float, *, half_width: float = 0.018, n: int = 320) -> Latenc
         runtime=RuntimeRequest(),
         runtime_version="1.31.1",
         before=conditions,
+        between=tuple(
+            conditions.model_copy(update={"temperature_celsius": t, "missing": {}})
+            for t in (52.0, 54.5, 53.0)
+        ),
         after=conditions.model_copy(update={"temperature_celsius": 52.75, "load_1m": 0.6}),
     )
 

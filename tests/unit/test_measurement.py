@@ -57,6 +57,8 @@ def test_a_measurement_reports_the_ratio_of_two_simulated_models(tmp_path):
     assert report.process_s > report.wall_s > 0
     assert report.peak_memory_bytes > 2**20
     assert report.after.available_memory_bytes is not None
+    assert len(report.between) == max(block.sitting for block in report.blocks)
+    assert all(x.available_memory_bytes and not x.missing for x in report.between)
 
 
 def test_a_model_cannot_reach_the_network(tmp_path):

@@ -194,7 +194,8 @@ def test_trials_that_failed_are_listed_with_their_reason(page: str) -> None:
 def test_what_the_device_does_not_have_says_why(page: str) -> None:
     text = text_of(page)
     assert "stolen CPU time – (no hypervisor)" in text
-    assert "temperature 51.5 °C 52.8 °C" in text
+    assert "temperature 51.5 °C 52.0 °C to 54.5 °C 52.8 °C" in text
+    assert "governor ondemand ondemand ondemand" in text
 
 
 def test_an_unsteady_latency_says_so(job, trials) -> None:

@@ -29,9 +29,9 @@ class Bench:
     seed: int = 0
     n_loaded: int = 0
 
-    def sample(self, plan=PLAN, watch=None):
+    def sample(self, plan=PLAN, watch=None, observe=None):
         watch = watch or self.device
-        return sampling.sample(self.load, plan, self.device.clock, watch=watch)
+        return sampling.sample(self.load, plan, self.device.clock, watch=watch, observe=observe)
 
     def load(self):
         self.n_loaded += 1
@@ -68,6 +68,19 @@ def test_a_quiet_device_needs_no_more_than_the_first_look():
     assert device.n_loaded == 1 + max(sittings) == MIN_SITTINGS
     assert all(sittings.count(n) >= 2 * sampling.MIN_SITTING_PAIRS for n in range(MIN_SITTINGS))
     assert (measured.n_restarts, measured.tainted_pairs) == (0, {})
+
+
+def test_the_device_is_observed_from_sitting_to_sitting():
+    device = bench(noisy(2e5), noisy(4e5))
+    measured = device.sample(observe=lambda: {"sessions so far": device.n_loaded})
+    assert [x["sessions so far"] for x in measured.between] == list(range(1, MIN_SITTINGS))
+
+
+def test_of_many_observations_some_are_kept_at_even_distances():
+    seen = [{"n": n} for n in range(1000)]
+    kept = [x["n"] for x in sampling.evenly(seen, 5)]
+    assert kept == [0, 250, 500, 749, 999]
+    assert sampling.evenly(seen[:5], 5) == seen[:5]
 
 
 def test_a_narrower_target_takes_more_sittings():

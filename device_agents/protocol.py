@@ -398,8 +398,8 @@ class LatencyReport(Message):
     measured again because the device was throttled, preempted or changed its clock meanwhile
     (`are_tainted_used`: most were, so they count after all); `n_restarts` is how often a drift
     made everything begin anew. `between` is the device from sitting to sitting, evenly spaced where
-    there were many; what it does not have is explained in `before`. `wall_s` is from loading the runtime to the figures, `process_s`
-    how long the process that did it lived.
+    there were many; what it does not have is explained in `before`. `wall_s` is from loading the
+    runtime to the figures, `process_s` how long the process that did it lived.
     """
 
     p50_ns: float

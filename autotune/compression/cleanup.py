@@ -13,6 +13,7 @@ import onnx
 import onnx.inliner
 from onnx import helper, numpy_helper
 
+from autotune.compression.artifact_names import TAKEN_SUFFIXES
 from autotune.compression.folding import fold_constants
 from autotune.compression.graph import (
     BATCH_AXIS,
@@ -38,23 +39,6 @@ from autotune.errors import InvalidModel
 
 MIN_OPSET = 13
 # Per-channel QuantizeLinear/DequantizeLinear exist since opset 13 (ONNX operator changelog).
-# What a candidate's tensors are called after the tensor they belong to (`quantization.py`).
-_TAKEN_SUFFIXES = (
-    "/q",
-    "/dq",
-    "/raw",
-    "/scale",
-    "/zero_point",
-    "/guarded",
-    "/three",
-    "/sum",
-    "/gate",
-    "/half",
-    "/float",
-    "/q16",
-    "/dq16",
-    "/raw16",
-)
 
 
 def clean_up(
@@ -314,7 +298,7 @@ def _free_taken_names(model: onnx.ModelProto) -> None:
     renamed = {
         name: "|".join(name.rsplit("/", 1))
         for name in dict.fromkeys(names)
-        if name.endswith(_TAKEN_SUFFIXES) and name not in kept
+        if name.endswith(TAKEN_SUFFIXES) and name not in kept
     }
     fresh = unique_names([*dict.fromkeys(n for n in names if n not in renamed), *renamed.values()])
     renamed = dict(zip(renamed, fresh[len(fresh) - len(renamed) :], strict=True))

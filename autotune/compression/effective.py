@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from autotune.compression.graph_writer import weight_codes
+from autotune.compression.artifact_names import weight_codes
 from autotune.compression.kernel_names import BLOCK_KERNELS, FLOAT_KERNELS, INTEGER_KERNELS
 from autotune.compression.kernels import X86_VNNI, KernelClass
 from autotune.compression.operators import WeightedNode

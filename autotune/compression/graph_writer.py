@@ -14,8 +14,14 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from autotune.compression.artifact_names import (
+    dequantized_name,
+    raw_name,
+    scale_name,
+    weight_prefix,
+)
 from autotune.compression.calibration import Range
-from autotune.compression.graph import GraphView, attribute
+from autotune.compression.graph import attribute
 from autotune.compression.hard_swish import HARD_SWISH_SHIFT, gate_arrays
 from autotune.compression.histograms import LEVELS
 from autotune.compression.int8_constants import coded_constant, norm_arrays, operand_codes
@@ -32,13 +38,12 @@ from autotune.compression.plan import Plan
 from autotune.compression.weight_only import (
     is_blocked,
     output_axis,
-    packed_weight,
     write_blocked,
     write_unpacked,
 )
 from autotune.compression.weights import INT8_MAX
 from autotune.errors import CompressionError
-from search_spaces import INT8, Precision
+from search_spaces import Precision
 
 _SIGN_SHIFT = 128
 # Unsigned codes less 128 are the signed codes of the same values.
@@ -52,11 +57,6 @@ class _Codes:
 
     scale: float
     zero_point: int
-
-
-def weight_codes(layer: str, precision: Precision) -> str:
-    """The initializer that holds a layer's quantized weights in an artifact."""
-    return f"{_weight_prefix(layer, precision)}/q"
 
 
 class GraphWriter:
@@ -159,7 +159,7 @@ class GraphWriter:
         """Q and DQ with 16-bit codes; ONNX has them since opset 21, onnxruntime always."""
         scale, zero_point = self._meaning16(tensor)
         names = [
-            self._parts.constant(_scale_name(scale), scale, np.float32),
+            self._parts.constant(scale_name(scale), scale, np.float32),
             self._parts.constant(f"zero_point16/{zero_point}", zero_point, np.uint16),
         ]
         codes = f"{tensor}/q16"
@@ -178,6 +178,9 @@ class GraphWriter:
     # -- 8-bit codes ---------------------------------------------------------------------
 
     def _int8_operator(self, node: onnx.NodeProto) -> None:
+        if node.name in self._placement.gated:
+            self._gated_product(node)
+            return
         operand = constant_operand(self._view, node)
         # Behind the data of a Reshape come shapes and axes, constant or computed.
         n_data = len(node.input) if node.op_type in ELEMENTWISE | {"Concat"} else 1
@@ -187,19 +190,35 @@ class GraphWriter:
         ]
         inputs += [self._as_float(name) for name in node.input[n_data:]]
         out = self._placement.writes.get(node.output[0], node.output[0])
-        self._parts.copy(node, inputs, [_raw(out)])
-        self._quantize(_raw(out), out)
+        self._parts.copy(node, inputs, [raw_name(out)])
+        self._quantize(raw_name(out), out)
+
+    def _gated_product(self, node: onnx.NodeProto) -> None:
+        """A swish's input times the product of its gate and the excite's: see `gated_products`."""
+        product = self._placement.gated[node.name]
+        gate = self._as_codes(product.gate) if product.gate else f"{product.swish}/gate/dq"
+        out = self._placement.writes.get(node.output[0], node.output[0])
+        gates = f"{out}/gates"
+        inputs = [gate, self._as_codes(product.excite)]
+        self._parts.node("Mul", inputs, [raw_name(gates)], f"{node.name}/gates")
+        # A swish's gate ends at 1, so the product ends where the other one does.
+        scale = float(np.float32(min(self._held(product.excite).high, 1.0) / LEVELS)) or 1 / LEVELS
+        self._quantize_as(raw_name(gates), gates, scale, 0)
+        self._dequantize(gates, gates, scale, 0)
+        x = self._as_codes(product.x)
+        self._parts.node("Mul", [x, f"{gates}/dq"], [raw_name(out)], f"{node.name}/mul")
+        self._quantize(raw_name(out), out)
 
     def _float_sum(self, node: onnx.NodeProto) -> None:
         """A residual Add on float; its Q and DQ stand in front of the first that takes codes."""
         out = self._placement.writes.get(node.output[0], node.output[0])
         inputs = [self._as_float(name) for name in node.input]
         # onnxruntime would make 8 bits of an Add between a DQ and a Q; it has none for a Sum.
-        self._parts.node("Sum", inputs, [_raw(out)], node.name)
+        self._parts.node("Sum", inputs, [raw_name(out)], node.name)
         if out == node.output[0] != self._view.output_name:
-            self._unrounded[out] = _raw(out)
+            self._unrounded[out] = raw_name(out)
         else:  # the codes are the model's answer, or their range stands for an activation
-            self._quantize(_raw(out), out)
+            self._quantize(raw_name(out), out)
 
     def _operand(self, name: str) -> str:
         """An Add's or Mul's constant, with a range of its own."""
@@ -218,8 +237,8 @@ class GraphWriter:
         if folded is None:
             raise CompressionError(f"norm {node.name!r} is not one of constants over images")
         out = self._placement.writes.get(node.output[0], node.output[0])
-        self._depthwise(node, folded, _raw(out), node.name)
-        self._quantize(_raw(out), out)
+        self._depthwise(node, folded, raw_name(out), node.name)
+        self._quantize(raw_name(out), out)
 
     def _depthwise(
         self, node: onnx.NodeProto, arrays: tuple[np.ndarray, np.ndarray], made: str, name: str
@@ -249,8 +268,8 @@ class GraphWriter:
         # Codes of [0, 6] are read as [0, 1]: the division by 6 costs nothing.
         self._quantize_as(total, gate, 2 * HARD_SWISH_SHIFT / LEVELS, 0)
         self._dequantize(gate, gate, 1 / LEVELS, 0)
-        self._parts.node("Mul", [x, f"{gate}/dq"], [_raw(out)], f"{node.name}/mul")
-        self._quantize(_raw(out), out)
+        self._parts.node("Mul", [x, f"{gate}/dq"], [raw_name(out)], f"{node.name}/mul")
+        self._quantize(raw_name(out), out)
 
     def _int8_layer(self, layer: WeightedNode, precision: Precision) -> None:
         out = self._placement.writes.get(layer.output, layer.output)
@@ -263,8 +282,8 @@ class GraphWriter:
             largest=self._plan.kernels.largest_weight_code,
         )
         if out in self._placement.stored:
-            self._parts.copy(layer.node, inputs, [_raw(out)])
-            self._quantize(_raw(out), out)
+            self._parts.copy(layer.node, inputs, [raw_name(out)])
+            self._quantize(raw_name(out), out)
         else:
             self._parts.copy(layer.node, inputs, [out])
 
@@ -281,7 +300,7 @@ class GraphWriter:
         bias = self._view.array(layer.bias) if layer.bias else None
         axis, before = output_axis(layer), self._plan.stretched.get(layer.input)
         after = self._plan.stretched.get(layer.output)
-        names = [_weight_prefix(layer.name, precision)]
+        names = [weight_prefix(layer.name, precision)]
         if needs_bias(layer, before, after) or shift:
             names.append(names[0].replace(f"{layer.name}.weight", f"{layer.name}.bias"))
 
@@ -326,7 +345,7 @@ class GraphWriter:
         if tensor in self._unrounded:
             return self._unrounded[tensor]
         if tensor in self._placement.stored:
-            return _dequantized(self._view, tensor)
+            return dequantized_name(self._view, tensor)
         if tensor in self._half_made and tensor not in self._made:
             self._made.add(tensor)
             self._parts.node("Cast", [f"{tensor}/half"], [tensor], f"{tensor}/float", to=_FLOAT)
@@ -355,7 +374,7 @@ class GraphWriter:
             self._parts.source_constant(tensor)
             return tensor
         if tensor in self._placement.stored and tensor not in self._unrounded:
-            return _dequantized(self._view, tensor)
+            return dequantized_name(self._view, tensor)
         if f"{tensor}/dq" not in self._made:
             self._made.add(f"{tensor}/dq")
             meaning = self._meaning(tensor)
@@ -452,12 +471,12 @@ class GraphWriter:
 
     def _dequantize(self, tensor: str, name: str, scale: float, zero_point: int) -> None:
         inputs = [f"{tensor}/q", *self._parameters(scale, zero_point)]
-        out = _dequantized(self._view, name)
+        out = dequantized_name(self._view, name)
         self._parts.node("DequantizeLinear", inputs, [out], f"{name}/dq")
 
     def _parameters(self, scale: float, zero_point: int) -> tuple[str, str]:
         """One constant per value: equal scales are the same tensor everywhere."""
-        name = self._parts.constant(_scale_name(scale), scale, np.float32)
+        name = self._parts.constant(scale_name(scale), scale, np.float32)
         return name, self._code(f"zero_point/{zero_point}", zero_point)
 
     def _code(self, name: str, unsigned: int) -> str:
@@ -465,24 +484,3 @@ class GraphWriter:
         if self._plan.kernels.signed_activations:
             return self._parts.constant(name, unsigned - _SIGN_SHIFT, np.int8)
         return self._parts.constant(name, unsigned, np.uint8)
-
-
-def _weight_prefix(layer: str, precision: Precision) -> str:
-    """The prefix of the layer's weight codes, scales and zero points."""
-    plain = f"{layer}.weight"
-    is_usual = precision.plain == INT8 and precision.granularity is None
-    return plain if is_usual else packed_weight(layer, precision)
-
-
-def _scale_name(scale: float) -> str:
-    return f"scale/{np.float32(scale).tobytes().hex()}"
-
-
-def _raw(tensor: str) -> str:
-    """What an 8-bit node makes, before its Q."""
-    return f"{tensor}/raw"
-
-
-def _dequantized(view: GraphView, tensor: str) -> str:
-    """A DQ's output; the graph's own output keeps its name."""
-    return tensor if tensor == view.output_name else f"{tensor}/dq"

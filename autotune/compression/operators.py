@@ -137,6 +137,41 @@ def swish_input(view: GraphView, node: onnx.NodeProto) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedProduct:
+    """The tensors of `swish * excite`, where `swish` is `x * gate`; a HardSwish has no `gate`."""
+
+    x: str
+    gate: str | None
+    swish: str
+    excite: str
+
+
+def gated_products(view: GraphView) -> dict[str, GatedProduct]:
+    """Products of a swish with an excite (squeeze and excite), by the product's node.
+
+    In 8 bits `x gate` is rounded before `excite` is multiplied with it. Where `gate excite` is
+    rounded instead, which lies between 0 and 1, the error grows with `x` and is the smaller.
+    Uniform INT8's divergence falls from 0.53 to 0.49 of `quantize_static`'s on mobilenet_v3_small
+    (means over six calibration sets of 128 digits) and from 0.109 to 0.042 nats on efficientnet_b0
+    (four sets). It takes one more kernel: 3 to 5 % of the former's latency, 7 % of the latter's
+    (one core, 64 and 224 pixels, medians of 60 alternating pairs).
+    """
+    found: dict[str, GatedProduct] = {}
+    for node in view.nodes:
+        if node.op_type != "Mul" or len(view.data_inputs(node)) != 2:
+            continue
+        for swish, excite in (node.input, reversed(node.input)):
+            made, maker = view.producer.get(swish), view.producer.get(excite)
+            if made is None or maker is None or maker.op_type not in ("Sigmoid", "HardSigmoid"):
+                continue
+            x = str(made.input[0]) if made.op_type == "HardSwish" else swish_input(view, made)
+            if x is not None:
+                gate = next((str(name) for name in made.input if name != x), None)
+                found[node.name] = GatedProduct(x=x, gate=gate, swish=swish, excite=excite)
+    return found
+
+
 def constant_operand(view: GraphView, node: onnx.NodeProto) -> str | None:
     """The float constant that an Add or Mul applies to a computed tensor, if there is one."""
     if node.op_type not in ELEMENTWISE or len(view.data_inputs(node)) != 1:

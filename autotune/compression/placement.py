@@ -18,9 +18,11 @@ from autotune.compression.operators import (
     INT8_OPERATORS,
     NORMS,
     SAME_SCALE,
+    GatedProduct,
     WeightedNode,
     clip_bounds,
     constant_operand,
+    gated_products,
     norm_as_convolution,
     stream_sums,
 )
@@ -49,7 +51,8 @@ class Placement:
     a producer's tensor to the one it writes instead. `guarded` names the float nodes that
     onnxruntime would quantize on its own. `shared` maps a tensor to the Concat outputs whose
     ranges together are its scale: equal scales make an 8-bit Concat a copy. `sums` names the
-    residual Adds of `int8` that add in float and hand their sum on to the next one unrounded.
+    residual Adds of `int8` that add in float and hand their sum on to the next one unrounded;
+    `gated` the products of `int8` of a swish with an excite, which multiply both gates first.
     """
 
     int8: set[str] = field(default_factory=set)
@@ -59,6 +62,7 @@ class Placement:
     guarded: set[str] = field(default_factory=set)
     shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sums: frozenset[str] = frozenset()
+    gated: dict[str, GatedProduct] = field(default_factory=dict)
 
 
 def place(
@@ -74,6 +78,11 @@ def place(
     placement.shared = share_concat_scales(
         view, placement.int8, placement.stored, placement.absorbed
     )
+    placement.gated = {
+        name: product
+        for name, product in gated_products(view).items()
+        if {name, view.producer[product.swish].name} <= placement.int8
+    }
     placement.sums = stream_sums(view) & placement.int8
     _guard(view, placement)
     return placement

@@ -29,7 +29,8 @@ from autotune.compression.session import Session
 from autotune.errors import CompressionError
 from search_spaces import INT8
 
-POST_TRAINING_VERSION = 7
+POST_TRAINING_VERSION = 8
+# Version 8 (2026-11-22): a swish's gate is multiplied with the excite's first: ranges as before.
 # Version 7 (2026-11-22): sums of a residual stream are not rounded: ranges are as they were, the
 # divergence of uniform INT8 is not.
 # Version 6 (2026-11-22): least divergence is a range of as many bins as codes at least, and some

@@ -13,6 +13,7 @@ fuses (checked on its optimized graphs by `effective.py`):
   stretched, a depthwise QLinearConv takes the Add's place (`hard_swish.py`);
 - HardSigmoid behind an 8-bit layer is free: codes of the range [-3, 3] are read as [0, 1];
 - pools, SE products and the like stay 8-bit while most of their input is;
+- a HardSwish times an excite takes the product of both gates first (`gated_products`);
 - residual sums that follow one another stay float, and layers get codes of them (`stream_sums`);
 - what an 8-bit Concat joins has one scale (`sharing.py`): the Concat copies;
 - a norm in front of an 8-bit convolution (DenseNet) is the depthwise convolution that it equals;

@@ -434,7 +434,8 @@ def latency_features(encoding: Encoding, knowledge: Knowledge) -> Features:
         for name, own in zip(groups, precisions, strict=True)
     ]
     spreads = [knowledge.spread(name, own) for name, own in zip(groups, precisions, strict=True)]
-    factors = time_factors(shares, savings, np.array(spreads))
+    kinds = [tuple(p.name for p in own) for own in precisions]
+    factors = time_factors(shares, savings, np.array(spreads), kinds=kinds)
     factors.append(
         Factor(
             n_options=len(encoding.bases),

@@ -8,7 +8,7 @@ are is `landscape.py`'s knowledge, the regression `surrogate.py`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,18 +88,25 @@ def time_scales(shares: np.ndarray, spreads: np.ndarray | float = EFFECT_SCALE) 
 
 
 def time_factors(
-    shares: np.ndarray, savings: Sequence[np.ndarray], spreads: np.ndarray | float = EFFECT_SCALE
+    shares: np.ndarray,
+    savings: Sequence[np.ndarray],
+    spreads: np.ndarray | float = EFFECT_SCALE,
+    *,
+    kinds: Sequence[Hashable] | None = None,
 ) -> list[Factor]:
     """Per group what its options do to the latency, as a ratio to FP32's.
 
     `shares` `(n_groups,)` are the groups' parts of FP32's time; `savings` has for each group
     `(n_options,)`, the part of its own time that an option saves: 0 for FP32, below 0 where an
     option is slower. `spreads` `(n_groups,)` are how far the savings may be off where earlier
-    jobs of the device have taught that.
+    jobs of the device have taught that. Groups of one kind have the same options; without
+    `kinds`, those that have as many.
     """
+    kinds = kinds or [len(saving) for saving in savings]
+    scales = time_scales(shares, spreads)
     return [
-        Factor(n_options=len(saving), effects=-share * saving, scale=scale)
-        for share, saving, scale in zip(shares, savings, time_scales(shares, spreads), strict=True)
+        Factor(n_options=len(saving), effects=-share * saving, scale=scale, kind=kind)
+        for share, saving, scale, kind in zip(shares, savings, scales, kinds, strict=True)
     ]
 
 

@@ -166,3 +166,44 @@ def test_of_a_measured_point_it_believes_the_figure_as_far_as_that_is_sure() -> 
     ]
     assert told[0] == pytest.approx(values, abs=1e-3)
     assert values[7] - told[1][7] > 0.1
+
+
+def of_a_kind(kind: str | None) -> Features:
+    own = features()
+    return Features([replace(factor, kind=kind) for factor in own.factors], own.links)
+
+
+def test_what_all_of_a_kind_have_in_common_is_learned_from_some() -> None:
+    points = np.vstack([np.zeros((1, N), dtype=int), 2 * np.eye(N, dtype=int)[: N - 1]])
+    values = 1.0 - 0.1 * (points == 2).sum(axis=1)
+    last = 2 * np.eye(N, dtype=int)[N - 1 :]
+    (alike, surer), (apart, sure) = (
+        Surrogate(
+            Features(of_a_kind(kind).factors, []), points, values, np.full(N, 0.01), base=1.0
+        ).predict(last)
+        for kind in ("group", None)
+    )
+    assert alike < 0.95 < apart
+    assert surer < sure
+
+
+def test_tables_and_links_have_what_their_kind_has_in_common() -> None:
+    points = np.random.default_rng(0).integers(0, 3, (20, N))
+    model = Surrogate(of_a_kind("group"), points, truth(points), np.full(20, 0.002), base=1.0)
+    rows = model.features.rows(points)
+    assert model.energy().at(points) == pytest.approx(model.predict(points)[0], abs=1e-9)
+    parts = [model.features.of_links(rows, [link]) for link in range(N - 1)]
+    singles = rows - sum(parts)
+    by_factor = sum(t[points[:, c]] for c, t in enumerate(model.energy().singles))
+    assert model.weigh(singles)[0] == pytest.approx(by_factor, abs=1e-9)
+
+
+def test_a_base_that_was_measured_wrongly_is_corrected_by_the_others() -> None:
+    points = np.random.default_rng(0).integers(0, 3, (30, N))
+    points[0] = 0
+    values = np.ones(30)
+    values[0] += 0.04
+    model = Surrogate(features(scale=0.01), points, values, np.full(30, 0.02), base=1.04)
+    assert model.base == pytest.approx(1.0, abs=0.015)
+    assert model.predict(points[:1])[0] == pytest.approx([model.base])
+    assert model.told()[0] < 1.02

@@ -153,9 +153,9 @@ def gated_products(view: GraphView) -> dict[str, GatedProduct]:
     In 8 bits `x gate` is rounded before `excite` is multiplied with it. Where `gate excite` is
     rounded instead, which lies between 0 and 1, the error grows with `x` and is the smaller.
     Uniform INT8's divergence falls from 0.53 to 0.49 of `quantize_static`'s on mobilenet_v3_small
-    (means over six calibration sets of 128 digits), from 1.20 to 0.46 of it on efficientnet_b0 (four
-    sets). It takes one more kernel: 3 to 5 % of the former's latency, 7 % of the latter's (one
-    core, 64 and 224 pixels, medians of 60 alternating pairs).
+    (means over six calibration sets of 128 digits), from 1.20 to 0.46 of it on efficientnet_b0
+    (four sets). It takes one more kernel: 3 to 5 % of the former's latency, 7 % of the latter's
+    (one core, 64 and 224 pixels, medians of 60 alternating pairs).
     """
     found: dict[str, GatedProduct] = {}
     for node in view.nodes:

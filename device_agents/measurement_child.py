@@ -157,7 +157,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         quantile=job.quantile,
         seed=job.seed,
     )
-    before = conditions.read()
+    before, ticks = conditions.read(), cpu_ticks()
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the model's
     meter, source = find_meter(job.options.provider)
@@ -175,7 +175,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
     joules = energy_per_inference(blocks)
     if joules is None:
         source = sampled.energy_missing or source
-    after = conditions.read()
+    after = read_conditions(since=ticks)
     summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
     if sampled.drift is not None:
         summary = replace(summary, is_steady=False, unsteady_reason=sampled.drift)

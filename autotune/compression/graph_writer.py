@@ -90,6 +90,8 @@ class GraphWriter:
                 self._int8_norm(node)
             elif node.name in self._placement.sums:
                 self._float_sum(node)
+            elif node.name in self._placement.gated:
+                self._gated_product(node)
             elif node.name in self._placement.int8:
                 self._int8_operator(node)
             else:
@@ -178,9 +180,6 @@ class GraphWriter:
     # -- 8-bit codes ---------------------------------------------------------------------
 
     def _int8_operator(self, node: onnx.NodeProto) -> None:
-        if node.name in self._placement.gated:
-            self._gated_product(node)
-            return
         operand = constant_operand(self._view, node)
         # Behind the data of a Reshape come shapes and axes, constant or computed.
         n_data = len(node.input) if node.op_type in ELEMENTWISE | {"Concat"} else 1

@@ -170,19 +170,21 @@ def _conditions(report: LatencyReport | None) -> list[tuple[str, str, str, str]]
     """Rows of (what, before, between sittings, after); a value that is missing says why."""
     if report is None:
         return []
-    rows = []
-    for name, (label, form) in CONDITION_LABELS.items():
-        before, after = (
-            _condition(side, name, form)
-            for side in (report.before.model_dump(), report.after.model_dump())
+    before, after = report.before.model_dump(), report.after.model_dump()
+    between = [read.model_dump() for read in report.between]
+    return [
+        (
+            label,
+            _condition(before, name, form),
+            _conditions_between(between, name, form),
+            _condition(after, name, form),
         )
-        rows.append((label, before, _between(report, name, form), after))
-    return rows
+        for name, (label, form) in CONDITION_LABELS.items()
+    ]
 
 
-def _between(report: LatencyReport, name: str, form: str) -> str:
+def _conditions_between(read: Sequence[dict[str, Any]], name: str, form: str) -> str:
     """From the least to the largest of what was read while it was measured; of words, each."""
-    read = [side.model_dump() for side in report.between]
     told = [side for side in read if side[name] is not None]
     if not told:
         return figures.NONE

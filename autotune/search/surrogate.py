@@ -376,7 +376,8 @@ class Surrogate:
         )
         covariance = (rows * self._variances) @ others.T + self._base_variance - half.T @ other_half
         figures, _ = self.predict(unseen)
-        variance = self.predict(points)[1] ** 2
+        variance = (rows * rows) @ self._variances + self._base_variance
+        variance -= np.einsum("ij,ij->j", half, half)
         noise = float(np.median(self._noise)) ** 2 + self.scales[3] ** 2
         found: np.ndarray = ((covariance / figures) ** 2).mean(axis=1) / (variance + noise)
         return found
@@ -442,9 +443,8 @@ class Surrogate:
         half = np.linalg.solve(self._lower, self._residuals)
         self._correlated = np.linalg.solve(self._lower.T, half)
         self._weights = self._variances * (self._rows.T @ self._correlated)
-        self._base_explained = self._base_variance * np.linalg.solve(
-            self._lower, np.ones(len(self._rows))
-        )
+        ones = np.ones(len(self._rows))
+        self._base_explained = self._base_variance * np.linalg.solve(self._lower, ones)
         self.base = self._given + self._base_variance * float(self._correlated.sum())
 
     @property

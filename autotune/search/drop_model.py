@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autotune.search.surrogate import Energy, Features, Surrogate
+from autotune.search.features import Features
+from autotune.search.surrogate import Energy, Surrogate
 
 _BESIDE = 0.5
 """How strongly a choice may bear on the drop beside its divergence, as a share of its scale: of

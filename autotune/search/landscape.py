@@ -15,6 +15,7 @@ import numpy as np
 
 from autotune.search import device_latency
 from autotune.search.drop_model import DropModel, Drops
+from autotune.search.features import Factor, Features, Link
 from autotune.search.front import REFERENCE_DROP, REFERENCE_RATIO, latency_of, ranks
 from autotune.search.improvement import TEACHING_RUNS, Landscape, Promise, most_promising
 from autotune.search.priors import (
@@ -30,7 +31,7 @@ from autotune.search.priors import (
     time_scales,
 )
 from autotune.search.screening import pruned_macs
-from autotune.search.surrogate import Factor, Features, Link, Surrogate
+from autotune.search.surrogate import Surrogate
 from device_agents.protocol import LatencyReport
 from search_spaces import FP32, Candidate, LayerGroup, LayerInventory, Precision, SearchSpace
 from storage.latency_model import LatencyModel

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autotune.search.surrogate import Factor, Link
+from autotune.search.features import Factor, Link
 from storage.latency_model import LatencyModel
 from storage.records import TrialRecord
 from storage.sensitivity import Sensitivity

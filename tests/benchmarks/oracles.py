@@ -24,6 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
+from autotune.search.features import Factor, Features, Link
 from autotune.search.minima import minima
 from autotune.search.priors import (
     LEAST_SHARE,
@@ -34,7 +35,6 @@ from autotune.search.priors import (
     time_factors,
     time_scales,
 )
-from autotune.search.surrogate import Factor, Features, Link
 from tests.benchmarks.tables import Table
 
 SAMPLES = 450

@@ -15,10 +15,10 @@ from autotune.search.device_latency import (
     learn,
     operator_of,
 )
+from autotune.search.features import Features
 from autotune.search.landscape import INT8_SAVING, Encoding, Knowledge, latency_features
 from autotune.search.lessons import lesson
 from autotune.search.priors import boundary_links, time_factors
-from autotune.search.surrogate import Features
 from search_spaces import LayerKind, RuntimeOptions
 from storage.latency_model import LatencyModel
 from tests.benchmarks.oracles import Simulated, simulated

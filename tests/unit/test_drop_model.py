@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from autotune.search.drop_model import DropModel, Drops
+from autotune.search.features import Features
 from autotune.search.priors import damage_factors, damage_links
-from autotune.search.surrogate import Features, Surrogate
+from autotune.search.surrogate import Surrogate
 
 N, SAMPLES = 6, 300
 DAMAGE = np.array([0.002, 0.01, 0.001, 0.02, 0.005, 0.008])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from autotune.search import improvement, minima
+from autotune.search.features import Factor, Features
 from autotune.search.improvement import (
     TEACHING_RUNS,
     Flips,
@@ -18,7 +19,7 @@ from autotune.search.improvement import (
     most_promising,
     weighted_optima,
 )
-from autotune.search.surrogate import Energy, Factor, Features, Surrogate
+from autotune.search.surrogate import Energy, Surrogate
 
 REFERENCE = (1.0, 1.0)
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autotune.search.surrogate import Factor, Features, Link, Surrogate
+from autotune.search.features import Factor, Features, Link
+from autotune.search.surrogate import Surrogate
 
 N = 6
 

@@ -76,18 +76,31 @@ class AccuracyEvaluator:
         Raises:
             CompressionError: the artifact does not load or run, or its output is NaN.
         """
+        if race is None:
+            return self.complete(artifact, runtime=runtime)[0]
+        started = time.monotonic()
+        return self._raced(race, _answers(artifact, runtime, self._threads), started)
+
+    def complete(
+        self, artifact: bytes, *, runtime: str = ONNXRUNTIME
+    ) -> tuple[AccuracyReport, np.ndarray]:
+        """The report on every sample, and the label margins that others may race by, `(n,)`.
+
+        Raises:
+            CompressionError: as `evaluate`.
+        """
         started = time.monotonic()
         answers = _answers(artifact, runtime, self._threads)
-        if race is not None:
-            return self._raced(race, answers, started)
         outputs = self._fitting(answers(self._data.x, np.arange(self.n_samples)))
-        kl = kl_divergences(self._log_p, log_probabilities(outputs))
+        log_q = log_probabilities(outputs)
+        kl = kl_divergences(self._log_p, log_q)
         correct = outputs.argmax(axis=1) == self._data.y
-        return self._report(correct, _mean(kl), time.monotonic() - started)
+        report = self._report(correct, _mean(kl), time.monotonic() - started)
+        return report, label_margins(log_q, self._data.y)
 
     def _raced(self, race: Race, answers: _Answers, started: float) -> AccuracyReport:
-        n, order = self.n_samples, race.order(self._margins)
-        racing = Racing(race, self._margins[order])
+        n, racing = self.n_samples, Racing(race, self._margins)
+        order = racing.order
         correct, kl = np.zeros(n, dtype=bool), np.zeros(n)
         seen, verdict = 0, None
         while seen < n and verdict is None:

@@ -63,12 +63,16 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A candidate's artifact with its accuracy; `failure` says why there is none."""
+    """A candidate's artifact with its accuracy; `failure` says why there is none.
+
+    `margins` are the label margins of all samples, `(n,)`, of a candidate that did not race.
+    """
 
     artifact: bytes | None = None
     sha256: str | None = None
     compression: Mapping[str, Any] | None = None
     accuracy: AccuracyReport | None = None
+    margins: np.ndarray | None = None
     failed_at: str | None = None
     failure: str | None = None
 
@@ -174,10 +178,13 @@ class CompressionWorker:
             artifact = self.compressor.build(candidate, kernels=written_for)
         except CompressionError as error:
             return Built(failed_at="compression", failure=str(error))
+        evaluator, runtime = self._evaluator("search"), candidate.runtime.runtime
         try:
-            accuracy = self._evaluator("search").evaluate(
-                artifact.data, race=race, runtime=candidate.runtime.runtime
-            )
+            margins = None
+            if race is None:
+                accuracy, margins = evaluator.complete(artifact.data, runtime=runtime)
+            else:
+                accuracy = evaluator.evaluate(artifact.data, race=race, runtime=runtime)
         except AutotuneError as error:
             return Built(failed_at="accuracy", failure=str(error))
         return Built(
@@ -185,6 +192,7 @@ class CompressionWorker:
             sha256=artifact.sha256,
             compression=artifact.compression,
             accuracy=accuracy,
+            margins=margins,
         )
 
     def noise(
@@ -216,6 +224,10 @@ class CompressionWorker:
     def search_accuracy(self, artifact: ArtifactFile | bytes, runtime: str) -> AccuracyReport:
         """The artifact's accuracy in the runtime on all of the search data."""
         return self._evaluator("search").evaluate(_bytes_of(artifact), runtime=runtime)
+
+    def search_margins(self, artifact: ArtifactFile | bytes, runtime: str) -> np.ndarray:
+        """The label margins of the artifact in the runtime on all of the search data, `(n,)`."""
+        return self._evaluator("search").complete(_bytes_of(artifact), runtime=runtime)[1]
 
     def held_out(self, artifact: ArtifactFile | bytes, runtime: str) -> AccuracyReport:
         """The artifact's accuracy in the runtime on data that the search never saw."""

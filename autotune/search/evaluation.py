@@ -4,8 +4,9 @@
 
 Every arrow is a row before the next one starts, so that a restart takes a trial up where it
 was left. A candidate that fails is a trial with an outcome and a reason, never an exception.
-Accuracy is raced, so that a candidate costs as few samples as tell its drop; FP32 gets all of
-them, before confirming whatever is on the front too, and a confirmation all held-out ones.
+Accuracy is raced, so that a candidate costs as few samples as tell its drop (`races.py`); FP32
+and uniform INT8 get all of them, before confirming whatever is on the front too, and a
+confirmation all held-out ones.
 A job on several devices has an artifact with its accuracy per kernel class, and a latency per
 device; `targets.py` says how they are seen as one.
 Candidates are proposed by `planner.py` and `sampler.py`; `tuning.py` decides how many.
@@ -21,15 +22,15 @@ from typing import Any
 from autotune.compression.kernels import kernels_of
 from autotune.compression.layer_times import by_group
 from autotune.compression.profiled_precisions import seen_by_device
-from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.best_baseline import BASELINE
 from autotune.search.compression_worker import Built
 from autotune.search.confirmation import contradicted
 from autotune.search.feasibility import limits_of
 from autotune.search.fleet import Fleet, MeasurementOrder, QuietWindow
-from autotune.search.front import REFERENCE_DROP, further_objectives, non_dominated
+from autotune.search.front import further_objectives, non_dominated
 from autotune.search.planner import Proposal
+from autotune.search.races import Races
 from autotune.search.targets import target_on, views
 from autotune.search.workers import Call, CallFailed, WorkerPool
 from autotune.spec import MeasurementSpec
@@ -44,7 +45,6 @@ from search_spaces import RuntimeOptions
 from storage.artifacts import ArtifactFile, ArtifactStore
 from storage.errors import ArtifactStoreFull, DuplicateTrial
 from storage.records import (
-    AccuracyReport,
     DeviceRecord,
     JobRecord,
     MeasurementRecord,
@@ -67,8 +67,8 @@ class Evaluation:
 
     `job` carries the calibrated reference latency of each target once the FP32 baseline is
     measured; `devices` are these targets, the primary one first. `reference` is the FP32 model,
-    pinned with its runtime options for the whole job. `race` is what candidates other than
-    FP32 race against; None evaluates all on all samples.
+    pinned with its runtime options for the whole job. `races` say what candidates race against;
+    None evaluates all on all samples.
     """
 
     job: JobRecord
@@ -84,7 +84,7 @@ class Evaluation:
     window: QuietWindow
     should_stop: Callable[[], bool]
     on_finished: Callable[[TrialRecord], None]
-    race: Race | None = None
+    races: Races | None = None
 
     def open_trials(self, proposals: Sequence[Proposal]) -> list[TrialRecord]:
         """A trial for each proposal that is new to the job; known candidates are dropped."""
@@ -157,14 +157,25 @@ class Evaluation:
             for kernels, (device, *_) in self._by_kernels.items()
             if trial.on(device.id).accuracy is None and trial.on(device.id).outcome is None
         ]
+        if todo:
+            self._prepare_races()
         calls = [
-            Call(method="build", arguments=(trial.candidate, self._race_of(trial), kernels))
+            Call(
+                method="build",
+                arguments=(
+                    trial.candidate,
+                    self.races and self.races.of(trial.candidate, kernels),
+                    kernels,
+                ),
+            )
             for trial, kernels in todo
         ]
         with self.window.computing():
             for position, result in self.pool.run(calls, should_stop=self.should_stop):
                 trial, kernels = todo[position]
                 self._keep(trial, self._by_kernels[kernels], result)
+                if self.races is not None and isinstance(result, Built):
+                    self.races.keep(trial.candidate, kernels, result.margins)
         return [self.repository.get_trial(trial.id) for trial in trials]
 
     def _measure(self, trials: Sequence[TrialRecord]) -> None:
@@ -192,10 +203,25 @@ class Evaluation:
             else:
                 self._finish(trial, device, **ended)
 
-    def _race_of(self, trial: TrialRecord) -> Race | None:
-        """Everything is compared with FP32, in whatever runtime, so it is shown every sample."""
-        candidate = trial.candidate
-        return self.race if candidate.precisions or candidate.prune_ratios else None
+    def _prepare_races(self) -> None:
+        """Know what candidates race by, where an interrupted run of the job knew it."""
+        if self.races is None:
+            return
+        lacking = [kernels for kernels in self._by_kernels if self.races.lack(kernels)]
+        if not lacking:
+            return
+        candidate = self.races.auxiliary
+        known = [t for t in self.repository.list_trials(self.job.id) if t.candidate == candidate]
+        todo = [
+            (trial, self._by_kernels[kernels])
+            for trial in known
+            for kernels in lacking
+            if trial.on(self._by_kernels[kernels][0].id).accuracy is not None
+        ]
+        for (_, devices), margins in self._on_artifacts("search_margins", todo):
+            if not isinstance(margins, CallFailed):
+                kernels = kernels_of(devices[0].description).name
+                self.races.keep(candidate, kernels, margins)
 
     def complete_front(self) -> None:
         """Show front members that raced every sample, until nothing on a front has raced.
@@ -222,7 +248,7 @@ class Evaluation:
             for devices in self._by_kernels.values()
             if _stopped_early(trial.on(devices[0].id))
         ]
-        for (trial, devices), report in self._judge("search_accuracy", todo):
+        for (trial, devices), report in self._on_artifacts("search_accuracy", todo):
             changes: dict[str, Any] = {"accuracy": report}
             if isinstance(report, CallFailed):
                 changes = {"outcome": TrialOutcome.ACCURACY_FAILED, "reason": report.error}
@@ -236,7 +262,7 @@ class Evaluation:
             if any(trial.on(device.id).outcome is TrialOutcome.OK for device in devices)
             and trial.on(devices[0].id).held_out_accuracy is None
         ]
-        for (_, devices), report in self._judge("held_out", todo):
+        for (_, devices), report in self._on_artifacts("held_out", todo):
             if not isinstance(report, CallFailed):
                 self._note(trial, *devices, held_out_accuracy=report)
             elif trial.proposed_by != BASELINE:
@@ -248,10 +274,8 @@ class Evaluation:
             if why is not None and trial.proposed_by != BASELINE:
                 self._note(trial, device, outcome=TrialOutcome.UNCONFIRMED, reason=why)
 
-    def _judge(
-        self, method: str, todo: Sequence[_Judged]
-    ) -> Iterator[tuple[_Judged, AccuracyReport | CallFailed]]:
-        """The accuracy of each trial's artifact for those devices, as the workers have it."""
+    def _on_artifacts(self, method: str, todo: Sequence[_Judged]) -> Iterator[tuple[_Judged, Any]]:
+        """What the workers make of each trial's artifact for those devices, or a `CallFailed`."""
         calls = [
             Call(
                 method=method,
@@ -378,14 +402,6 @@ def _ended(record: MeasurementRecord) -> dict[str, Any]:
         "reason": f"{outcome}: {record.reason or 'the agent gave no reason'}",
         "latency": record.report,
     }
-
-
-def race_of(*, max_accuracy_drop: float | None, seed: int) -> Race:
-    """What the candidates of a job race against.
-
-    The drop that the job allows; without one, that of the front's reference box.
-    """
-    return Race(limit=REFERENCE_DROP if max_accuracy_drop is None else max_accuracy_drop, seed=seed)
 
 
 def _has_raced(trial: TrialRecord) -> bool:

@@ -38,7 +38,7 @@ from autotune.search.confirmation import (
     reopen_unconfirmed,
 )
 from autotune.search.earlier_jobs import take_over, teach
-from autotune.search.evaluation import Evaluation, race_of
+from autotune.search.evaluation import Evaluation
 from autotune.search.explanation import news_of_model
 from autotune.search.failures import as_defect, in_users_terms
 from autotune.search.feasibility import limits_of, require_sensors
@@ -49,6 +49,7 @@ from autotune.search.planner import Proposal
 from autotune.search.priors import NOTHING
 from autotune.search.proposals import BATCH
 from autotune.search.pruned_bases import BASES_SHARE, Ladder, climb, earlier, make_bases
+from autotune.search.races import races_of
 from autotune.search.runtimes import contending, require_judges, require_offered
 from autotune.search.sensitivity import SensitivityPhase, damage, limit_s, prune_damage
 from autotune.search.stopping import Stopping
@@ -386,7 +387,7 @@ class Tuning:
             window=self._host.window,
             should_stop=self._must_stop,
             on_finished=lambda trial: self._event("trial_finished", news_of(trial)),
-            race=race_of(max_accuracy_drop=self._spec.max_accuracy_drop, seed=self._spec.seed),
+            races=races_of(self._spec, self._space),
         )
 
     def _call(self, method: str, *arguments: Any) -> Any:

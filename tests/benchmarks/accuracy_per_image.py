@@ -8,13 +8,15 @@
 - `racing_error_rate`: the share of simulated candidates whose drop on all samples lies outside
   the bounds that their races ended with, in the worst of the scenarios: shifts of margins of
   several distributions (also heavier ones than races reckon with) and sizes, so that drops lie
-  below, at and beyond the limit. A wrong verdict is outside, too. At most `alpha`;
+  below, at and beyond the limit; without an auxiliary, with one that shifts the same samples,
+  and with one that has nothing in common with them. A wrong verdict is outside, too. At most
+  `alpha`;
 - `broken_class_error_rate`: the same where one class of ten is shifted and the others are not,
   which is not what races expect of samples that they have not seen;
 - `images_ratio`: images that random mixed candidates of a model trained on digits use in their
-  races, over all of them; a third of the candidates each on the FP32 base and on the job's
-  pruned ones. `raw` holds each race and whether all images say the same. `--quick` has no
-  pruned bases and too few images for a race to end before its last one.
+  races by uniform INT8, over all of them; a third of the candidates each on the FP32 base and on
+  the job's pruned ones. `raw` holds each race and whether all images say the same. `--quick` has
+  no pruned bases and too few images for a race to end before its last one.
 
 Two more put the first one into its place: `contention_ratio` is as many plain loops as workers
 at once over (workers x one alone), which is what the machine itself loses, and `loops_ratio`
@@ -32,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,8 @@ import numpy as np
 from autotune.compression.accuracy import ONNXRUNTIME
 from autotune.compression.racing import ALPHA, Race, Racing
 from autotune.search.conclusion import build_space
-from autotune.search.evaluation import race_of
 from autotune.search.pruned_bases import Ladder
+from autotune.search.races import race_of
 from autotune.search.workers import Call, CallFailed, WorkerPool, start_ray, stop_ray
 from autotune.spec import JobSpec, read_job
 from search_spaces import INT8, Candidate, LayerInventory, SearchSpace
@@ -69,8 +71,8 @@ SIZES: tuple[tuple[int, float, float], ...] = (
 SPREADS = (0.1, 0.3, 0.6, 1.0)
 """Of shifts: FP32's margins go up to 7, as those of a model trained on digits."""
 
-SHIFTS: dict[str, Callable[[np.random.Generator, np.ndarray, float], np.ndarray]] = {
-    # from margins' sizes `(n, total)` and a spread to how far each moves to the other side
+SHIFTS: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]] = {
+    # from margins' sizes `(n, total)` and spreads `(total,)` to how far each goes to the other side
     "normal": lambda rng, sizes, spread: rng.normal(0, spread, sizes.shape),
     "laplace": lambda rng, sizes, spread: rng.laplace(0, spread / 2**0.5, sizes.shape),
     "t3": lambda rng, sizes, spread: rng.standard_t(3, sizes.shape) * spread / 3**0.5,
@@ -78,6 +80,11 @@ SHIFTS: dict[str, Callable[[np.random.Generator, np.ndarray, float], np.ndarray]
     "growing": lambda rng, sizes, spread: rng.normal(0, spread * (0.5 + sizes / 7)),
 }
 BROKEN_CLASS = "broken class"
+
+NO_AUXILIARY, ALIKE, UNRELATED = "none", "alike", "unrelated"
+AUXILIARIES = (NO_AUXILIARY, ALIKE, UNRELATED)
+"""What races know beforehand: nothing, or the margins of a candidate whose shifts are partly those
+of the others and large where theirs are, or of one that tells nothing of them."""
 
 
 def main() -> int:
@@ -92,15 +99,17 @@ def main() -> int:
         inspection = call(pool, Call(method="inspect"))
         pool.share_source()
         candidate = Candidate(precisions={g.name: INT8 for g in inspection.inventory.groups})
-        artifact = call(pool, Call(method="build", arguments=(candidate,))).artifact
+        uniform = call(pool, Call(method="build", arguments=(candidate,)))
         benchmark.say(f"{n_workers} workers against a plain loop")
-        kept = kept_in(store, artifact)
+        kept = kept_in(store, uniform.artifact)
         measure_throughput(benchmark, pool, kept, splits.search, n_workers)
         benchmark.say("races of real candidates")
         space = build_space(spec, inspection.inventory)
         bases = [] if quick else pruned_bases(pool, spec, space, inspection.inventory)
         candidates = mixed(space, [{}, *bases], QUICK_CANDIDATES if quick else CANDIDATES)
-        race_candidates(benchmark, pool, spec, store, candidates, len(splits.search))
+        race = race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed)
+        race = replace(race, auxiliary=uniform.margins)
+        race_candidates(benchmark, pool, race, store, candidates)
     benchmark.report()
     return 0
 
@@ -113,12 +122,16 @@ def error_rate(benchmark: Benchmark, kinds: Sequence[str], n: int) -> Figure:
     from autotune.compression.accuracy import wilson_interval
 
     rows: list[dict[str, Any]] = []
-    for kind, (total, limit, wrong), spread in itertools.product(kinds, SIZES, SPREADS):
-        race = Race(limit=limit)
-        margins, candidates = simulated(total, wrong=wrong, kind=kind, spread=spread, n=n)
-        ended = raced(race, margins, candidates)
+    for kind, (total, limit, wrong), spread, known in itertools.product(
+        kinds, SIZES, SPREADS, AUXILIARIES
+    ):
+        margins, candidates, auxiliary = simulated(
+            total, wrong=wrong, kind=kind, spread=spread, n=n, known=known
+        )
+        ended = raced(Race(limit=limit, auxiliary=auxiliary), margins, candidates)
         rows.append(
-            {"shifts": kind, "spread": spread, "samples": total, "limit": limit, "candidates": n}
+            {"shifts": kind, "spread": spread, "auxiliary": known}
+            | {"samples": total, "limit": limit, "candidates": n}
             | {"mean_drop": float(ended.drop.mean()), "worse": float(ended.is_worse.mean())}
             | {"wrong_worse": int((ended.is_worse & (ended.drop <= limit)).sum())}
             | {"errors": int(ended.is_outside.sum()), "images_ratio": float(ended.used.mean())}
@@ -131,20 +144,40 @@ def error_rate(benchmark: Benchmark, kinds: Sequence[str], n: int) -> Figure:
 
 
 def simulated(
-    total: int, *, wrong: float, kind: str, spread: float, n: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """FP32's margins, `(total,)`, and those of `n` candidates, `(n, total)`."""
+    total: int,
+    *,
+    wrong: float,
+    kind: str,
+    spread: float,
+    n: int,
+    known: str = NO_AUXILIARY,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """FP32's margins, `(total,)`, those of `n` candidates, `(n, total)`, and an auxiliary's."""
     rng = np.random.default_rng(seed)
     margins = rng.uniform(0, 7, total)
     is_wrong = rng.permutation(total) < round(wrong * total)
     margins[is_wrong] = -rng.uniform(0, 3, int(is_wrong.sum()))
     sizes = np.tile(np.abs(margins), (n, 1))
+    ease = rng.lognormal(0, 0.5, total) if known == ALIKE else np.ones(total)
     if kind == BROKEN_CLASS:
         in_class = np.arange(total) % 10 == 0
-        shifts = rng.normal(in_class * 3 * spread, np.where(in_class, 1.0, 0.2), sizes.shape)
+        shifts = rng.normal(in_class * 3 * spread, np.where(in_class, 1.0, 0.2) * ease, sizes.shape)
     else:
-        shifts = SHIFTS[kind](rng, sizes, spread)
-    return margins, np.where(margins > 0, margins - shifts, margins + shifts)
+        shifts = SHIFTS[kind](rng, sizes, spread * ease)
+    if known == NO_AUXILIARY:
+        return margins, _shifted(margins, shifts), None
+    # Twice as far as the candidates, as uniform INT8 is beside mixtures.
+    own = rng.normal(0, 2 * spread * ease)
+    if known == ALIKE:
+        shifts = shifts + rng.uniform(0, 0.5, (n, 1)) * own
+    return margins, _shifted(margins, shifts), _shifted(margins, own)
+
+
+def _shifted(margins: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Margins moved towards the side where their samples are not."""
+    found: np.ndarray = np.where(margins > 0, margins - shifts, margins + shifts)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +197,11 @@ class Raced:
 
 def raced(race: Race, margins: np.ndarray, candidates: np.ndarray) -> Raced:
     """Races of candidates with these margins, `(n_candidates, total)`, against FP32's."""
-    order = race.order(margins)
-    margins, candidates = margins[order], candidates[:, order]
     n, total = candidates.shape
     lost = ((margins > 0) & (candidates <= 0)).sum(axis=1)
     drop = (lost - ((margins <= 0) & (candidates > 0)).sum(axis=1)) / total
     racing = Racing(race, margins, n_candidates=n)
+    candidates = candidates[:, racing.order]
     is_worse, used, estimate = np.zeros(n, bool), np.ones(n), drop.copy()
     low, high = drop.copy(), drop.copy()
     for stop in range(race.block, total, race.block):
@@ -294,13 +326,11 @@ def pruned_bases(
 def race_candidates(
     benchmark: Benchmark,
     pool: WorkerPool,
-    spec: JobSpec,
+    race: Race,
     store: ArtifactStore,
     candidates: Sequence[Candidate],
-    total: int,
 ) -> None:
     """Race random candidates, then show each one every image; adds `images_ratio`."""
-    race = race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed)
     built = results(pool, [Call(method="build", arguments=(c, race)) for c in candidates])
     built = [b for b in built if b.accuracy is not None]
     full = results(
@@ -310,6 +340,7 @@ def race_candidates(
             for b in built
         ],
     )
+    total = max(whole.n_samples for whole in full)
     rows = [
         {
             "images": b.accuracy.n_samples,

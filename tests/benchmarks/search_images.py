@@ -1,7 +1,8 @@
 """How many images a search evaluates when its candidates race, on a measured table.
 
-The search is run anew, told what races tell it: FP32 sees every image, each other trial what
-`compression/racing.py` shows it, with the drop and the error that it forecasts. What such a
+The search is run anew, told what races tell it: FP32 and uniform INT8, by which the others race,
+see every image, each other trial what `compression/racing.py` shows it, with the drop and the
+error that it forecasts. What such a
 search finds is judged by the front that its races believe in, at its true figures, against what
 the search finds that is told every drop as all images have it. Of a trial's mean divergence the
 one on all images stands in for that on the images seen, which tables do not hold.
@@ -10,14 +11,14 @@ one on all images stands in for that on the images seen, which tables do not hol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from autotune.compression.racing import Race, Racing
-from autotune.search.evaluation import race_of
 from autotune.search.improvement import front_of, hypervolume
+from autotune.search.races import race_of
 from tests.benchmarks.harness import BOOTSTRAP_DRAWS, Figure
 from tests.benchmarks.oracles import Measured, Run
 from tests.benchmarks.search_ours import REFERENCE, model_based
@@ -47,10 +48,10 @@ class Raced(Measured):
         """One trial's race; FP32 sees every image."""
         index, total = int(self.table.index(point[None])[0]), self.n_samples
         whole = Seen(total, float(self.table.drop[index]), 1 / total)
-        if not point.any():
+        if any((point == shown).all() for shown in self.baselines()[:2]):
             return whole
-        racing = Racing(self._race, self.table.margins[0][self._order])
-        margins = self.table.margins[index][self._order]
+        racing = Racing(self._race, self.table.margins[0])
+        margins = self.table.margins[index][racing.order]
         for start in range(0, total - self._race.block, self._race.block):
             now = racing.see(margins[None, start : start + self._race.block])
             if now.verdict() is not None:
@@ -60,11 +61,9 @@ class Raced(Measured):
 
     @cached_property
     def _race(self) -> Race:
-        return race_of(max_accuracy_drop=None, seed=self.seed)
-
-    @cached_property
-    def _order(self) -> np.ndarray:
-        return self._race.order(self.table.margins[0])
+        uniform = int(self.table.index(self.baselines()[1][None])[0])
+        race = race_of(max_accuracy_drop=None, seed=self.seed)
+        return replace(race, auxiliary=self.table.margins[uniform])
 
 
 def images_ratio(oracle: Measured, searches: Sequence[np.ndarray], runs: int) -> dict[str, Figure]:

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from autotune.compression.racing import Race
 from autotune.search.compression_worker import Built, Inspection
 from autotune.search.interruption import Stopped
@@ -46,6 +48,11 @@ def fake_accuracy(candidate: Candidate) -> float:
     """Each quantized group costs 0.2 points (the stem 2), each pruned one 1 point."""
     cost = sum(0.02 if g == "stem" else 0.002 for g in candidate.precisions)
     return 0.95 - cost - 0.01 * len(candidate.prune_ratios)
+
+
+def margins_of(candidate: Candidate) -> np.ndarray:
+    """Of a few samples: more groups in low precision leave less of them."""
+    return np.linspace(0.1, 7.0, 20) - 0.1 * len(candidate.precisions)
 
 
 class FakePool:
@@ -122,7 +129,11 @@ class FakePool:
             sha256=hashlib.sha256(data).hexdigest(),
             compression={"base": {"recovery_s": 0.0}, "groups": []},
             accuracy=self.report_of(candidate, race),
+            margins=None if race is not None else margins_of(candidate),
         )
+
+    def _search_margins(self, artifact: ArtifactFile, runtime: str) -> np.ndarray:
+        return margins_of(Candidate.from_json(json.loads(artifact.read())))
 
     def _search_accuracy(self, artifact: ArtifactFile, runtime: str) -> Any:
         return accuracy(fake_accuracy(Candidate.from_json(json.loads(artifact.read()))))

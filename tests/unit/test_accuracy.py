@@ -138,6 +138,17 @@ def test_a_race_over_all_samples_gives_the_full_report() -> None:
     assert full.stopped_early is None and full.drop_error is None
 
 
+def test_a_complete_report_has_the_margins_that_others_race_by() -> None:
+    artifact = quantizable("tiny").emit({"head": W4})
+    evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(30), split="search")
+    report, margins = evaluator.complete(artifact)
+    assert replace(report, wall_s=0.0) == replace(evaluator.evaluate(artifact), wall_s=0.0)
+    assert margins.shape == (30,) and (margins > 0).mean() == pytest.approx(report.value)
+    # Raced by its own margins every sample is foreseen, and the first ones tell the drop.
+    raced = evaluator.evaluate(artifact, race=Race(limit=0.9, auxiliary=margins))
+    assert raced.drop == pytest.approx(report.drop, abs=1 / 30)
+
+
 def test_a_race_that_is_lost_says_so_and_compares_with_full_reports() -> None:
     evaluator, worse = against_half_of_the_answers()
     full = evaluator.evaluate(worse)

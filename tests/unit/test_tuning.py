@@ -12,15 +12,15 @@ import pytest
 
 from autotune.compression.racing import Race
 from autotune.errors import DiskFull
-from autotune.search.evaluation import race_of
 from autotune.search.front import non_dominated
 from autotune.search.interruption import Stopped
+from autotune.search.races import race_of
 from autotune.search.workers import CallFailed
 from device_agents.protocol import Outcome
 from search_spaces import INT8, Candidate
 from storage.errors import DatabaseFull
 from storage.records import AccuracyReport, JobState, TrialOutcome, TrialState
-from tests.unit.fakes import FakePool, fake_accuracy, fake_ms
+from tests.unit.fakes import FakePool, fake_accuracy, fake_ms, margins_of
 from tests.unit.records import accuracy, latency
 from tests.unit.tuning_bench import Bench
 
@@ -326,6 +326,27 @@ def test_fp32_and_the_front_are_evaluated_on_all_samples(bench: Bench) -> None:
     assert full >= {t.number for t in non_dominated(trials)}
     assert full >= {t.number for t in trials if t.id == (job.result or {}).get("winner")}
     assert len(full) < len(trials), "what is dominated keeps its short report"
+
+
+def test_candidates_race_by_what_uniform_int8_does_to_each_sample(bench: Bench) -> None:
+    pools = [FakePool(), FakePool()]
+    waiting = iter(pools)
+    bench.make_pool = lambda: next(waiting)
+    job = bench.job()
+    with bench.agent() as agent:
+        agent.limit = 6
+        bench.should_stop = lambda: len(agent.measured) >= 6
+        with pytest.raises(Stopped):
+            bench.run(job)
+        agent.limit, bench.should_stop = None, lambda: False
+        assert bench.run(job).state is JobState.FINISHED
+    first, second = ([c for c in pool.calls if c.method == "build"] for pool in pools)
+    int8 = bench.repository.list_trials(job.id)[1].candidate
+    assert [c.arguments[1] for c in first[:2]] == [None, None], "FP32 and INT8 see all"
+    for call in [*first[2:], *second]:
+        assert np.array_equal(call.arguments[1].auxiliary, margins_of(int8))
+    asked = [c.method for pool in pools for c in pool.calls].count("search_margins")
+    assert asked == 1, "the run that went on asked what the one before it knew"
 
 
 @pytest.mark.parametrize(("drop", "limit"), [(0.01, 0.01), (None, 0.03)])

@@ -178,9 +178,9 @@ class CompressionWorker:
             artifact = self.compressor.build(candidate, kernels=written_for)
         except CompressionError as error:
             return Built(failed_at="compression", failure=str(error))
-        evaluator, runtime = self._evaluator("search"), candidate.runtime.runtime
+        runtime, margins = candidate.runtime.runtime, None
         try:
-            margins = None
+            evaluator = self._evaluator("search")
             if race is None:
                 accuracy, margins = evaluator.complete(artifact.data, runtime=runtime)
             else:

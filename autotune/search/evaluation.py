@@ -4,9 +4,9 @@
 
 Every arrow is a row before the next one starts, so that a restart takes a trial up where it
 was left. A candidate that fails is a trial with an outcome and a reason, never an exception.
-Accuracy is raced, so that a candidate costs as few samples as tell its drop (`races.py`); FP32
-and uniform INT8 get all of them, before confirming whatever is on the front too, and a
-confirmation all held-out ones.
+Accuracy is raced, so that a candidate costs as few samples as tell its drop; FP32 and uniform INT8
+get all of them (`races.py`), before confirming whatever is on the front too, and a confirmation
+all held-out ones.
 A job on several devices has an artifact with its accuracy per kernel class, and a latency per
 device; `targets.py` says how they are seen as one.
 Candidates are proposed by `planner.py` and `sampler.py`; `tuning.py` decides how many.
@@ -22,6 +22,7 @@ from typing import Any
 from autotune.compression.kernels import kernels_of
 from autotune.compression.layer_times import by_group
 from autotune.compression.profiled_precisions import seen_by_device
+from autotune.compression.racing import Race
 from autotune.errors import DiskFull
 from autotune.search.best_baseline import BASELINE
 from autotune.search.compression_worker import Built
@@ -158,15 +159,10 @@ class Evaluation:
             if trial.on(device.id).accuracy is None and trial.on(device.id).outcome is None
         ]
         if todo:
-            self._prepare_races()
+            self._learn_again()
         calls = [
             Call(
-                method="build",
-                arguments=(
-                    trial.candidate,
-                    self.races and self.races.of(trial.candidate, kernels),
-                    kernels,
-                ),
+                method="build", arguments=(trial.candidate, self._race_of(trial, kernels), kernels)
             )
             for trial, kernels in todo
         ]
@@ -174,8 +170,8 @@ class Evaluation:
             for position, result in self.pool.run(calls, should_stop=self.should_stop):
                 trial, kernels = todo[position]
                 self._keep(trial, self._by_kernels[kernels], result)
-                if self.races is not None and isinstance(result, Built):
-                    self.races.keep(trial.candidate, kernels, result.margins)
+                if self.races is not None and trial.candidate == self.races.auxiliary:
+                    self.races.learn(kernels, result.margins if isinstance(result, Built) else None)
         return [self.repository.get_trial(trial.id) for trial in trials]
 
     def _measure(self, trials: Sequence[TrialRecord]) -> None:
@@ -203,25 +199,26 @@ class Evaluation:
             else:
                 self._finish(trial, device, **ended)
 
-    def _prepare_races(self) -> None:
-        """Know what candidates race by, where an interrupted run of the job knew it."""
-        if self.races is None:
+    def _race_of(self, trial: TrialRecord, kernels: str) -> Race | None:
+        return None if self.races is None else self.races.of(trial.candidate, kernels)
+
+    def _learn_again(self) -> None:
+        """What an interrupted run of the job had learned for its races."""
+        races = self.races
+        lacking = [] if races is None else [k for k in self._by_kernels if not races.has_learned(k)]
+        if races is None or not lacking:
             return
-        lacking = [kernels for kernels in self._by_kernels if self.races.lack(kernels)]
-        if not lacking:
-            return
-        candidate = self.races.auxiliary
-        known = [t for t in self.repository.list_trials(self.job.id) if t.candidate == candidate]
+        stored = self.repository.list_trials(self.job.id)
         todo = [
             (trial, self._by_kernels[kernels])
-            for trial in known
+            for trial in stored
             for kernels in lacking
-            if trial.on(self._by_kernels[kernels][0].id).accuracy is not None
+            if trial.candidate == races.auxiliary
+            and trial.on(self._by_kernels[kernels][0].id).accuracy is not None
         ]
         for (_, devices), margins in self._on_artifacts("search_margins", todo):
-            if not isinstance(margins, CallFailed):
-                kernels = kernels_of(devices[0].description).name
-                self.races.keep(candidate, kernels, margins)
+            kernels = kernels_of(devices[0].description).name
+            races.learn(kernels, None if isinstance(margins, CallFailed) else margins)
 
     def complete_front(self) -> None:
         """Show front members that raced every sample, until nothing on a front has raced.
@@ -288,9 +285,11 @@ class Evaluation:
             )
             for trial, devices in todo
         ]
+        if not calls:
+            return
         with self.window.computing():
-            for index, report in self.pool.run(calls, should_stop=self.should_stop):
-                yield todo[index], report
+            for index, found in self.pool.run(calls, should_stop=self.should_stop):
+                yield todo[index], found
 
     def _keep(
         self, trial: TrialRecord, devices: Sequence[DeviceRecord], result: Built | CallFailed

@@ -1,7 +1,8 @@
 """The choices as a model sees them: factors, what links them, and the rows of a regression.
 
-Owns the prior: which coefficients there are, how they are thought to vary and together with which
-others. What measurements make of them is `surrogate.py`'s.
+Owns the encoding of choices as columns: which coefficients there are, and which of them vary
+together. What is thought of them beforehand is `priors.py`'s, what measurements make of them
+`surrogate.py`'s.
 """
 
 from __future__ import annotations

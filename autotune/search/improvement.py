@@ -1,7 +1,7 @@
 """Which point promises the most: expected hypervolume improvement over a pool of neighbours.
 
 Owns the two-objective mathematics and the pool of points worth asking about. Everything is
-minimized; points are rows of integers as in `surrogate.py`.
+minimized; points are rows of integers as in `features.py`.
 """
 
 from __future__ import annotations

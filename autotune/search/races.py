@@ -1,9 +1,10 @@
 """What the candidates of a job race against, and by what they are judged beforehand.
 
-FP32 is what everything is compared with, and uniform INT8 tells which samples compression shifts
-at all (`compression/racing.py`): both are shown every sample. The others race, from uniform
-INT8's margins on, as soon as these are known: the margins are of the kernel class that an
-artifact is written for, as its accuracy is.
+FP32 is what everything is compared with, and uniform INT8 on the first runtime options tells which
+samples compression shifts at all (`compression/racing.py`): both are shown every sample. The
+others race, by uniform INT8's margins as soon as these are known: the baselines that are built
+beside it have none yet. Margins are of the kernel class that an artifact is written for, as its
+accuracy is.
 """
 
 from __future__ import annotations
@@ -20,34 +21,40 @@ from search_spaces import Candidate, SearchSpace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Races:
-    """The races of one job. `auxiliary` is uniform INT8; margins by kernel class, `(n,)`."""
+    """The races of one job; what they learn they keep, shared by all that hold them.
+
+    `auxiliary` is uniform INT8; None where nothing can be quantized so.
+    """
 
     race: Race
-    auxiliary: Candidate
-    _margins: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    auxiliary: Candidate | None
+    _margins: dict[str, np.ndarray | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def of(self, candidate: Candidate, kernels: str) -> Race | None:
         """What it races against where it is written for that kernel class; None: it does not."""
         is_fp32 = not candidate.precisions and not candidate.prune_ratios
         if is_fp32 or candidate == self.auxiliary:
             return None
-        return replace(self.race, auxiliary=self._margins.get(kernels))
+        return replace(self.race, auxiliary_margins=self._margins.get(kernels))
 
-    def keep(self, candidate: Candidate, kernels: str, margins: np.ndarray | None) -> None:
-        """Remember what the auxiliary does to each sample; of another candidate nothing."""
-        if candidate == self.auxiliary and margins is not None:
-            self._margins[kernels] = margins
+    def learn(self, kernels: str, margins: np.ndarray | None) -> None:
+        """The auxiliary's margins there, `(n,)`; None where they cannot be had."""
+        # A copy: an array from a worker may hold on to all that came with it.
+        self._margins[kernels] = None if margins is None else margins.copy()
 
-    def lack(self, kernels: str) -> bool:
-        """The margins of that kernel class are not known."""
-        return kernels not in self._margins
+    def has_learned(self, kernels: str) -> bool:
+        """Nothing more is to be learned of that kernel class."""
+        return self.auxiliary is None or kernels in self._margins
 
 
 def races_of(spec: JobSpec, space: SearchSpace) -> Races:
     """The races of a job in that space."""
+    uniform = space.uniform_int8(space.runtimes[0])
     return Races(
         race=race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed),
-        auxiliary=space.uniform_int8(space.runtimes[0]),
+        auxiliary=uniform if uniform.precisions else None,
     )
 
 

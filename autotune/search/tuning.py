@@ -183,8 +183,9 @@ class Tuning:
     def _baselines(self, inspection: Inspection) -> Evaluation:
         self._enter("baselines")
         reference = self._store_reference(inspection.fp32)
-        self._check_pools(self._evaluation(reference))
         evaluation = self._evaluation(reference)
+        self._check_pools(evaluation)
+        evaluation = replace(evaluation, job=self._job)
         reopen_fp32(self._repository, baseline_trials(self._space, self._trials())[0])
         reopen_unconfirmed(self._repository, self._job)
         first, *others = planner.baselines(self._space)

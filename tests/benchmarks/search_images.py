@@ -2,10 +2,10 @@
 
 The search is run anew, told what races tell it: FP32 and uniform INT8, by which the others race,
 see every image, each other trial what `compression/racing.py` shows it, with the drop and the
-error that it forecasts. What such a
-search finds is judged by the front that its races believe in, at its true figures, against what
-the search finds that is told every drop as all images have it. Of a trial's mean divergence the
-one on all images stands in for that on the images seen, which tables do not hold.
+error that it forecasts. What such a search finds is judged by the front that its races believe in,
+at its true figures, against what the search finds that is told every drop as all images have it.
+Of a trial's mean divergence the one on all images stands in for that on the images seen, which
+tables do not hold.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Raced(Measured):
-    """A table whose drops are what races say of them."""
+    """A table whose drops are what races by uniform INT8 say of them."""
 
     seed: int
 
@@ -45,10 +45,10 @@ class Raced(Measured):
         return Run(ratio=run.ratio, drop=max(seen.drop, 0.0), kl=run.kl, drop_error=seen.error)
 
     def seen(self, point: np.ndarray) -> Seen:
-        """One trial's race; FP32 sees every image."""
+        """One trial's race; FP32 and uniform INT8 see every image."""
         index, total = int(self.table.index(point[None])[0]), self.n_samples
         whole = Seen(total, float(self.table.drop[index]), 1 / total)
-        if any((point == shown).all() for shown in self.baselines()[:2]):
+        if not point.any() or (point == self._uniform).all():
             return whole
         racing = Racing(self._race, self.table.margins[0])
         margins = self.table.margins[index][racing.order]
@@ -61,9 +61,14 @@ class Raced(Measured):
 
     @cached_property
     def _race(self) -> Race:
-        uniform = int(self.table.index(self.baselines()[1][None])[0])
-        race = race_of(max_accuracy_drop=None, seed=self.seed)
-        return replace(race, auxiliary=self.table.margins[uniform])
+        margins = self.table.margins[int(self.table.index(self._uniform[None])[0])]
+        return replace(race_of(max_accuracy_drop=None, seed=self.seed), auxiliary_margins=margins)
+
+    @cached_property
+    def _uniform(self) -> np.ndarray:
+        """Uniform INT8."""
+        _, uniform, *_ = self.baselines()
+        return uniform
 
 
 def images_ratio(oracle: Measured, searches: Sequence[np.ndarray], runs: int) -> dict[str, Figure]:

@@ -145,7 +145,7 @@ def test_a_complete_report_has_the_margins_that_others_race_by() -> None:
     assert replace(report, wall_s=0.0) == replace(evaluator.evaluate(artifact), wall_s=0.0)
     assert margins.shape == (30,) and (margins > 0).mean() == pytest.approx(report.value)
     # Raced by its own margins every sample is foreseen, and the first ones tell the drop.
-    raced = evaluator.evaluate(artifact, race=Race(limit=0.9, auxiliary=margins))
+    raced = evaluator.evaluate(artifact, race=Race(limit=0.9, auxiliary_margins=margins))
     assert raced.drop == pytest.approx(report.drop, abs=1 / 30)
 
 

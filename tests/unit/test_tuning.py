@@ -328,6 +328,17 @@ def test_fp32_and_the_front_are_evaluated_on_all_samples(bench: Bench) -> None:
     assert len(full) < len(trials), "what is dominated keeps its short report"
 
 
+def test_without_int8_candidates_race_by_their_margins_alone(bench: Bench) -> None:
+    pool = FakePool()
+    bench.make_pool = lambda: pool
+    search = {"trials": 6, "precisions": ["fp32", "fp16"], "prune_ratios": [0]}
+    with bench.agent():
+        bench.run(bench.job(search=search))
+    races = [call.arguments[1] for call in pool.calls if call.method == "build"]
+    assert races[0] is None and None not in races[1:]
+    assert all(race.auxiliary_margins is None for race in races[1:])
+
+
 def test_candidates_race_by_what_uniform_int8_does_to_each_sample(bench: Bench) -> None:
     pools = [FakePool(), FakePool()]
     waiting = iter(pools)
@@ -344,7 +355,7 @@ def test_candidates_race_by_what_uniform_int8_does_to_each_sample(bench: Bench) 
     int8 = bench.repository.list_trials(job.id)[1].candidate
     assert [c.arguments[1] for c in first[:2]] == [None, None], "FP32 and INT8 see all"
     for call in [*first[2:], *second]:
-        assert np.array_equal(call.arguments[1].auxiliary, margins_of(int8))
+        assert np.array_equal(call.arguments[1].auxiliary_margins, margins_of(int8))
     asked = [c.method for pool in pools for c in pool.calls].count("search_margins")
     assert asked == 1, "the run that went on asked what the one before it knew"
 

@@ -16,10 +16,11 @@ only where the shift outweighs FP32's margin, which is known of every sample bef
   those seen. The bounds around them take the error for Student's t, and where a larger share of
   the errors seen would be enough than that says, the share;
 - some samples are easily shifted whatever is compressed. A candidate of the same model that was
-  shown all of them tells which: uniform INT8, in a job. Its shifts are the auxiliary variable of
-  a regression estimate (Cochran 1977, "Sampling Techniques", chapter 7): they order the samples
-  together with the margins, a share of them is fitted beside that of the margin, and the larger
-  they are the larger is the error, by as much as is most likely for the shifts seen.
+  shown all of them tells which: in a job uniform INT8, or what is pruned alike and not quantized
+  (`search/races.py`). Its shifts are the auxiliary variable of a regression estimate (Cochran 1977,
+  "Sampling Techniques", chapter 7): they order the samples together with the margins, a share of
+  them is fitted beside that of the margin, and the larger they are the larger is the error, by as
+  much as is most likely for the shifts seen.
 
 What the forecast assumes is that samples not seen shift like those seen, given both. It was
 checked on every point of four measured tables (5,120 candidates, 300 samples,
@@ -91,11 +92,17 @@ _FORECAST_ERROR = 0.35
 """Of the expected changes, relative: what the fit itself may be off. With 0.25, by the margins
 alone, an eighth of one model's points, all far beyond the limit, are outside the bounds."""
 
-_LIKE_AUXILIARY = 0.2
-"""The share of the auxiliary's shift that a candidate's is thought to have before any is seen, as
+LIKE_UNIFORM = 0.2
+"""The share of uniform INT8's shift that a mixture's is thought to have before any is seen, as
 surely as `_PRIOR_SAMPLES` say. Of what searches find that are told all, resnet18's find 0.95,
 0.990, 0.992, 0.993 and 0.97 with 0, 0.15, 0.2, 0.25 and 0.3, efficientnet_b0's 0.975 with 0 and
 0.994 or more with the others (60 seeds)."""
+
+LIKE_BASE = 1.0
+"""The same of a pruned base's, which differs from what is built on it by precisions alone. Races
+of 43 candidates on five bases (400 samples, jobs of mobilenet_v2 and mobilenet_v3_small) ended
+after 32 samples with the drop of all of them; by uniform INT8 they ended after 61 and 157 in the
+mean, off by 2.4 and 5.6 samples, by the margins alone after 107 and 150, off by 0.7 and 6.1."""
 
 _PRIOR_SAMPLES = 1.0
 """Of the auxiliary's mean squared shift: with 3 or 10 resnet18's searches find 0.993 or 0.989."""
@@ -126,7 +133,8 @@ class Race:
     `limit` is the accuracy drop, as a fraction, that a useful candidate does not exceed. A race
     ends when the drop over all samples exceeds it at the error rate `alpha`, or when the samples
     left would hardly change what is known. `auxiliary_margins` are those of a candidate that was
-    shown all samples, `(n,)` in the order of the data.
+    shown all samples, `(n,)` in the order of the data, and `likeness` the share of its shifts that
+    is expected of the others' before any is seen.
     """
 
     limit: float
@@ -134,6 +142,7 @@ class Race:
     block: int = BLOCK
     seed: int = 0
     auxiliary_margins: np.ndarray | None = field(default=None, repr=False, compare=False)
+    likeness: float = LIKE_UNIFORM
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -144,7 +153,7 @@ class Race:
     def order(self, margins: np.ndarray) -> np.ndarray:
         """The order in which samples of these margins are seen, the same in every process."""
         n, shifts = len(margins), self.auxiliary_shifts(margins)
-        distance = np.abs(margins) - _LIKE_AUXILIARY * shifts
+        distance = np.abs(margins) - self.likeness * shifts
         hardest = iter(np.argsort(distance / _scale(shifts), kind="stable").tolist())
         drawn = iter(np.random.default_rng(self.seed).permutation(n).tolist())
         is_taken = [False] * n
@@ -349,7 +358,7 @@ class Racing:
         weight = _PRIOR_SAMPLES * (float((self._auxiliary**2).mean()) or 1.0)
         cross = float(sizes @ auxiliary)
         squares = float(sizes @ sizes), float(auxiliary @ auxiliary) + weight
-        moments = shifts @ sizes, shifts @ auxiliary + weight * _LIKE_AUXILIARY
+        moments = shifts @ sizes, shifts @ auxiliary + weight * self._race.likeness
         determinant = max(squares[0] * squares[1] - cross**2, _LEAST_SHIFT)
         of_size = np.clip((moments[0] * squares[1] - moments[1] * cross) / determinant, 0.0, 1.0)
         # Given that one, which may have been clipped.

@@ -7,7 +7,7 @@ Each call builds, evaluates or weighs something and returns it; the pool of such
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,7 @@ class CompressionWorker:
         self._devices = devices
         self.splits = splits
         self._evaluators: dict[str, AccuracyEvaluator] = {}
+        self._bases: dict[str, tuple[AccuracyReport, np.ndarray]] = {}
 
     @cached_property
     def source(self) -> SourceModel:
@@ -160,9 +161,16 @@ class CompressionWorker:
         The base's facts, and under `accuracy` what it keeps of it on the search data in FP32.
         """
         facts = self.compressor.prepare_base(prune_ratios)
-        base = self.compressor.emit(Candidate(prune_ratios=prune_ratios))
-        accuracy = self._evaluator("search").evaluate(base)
+        accuracy, _ = self._base(prune_ratios)
         return {**facts.to_json(), "accuracy": accuracy.to_json()}
+
+    def _base(self, prune_ratios: Mapping[str, float]) -> tuple[AccuracyReport, np.ndarray]:
+        """The accuracy of a base in FP32 on the search data, and its label margins, `(n,)`."""
+        base = Candidate(prune_ratios=prune_ratios)
+        if base.digest not in self._bases:
+            artifact = self.compressor.emit(base)
+            self._bases[base.digest] = self._evaluator("search").complete(artifact)
+        return self._bases[base.digest]
 
     def build(
         self, candidate: Candidate, race: Race | None = None, kernels: str | None = None
@@ -184,7 +192,8 @@ class CompressionWorker:
             if race is None:
                 accuracy, margins = evaluator.complete(artifact.data, runtime=runtime)
             else:
-                accuracy = evaluator.evaluate(artifact.data, race=race, runtime=runtime)
+                own = self._by_base(race, candidate)
+                accuracy = evaluator.evaluate(artifact.data, race=own, runtime=runtime)
         except AutotuneError as error:
             return Built(failed_at="accuracy", failure=str(error))
         return Built(
@@ -194,6 +203,15 @@ class CompressionWorker:
             accuracy=accuracy,
             margins=margins,
         )
+
+    def _by_base(self, race: Race, candidate: Candidate) -> Race:
+        """The race of a pruned candidate: by its base, which tells more than uniform INT8."""
+        from autotune.compression.racing import LIKE_BASE
+
+        if not candidate.prune_ratios:
+            return race
+        _, margins = self._base(candidate.prune_ratios)
+        return replace(race, auxiliary_margins=margins, likeness=LIKE_BASE)
 
     def noise(
         self, group: str, precisions: Sequence[Precision]

@@ -4,7 +4,8 @@ FP32 is what everything is compared with, and uniform INT8 on the first runtime 
 samples compression shifts at all (`compression/racing.py`): both are shown every sample. The
 others race, by uniform INT8's margins as soon as these are known: the baselines that are built
 beside it have none yet. Margins are of the kernel class that an artifact is written for, as its
-accuracy is.
+accuracy is. What is built on a pruned base races by that base in FP32 instead, whose margins the
+workers know (`compression_worker.py`).
 """
 
 from __future__ import annotations

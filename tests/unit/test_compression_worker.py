@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from autotune.compression.accuracy import AccuracyEvaluator
+from autotune.compression.racing import LIKE_BASE, Race
 from autotune.search.compression_worker import CompressionWorker
 from autotune.spec import JobSpec, parse_job
 from search_spaces import INT8, Candidate
@@ -46,6 +49,30 @@ def test_channels_are_rounded_for_the_device(
     pruning = worker.prepare_base({"hidden": 0.4})["pruning"]
     assert (pruning["channel_multiple"], pruning["importance"]) == (multiple, "l1")
     assert pruning["channels"]["hidden"][1] == {16: 32, 8: 40}[multiple]
+
+
+def test_what_is_built_on_a_base_races_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, ratios, races = worker_for(tmp_path, X86), {"hidden": 0.4}, []
+    evaluate = AccuracyEvaluator.evaluate
+
+    def noted(self: AccuracyEvaluator, artifact: bytes, **how: Any) -> Any:
+        races.append(how["race"])
+        return evaluate(self, artifact, **how)
+
+    monkeypatch.setattr(AccuracyEvaluator, "evaluate", noted)
+    group = worker.compressor.inventory.groups[0].name
+    base = worker.build(Candidate(prune_ratios=ratios)).margins
+    assert base is not None
+    race = Race(limit=0.01, auxiliary_margins=np.zeros(len(base)))
+    for pruned in ({}, ratios):
+        built = worker.build(Candidate(precisions={group: INT8}, prune_ratios=pruned), race)
+        assert built.accuracy is not None and built.margins is None
+    by_uniform, by_base = races
+    assert by_uniform is race
+    assert np.array_equal(by_base.auxiliary_margins, base)
+    assert (by_base.limit, by_base.likeness) == (0.01, LIKE_BASE)
 
 
 def test_one_worker_writes_a_candidate_for_each_kernel_class_as_if_it_had_no_other(

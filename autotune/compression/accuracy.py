@@ -19,10 +19,10 @@ from autotune.compression.data import LabelledData
 from autotune.compression.racing import (
     Race,
     Racing,
+    Shown,
     Standing,
     Verdict,
     label_margins,
-    mean_over_all,
 )
 from autotune.compression.session import Session
 from autotune.compression.shipped_runtime import BY_ONNXRUNTIME, open_answers
@@ -83,8 +83,8 @@ class AccuracyEvaluator:
 
     def complete(
         self, artifact: bytes, *, runtime: str = ONNXRUNTIME
-    ) -> tuple[AccuracyReport, np.ndarray]:
-        """The report on every sample, and the label margins that others may race by, `(n,)`.
+    ) -> tuple[AccuracyReport, Shown]:
+        """The report on every sample, and what others may race by.
 
         Raises:
             CompressionError: as `evaluate`.
@@ -96,7 +96,7 @@ class AccuracyEvaluator:
         kl = kl_divergences(self._log_p, log_q)
         correct = outputs.argmax(axis=1) == self._data.y
         report = self._report(correct, _mean(kl), time.monotonic() - started)
-        return report, label_margins(log_q, self._data.y)
+        return report, Shown(margins=label_margins(log_q, self._data.y), divergences=kl)
 
     def _raced(self, race: Race, answers: _Answers, started: float) -> AccuracyReport:
         n, racing = self.n_samples, Racing(race, self._margins)
@@ -115,7 +115,7 @@ class AccuracyEvaluator:
             verdict = standing.verdict() if seen < n else None
         if verdict is None:
             return self._report(correct, _mean(kl), time.monotonic() - started)
-        mean_kl = max(0.0, mean_over_all(kl[order[:seen]], n))
+        mean_kl = max(0.0, race.mean_divergence(kl[order[:seen]], order))
         report = self._forecast(standing, seen, mean_kl, time.monotonic() - started)
         return replace(report, stopped_early=_reason(race, standing, seen, n))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from autotune.compression.accuracy import AccuracyEvaluator
     from autotune.compression.compressor import Compressor
     from autotune.compression.data import DataSplits
-    from autotune.compression.racing import Race
+    from autotune.compression.racing import Race, Shown
     from autotune.compression.sensitivity import SensitivityMeter
     from autotune.compression.source import SourceModel
     from device_agents.protocol import DeviceDescription
@@ -65,14 +65,14 @@ class Inspection:
 class Built:
     """A candidate's artifact with its accuracy; `failure` says why there is none.
 
-    `margins` are the label margins of all samples, `(n,)`, of a candidate that did not race.
+    `shown` is what a candidate that did not race does to each sample.
     """
 
     artifact: bytes | None = None
     sha256: str | None = None
     compression: Mapping[str, Any] | None = None
     accuracy: AccuracyReport | None = None
-    margins: np.ndarray | None = None
+    shown: Shown | None = None
     failed_at: str | None = None
     failure: str | None = None
 
@@ -94,7 +94,7 @@ class CompressionWorker:
         self._devices = devices
         self.splits = splits
         self._evaluators: dict[str, AccuracyEvaluator] = {}
-        self._bases: dict[str, tuple[AccuracyReport, np.ndarray]] = {}
+        self._bases: dict[str, tuple[AccuracyReport, Shown]] = {}
 
     @cached_property
     def source(self) -> SourceModel:
@@ -164,8 +164,8 @@ class CompressionWorker:
         accuracy, _ = self._base(prune_ratios)
         return {**facts.to_json(), "accuracy": accuracy.to_json()}
 
-    def _base(self, prune_ratios: Mapping[str, float]) -> tuple[AccuracyReport, np.ndarray]:
-        """The accuracy of a base in FP32 on the search data, and its label margins, `(n,)`."""
+    def _base(self, prune_ratios: Mapping[str, float]) -> tuple[AccuracyReport, Shown]:
+        """The accuracy of a base in FP32 on the search data, and what it does to each sample."""
         base = Candidate(prune_ratios=prune_ratios)
         if base.digest not in self._bases:
             artifact = self.compressor.emit(base)
@@ -186,11 +186,11 @@ class CompressionWorker:
             artifact = self.compressor.build(candidate, kernels=written_for)
         except CompressionError as error:
             return Built(failed_at="compression", failure=str(error))
-        runtime, margins = candidate.runtime.runtime, None
+        runtime, shown = candidate.runtime.runtime, None
         try:
             evaluator = self._evaluator("search")
             if race is None:
-                accuracy, margins = evaluator.complete(artifact.data, runtime=runtime)
+                accuracy, shown = evaluator.complete(artifact.data, runtime=runtime)
             else:
                 own = self._by_base(race, candidate)
                 accuracy = evaluator.evaluate(artifact.data, race=own, runtime=runtime)
@@ -201,7 +201,7 @@ class CompressionWorker:
             sha256=artifact.sha256,
             compression=artifact.compression,
             accuracy=accuracy,
-            margins=margins,
+            shown=shown,
         )
 
     def _by_base(self, race: Race, candidate: Candidate) -> Race:
@@ -210,8 +210,8 @@ class CompressionWorker:
 
         if not candidate.prune_ratios:
             return race
-        _, margins = self._base(candidate.prune_ratios)
-        return replace(race, auxiliary_margins=margins, likeness=LIKE_BASE)
+        _, base = self._base(candidate.prune_ratios)
+        return replace(race, auxiliary=base, likeness=LIKE_BASE)
 
     def noise(
         self, group: str, precisions: Sequence[Precision]
@@ -243,8 +243,8 @@ class CompressionWorker:
         """The artifact's accuracy in the runtime on all of the search data."""
         return self._evaluator("search").evaluate(_bytes_of(artifact), runtime=runtime)
 
-    def search_margins(self, artifact: ArtifactFile | bytes, runtime: str) -> np.ndarray:
-        """The label margins of the artifact in the runtime on all of the search data, `(n,)`."""
+    def shown(self, artifact: ArtifactFile | bytes, runtime: str) -> Shown:
+        """What the artifact in the runtime does to each sample of the search data."""
         return self._evaluator("search").complete(_bytes_of(artifact), runtime=runtime)[1]
 
     def held_out(self, artifact: ArtifactFile | bytes, runtime: str) -> AccuracyReport:

@@ -171,7 +171,7 @@ class Evaluation:
                 trial, kernels = todo[position]
                 self._keep(trial, self._by_kernels[kernels], result)
                 if self.races is not None and trial.candidate == self.races.auxiliary:
-                    self.races.learn(kernels, result.margins if isinstance(result, Built) else None)
+                    self.races.learn(kernels, result.shown if isinstance(result, Built) else None)
         return [self.repository.get_trial(trial.id) for trial in trials]
 
     def _measure(self, trials: Sequence[TrialRecord]) -> None:
@@ -216,9 +216,9 @@ class Evaluation:
             if trial.candidate == races.auxiliary
             and trial.on(self._by_kernels[kernels][0].id).accuracy is not None
         ]
-        for (_, devices), margins in self._on_artifacts("search_margins", todo):
+        for (_, devices), shown in self._on_artifacts("shown", todo):
             kernels = kernels_of(devices[0].description).name
-            races.learn(kernels, None if isinstance(margins, CallFailed) else margins)
+            races.learn(kernels, None if isinstance(shown, CallFailed) else shown)
 
     def complete_front(self) -> None:
         """Show front members that raced every sample, until nothing on a front has raced.

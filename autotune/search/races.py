@@ -2,9 +2,9 @@
 
 FP32 is what everything is compared with, and uniform INT8 on the first runtime options tells which
 samples compression shifts at all (`compression/racing.py`): both are shown every sample. The
-others race, by uniform INT8's margins as soon as these are known: the baselines that are built
-beside it have none yet. Margins are of the kernel class that an artifact is written for, as its
-accuracy is. What is built on a pruned base races by that base in FP32 instead, whose margins the
+others race, by what uniform INT8 does to each sample as soon as that is known: the baselines that
+are built beside it do without. It is known of the kernel class that an artifact is written for, as
+its accuracy is. What is built on a pruned base races by that base in FP32 instead, which the
 workers know (`compression_worker.py`).
 """
 
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from autotune.compression.racing import Race
+from autotune.compression.racing import Race, Shown
 from autotune.search.front import REFERENCE_DROP
 from autotune.spec import JobSpec
 from search_spaces import Candidate, SearchSpace
@@ -29,7 +27,7 @@ class Races:
 
     race: Race
     auxiliary: Candidate | None
-    _margins: dict[str, np.ndarray | None] = field(
+    _shown: dict[str, Shown | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -38,16 +36,18 @@ class Races:
         is_fp32 = not candidate.precisions and not candidate.prune_ratios
         if is_fp32 or candidate == self.auxiliary:
             return None
-        return replace(self.race, auxiliary_margins=self._margins.get(kernels))
+        return replace(self.race, auxiliary=self._shown.get(kernels))
 
-    def learn(self, kernels: str, margins: np.ndarray | None) -> None:
-        """The auxiliary's margins there, `(n,)`; None where they cannot be had."""
-        # A copy: an array from a worker may hold on to all that came with it.
-        self._margins[kernels] = None if margins is None else margins.copy()
+    def learn(self, kernels: str, shown: Shown | None) -> None:
+        """What the auxiliary does to each sample there; None where that cannot be had."""
+        # Copies: an array from a worker may hold on to all that came with it.
+        self._shown[kernels] = shown and Shown(
+            margins=shown.margins.copy(), divergences=shown.divergences.copy()
+        )
 
     def has_learned(self, kernels: str) -> bool:
         """Nothing more is to be learned of that kernel class."""
-        return self.auxiliary is None or kernels in self._margins
+        return self.auxiliary is None or kernels in self._shown
 
 
 def races_of(spec: JobSpec, space: SearchSpace) -> Races:

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from autotune.compression.accuracy import ONNXRUNTIME
-from autotune.compression.racing import ALPHA, Race, Racing
+from autotune.compression.racing import ALPHA, Race, Racing, Shown
 from autotune.search.conclusion import build_space
 from autotune.search.pruned_bases import Ladder
 from autotune.search.races import race_of
@@ -113,7 +113,7 @@ def main() -> int:
         bases = [] if quick else pruned_bases(pool, spec, space, inspection.inventory)
         candidates = mixed(space, [{}, *bases], QUICK_CANDIDATES if quick else CANDIDATES)
         race = race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed)
-        race = replace(race, auxiliary_margins=uniform.margins)
+        race = replace(race, auxiliary=uniform.shown)
         race_candidates(benchmark, pool, race, store, candidates)
     benchmark.report()
     return 0
@@ -135,7 +135,7 @@ def error_rate(benchmark: Benchmark, kinds: Sequence[str], n: int) -> Figure:
             margins, candidates, auxiliary = simulated(
                 total, wrong=wrong, kind=kind, spread=spread, n=n // DRAWS, known=known, seed=seed
             )
-            race = Race(limit=limit, auxiliary_margins=auxiliary)
+            race = Race(limit=limit, auxiliary=by(auxiliary))
             draws.append(raced(race, margins, candidates))
         ended = together(draws)
         rows.append(
@@ -197,6 +197,11 @@ def simulated(
     if known == ALIKE:
         shifts = shifts + rng.uniform(0, 0.5, (n, 1)) * own
     return margins, _shifted(margins, shifts), _shifted(margins, own)
+
+
+def by(margins: np.ndarray | None) -> Shown | None:
+    """An auxiliary of which no more is known."""
+    return None if margins is None else Shown(margins=margins, divergences=np.zeros(len(margins)))
 
 
 def _shifted(margins: np.ndarray, shifts: np.ndarray) -> np.ndarray:

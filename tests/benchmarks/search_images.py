@@ -19,6 +19,7 @@ import numpy as np
 from autotune.compression.racing import Race, Racing
 from autotune.search.improvement import front_of, hypervolume
 from autotune.search.races import race_of
+from tests.benchmarks.accuracy_per_image import by
 from tests.benchmarks.harness import BOOTSTRAP_DRAWS, Figure
 from tests.benchmarks.oracles import Measured, Run
 from tests.benchmarks.search_ours import REFERENCE, model_based
@@ -62,7 +63,7 @@ class Raced(Measured):
     @cached_property
     def _race(self) -> Race:
         margins = self.table.margins[int(self.table.index(self._uniform[None])[0])]
-        return replace(race_of(max_accuracy_drop=None, seed=self.seed), auxiliary_margins=margins)
+        return replace(race_of(max_accuracy_drop=None, seed=self.seed), auxiliary=by(margins))
 
     @cached_property
     def _uniform(self) -> np.ndarray:

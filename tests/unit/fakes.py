@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from autotune.compression.racing import Race
+from autotune.compression.racing import Race, Shown
 from autotune.search.compression_worker import Built, Inspection
 from autotune.search.interruption import Stopped
 from autotune.search.workers import Call, CallFailed
@@ -50,9 +50,10 @@ def fake_accuracy(candidate: Candidate) -> float:
     return 0.95 - cost - 0.01 * len(candidate.prune_ratios)
 
 
-def margins_of(candidate: Candidate) -> np.ndarray:
-    """Of a few samples: more groups in low precision leave less of them."""
-    return np.linspace(0.1, 7.0, 20) - 0.1 * len(candidate.precisions)
+def shown_of(candidate: Candidate) -> Shown:
+    """A few samples: more groups in low precision leave less of their margins."""
+    lost = np.full(20, 0.1 * len(candidate.precisions))
+    return Shown(margins=np.linspace(0.1, 7.0, 20) - lost, divergences=lost)
 
 
 class FakePool:
@@ -129,11 +130,11 @@ class FakePool:
             sha256=hashlib.sha256(data).hexdigest(),
             compression={"base": {"recovery_s": 0.0}, "groups": []},
             accuracy=self.report_of(candidate, race),
-            margins=None if race is not None else margins_of(candidate),
+            shown=None if race is not None else shown_of(candidate),
         )
 
-    def _search_margins(self, artifact: ArtifactFile, runtime: str) -> np.ndarray:
-        return margins_of(Candidate.from_json(json.loads(artifact.read())))
+    def _shown(self, artifact: ArtifactFile, runtime: str) -> Shown:
+        return shown_of(Candidate.from_json(json.loads(artifact.read())))
 
     def _search_accuracy(self, artifact: ArtifactFile, runtime: str) -> Any:
         return accuracy(fake_accuracy(Candidate.from_json(json.loads(artifact.read()))))

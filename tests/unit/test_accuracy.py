@@ -141,11 +141,14 @@ def test_a_race_over_all_samples_gives_the_full_report() -> None:
 def test_a_complete_report_has_the_margins_that_others_race_by() -> None:
     artifact = quantizable("tiny").emit({"head": W4})
     evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, labelled(30), split="search")
-    report, margins = evaluator.complete(artifact)
+    report, shown = evaluator.complete(artifact)
     assert replace(report, wall_s=0.0) == replace(evaluator.evaluate(artifact), wall_s=0.0)
-    assert margins.shape == (30,) and (margins > 0).mean() == pytest.approx(report.value)
+    assert shown.margins.shape == (30,) and shown.divergences.mean() == pytest.approx(
+        report.mean_kl
+    )
+    assert (shown.margins > 0).mean() == pytest.approx(report.value)
     # Raced by its own margins every sample is foreseen, and the first ones tell the drop.
-    raced = evaluator.evaluate(artifact, race=Race(limit=0.9, auxiliary_margins=margins))
+    raced = evaluator.evaluate(artifact, race=Race(limit=0.9, auxiliary=shown))
     assert raced.drop == pytest.approx(report.drop, abs=1 / 30)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from autotune.compression.accuracy import AccuracyEvaluator
-from autotune.compression.racing import LIKE_BASE, Race
+from autotune.compression.racing import LIKE_BASE, Race, Shown
 from autotune.search.compression_worker import CompressionWorker
 from autotune.spec import JobSpec, parse_job
 from search_spaces import INT8, Candidate
@@ -63,15 +63,16 @@ def test_what_is_built_on_a_base_races_by_it(
 
     monkeypatch.setattr(AccuracyEvaluator, "evaluate", noted)
     group = worker.compressor.inventory.groups[0].name
-    base = worker.build(Candidate(prune_ratios=ratios)).margins
+    base = worker.build(Candidate(prune_ratios=ratios)).shown
     assert base is not None
-    race = Race(limit=0.01, auxiliary_margins=np.zeros(len(base)))
+    nothing = Shown(margins=np.zeros(len(base.margins)), divergences=np.zeros(len(base.margins)))
+    race = Race(limit=0.01, auxiliary=nothing)
     for pruned in ({}, ratios):
         built = worker.build(Candidate(precisions={group: INT8}, prune_ratios=pruned), race)
-        assert built.accuracy is not None and built.margins is None
+        assert built.accuracy is not None and built.shown is None
     by_uniform, by_base = races
     assert by_uniform is race
-    assert np.array_equal(by_base.auxiliary_margins, base)
+    assert np.array_equal(by_base.auxiliary.margins, base.margins)
     assert (by_base.limit, by_base.likeness) == (0.01, LIKE_BASE)
 
 

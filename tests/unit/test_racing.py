@@ -13,6 +13,7 @@ from autotune.compression.racing import (
     LEAST_SEEN,
     Race,
     Racing,
+    Shown,
     Verdict,
     label_margins,
     mean_over_all,
@@ -23,6 +24,7 @@ from tests.benchmarks.accuracy_per_image import (
     AUXILIARIES,
     SHIFTS,
     agrees,
+    by,
     raced,
     simulated,
 )
@@ -38,7 +40,7 @@ def test_the_drop_on_all_samples_is_seldom_outside_the_bounds(
     margins, candidates, auxiliary = simulated(
         300, wrong=0.1, kind=kind, spread=spread, n=200, known=known
     )
-    ended = raced(Race(limit=0.02, auxiliary_margins=auxiliary), margins, candidates)
+    ended = raced(Race(limit=0.02, auxiliary=by(auxiliary)), margins, candidates)
     assert ended.used.mean() < 0.5
     assert ended.is_outside.mean() <= 0.05
     assert (ended.is_worse & (ended.drop <= 0.02)).mean() <= 0.01
@@ -71,7 +73,7 @@ def test_what_is_expected_of_samples_not_seen_is_not_off_to_one_side(kind: str, 
     margins, candidates, auxiliary = simulated(
         samples, wrong=0.1, kind=kind, spread=1.0, n=200, known=known
     )
-    ended = raced(Race(limit=1.0, auxiliary_margins=auxiliary), margins, candidates)
+    ended = raced(Race(limit=1.0, auxiliary=by(auxiliary)), margins, candidates)
     assert ended.used.max() < 1 and ended.drop.mean() * samples > 8
     # What is thought of an auxiliary that tells nothing pulls a little to its side, and those that
     # shift as it does are lucky or unlucky with the same samples.
@@ -106,7 +108,7 @@ def test_candidates_side_by_side_race_as_each_alone() -> None:
     margins, candidates, auxiliary = simulated(
         320, wrong=0.1, kind="laplace", spread=0.8, n=6, known=ALIKE
     )
-    race = Race(limit=0.02, auxiliary_margins=auxiliary)
+    race = Race(limit=0.02, auxiliary=by(auxiliary))
     together = raced(race, margins, candidates)
     alone = [raced(race, margins, row[None]) for row in candidates]
     for name in ("is_worse", "used", "estimate", "is_outside"):
@@ -130,7 +132,7 @@ def test_samples_that_the_auxiliary_shifts_come_early() -> None:
     margins = rng.uniform(1, 7, 200)
     is_easy = rng.permutation(200) < 40
     auxiliary = np.where(is_easy, margins - 4, margins - 0.1)
-    seen = Race(limit=0.01, auxiliary_margins=auxiliary).order(margins)[:48]
+    seen = Race(limit=0.01, auxiliary=by(auxiliary)).order(margins)[:48]
     drawn = np.arange(48) % DRAWN_EVERY == DRAWN_EVERY - 1
     alone = Race(limit=0.01).order(margins)[:48]
     assert is_easy[seen[~drawn]].mean() > 2 * is_easy[alone[~drawn]].mean()
@@ -145,7 +147,7 @@ def test_an_auxiliary_tells_the_drop_more_exactly() -> None:
     drops = (lost - ((margins <= 0) & (candidates > 0)).sum(axis=1)) / 300
     errors = []
     for known in (auxiliary, None):
-        racing = Racing(Race(limit=1.0, auxiliary_margins=known), margins, n_candidates=300)
+        racing = Racing(Race(limit=1.0, auxiliary=by(known)), margins, n_candidates=300)
         standing = racing.see(candidates[:, racing.order[:48]])
         errors.append(300 * np.square(standing.drop - drops).mean() ** 0.5)
     assert errors[0] < 0.85 * errors[1], errors
@@ -154,16 +156,30 @@ def test_an_auxiliary_tells_the_drop_more_exactly() -> None:
 def test_one_that_shifts_nothing_changes_nothing() -> None:
     margins, candidates, _ = simulated(300, wrong=0.1, kind="normal", spread=0.6, n=20)
     with_it, without = (
-        raced(Race(limit=0.02, auxiliary_margins=known), margins, candidates)
+        raced(Race(limit=0.02, auxiliary=by(known)), margins, candidates)
         for known in (margins, None)
     )
     assert np.array_equal(with_it.used, without.used)
     assert np.allclose(with_it.estimate, without.estimate)
 
 
+def test_a_mean_divergence_is_as_many_times_the_auxiliarys_as_on_the_samples_seen() -> None:
+    rng = np.random.default_rng(3)
+    told = rng.lognormal(0, 1.5, 200)
+    auxiliary = Shown(margins=np.ones(200), divergences=told)
+    race, order = Race(limit=0.02, auxiliary=auxiliary), np.argsort(-told)
+    divergences = 0.3 * told * rng.lognormal(0, 0.1, 200)
+    found = race.mean_divergence(divergences[order[:32]], order)
+    assert found == pytest.approx(divergences.mean(), rel=0.05)
+    assert Race(limit=0.02).mean_divergence(divergences[order[:32]], order) > 1.2 * found
+    nothing = Shown(margins=np.ones(200), divergences=np.zeros(200))
+    without = Race(limit=0.02, auxiliary=nothing).mean_divergence(divergences[order[:32]], order)
+    assert without == mean_over_all(divergences[order[:32]], 200)
+
+
 def test_margins_of_other_data_are_refused() -> None:
     with pytest.raises(ValueError, match="margins of 5 samples, FP32 of 4"):
-        Racing(Race(limit=0.02, auxiliary_margins=np.ones(5)), np.ones(4))
+        Racing(Race(limit=0.02, auxiliary=by(np.ones(5))), np.ones(4))
 
 
 def test_those_drawn_stand_for_what_was_not_seen() -> None:

@@ -20,7 +20,7 @@ from device_agents.protocol import Outcome
 from search_spaces import INT8, Candidate
 from storage.errors import DatabaseFull
 from storage.records import AccuracyReport, JobState, TrialOutcome, TrialState
-from tests.unit.fakes import FakePool, fake_accuracy, fake_ms, margins_of
+from tests.unit.fakes import FakePool, fake_accuracy, fake_ms, shown_of
 from tests.unit.records import accuracy, latency
 from tests.unit.tuning_bench import Bench
 
@@ -336,7 +336,7 @@ def test_without_int8_candidates_race_by_their_margins_alone(bench: Bench) -> No
         bench.run(bench.job(search=search))
     races = [call.arguments[1] for call in pool.calls if call.method == "build"]
     assert races[0] is None and None not in races[1:]
-    assert all(race.auxiliary_margins is None for race in races[1:])
+    assert all(race.auxiliary is None for race in races[1:])
 
 
 def test_candidates_race_by_what_uniform_int8_does_to_each_sample(bench: Bench) -> None:
@@ -355,8 +355,8 @@ def test_candidates_race_by_what_uniform_int8_does_to_each_sample(bench: Bench) 
     int8 = bench.repository.list_trials(job.id)[1].candidate
     assert [c.arguments[1] for c in first[:2]] == [None, None], "FP32 and INT8 see all"
     for call in [*first[2:], *second]:
-        assert np.array_equal(call.arguments[1].auxiliary_margins, margins_of(int8))
-    asked = [c.method for pool in pools for c in pool.calls].count("search_margins")
+        assert np.array_equal(call.arguments[1].auxiliary.margins, shown_of(int8).margins)
+    asked = [c.method for pool in pools for c in pool.calls].count("shown")
     assert asked == 1, "the run that went on asked what the one before it knew"
 
 

@@ -170,7 +170,7 @@ class Evaluation:
             for position, result in self.pool.run(calls, should_stop=self.should_stop):
                 trial, kernels = todo[position]
                 self._keep(trial, self._by_kernels[kernels], result)
-                if self.races is not None and trial.candidate == self.races.auxiliary:
+                if self.races is not None and trial.candidate == self.races.uniform:
                     self.races.learn(kernels, result.shown if isinstance(result, Built) else None)
         return [self.repository.get_trial(trial.id) for trial in trials]
 
@@ -204,21 +204,22 @@ class Evaluation:
 
     def _learn_again(self) -> None:
         """What an interrupted run of the job had learned for its races."""
-        races = self.races
-        lacking = [] if races is None else [k for k in self._by_kernels if not races.has_learned(k)]
-        if races is None or not lacking:
+        if self.races is None:
             return
-        stored = self.repository.list_trials(self.job.id)
+        known = self.races.has_learned
+        lacking = [devices for name, devices in self._by_kernels.items() if not known(name)]
+        if not lacking:
+            return
         todo = [
-            (trial, self._by_kernels[kernels])
-            for trial in stored
-            for kernels in lacking
-            if trial.candidate == races.auxiliary
-            and trial.on(self._by_kernels[kernels][0].id).accuracy is not None
+            (trial, devices)
+            for trial in self.repository.list_trials(self.job.id)
+            for devices in lacking
+            if trial.candidate == self.races.uniform
+            and trial.on(devices[0].id).accuracy is not None
         ]
         for (_, devices), shown in self._on_artifacts("shown", todo):
             kernels = kernels_of(devices[0].description).name
-            races.learn(kernels, None if isinstance(shown, CallFailed) else shown)
+            self.races.learn(kernels, None if isinstance(shown, CallFailed) else shown)
 
     def complete_front(self) -> None:
         """Show front members that raced every sample, until nothing on a front has raced.

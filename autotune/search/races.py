@@ -22,11 +22,11 @@ from search_spaces import Candidate, SearchSpace
 class Races:
     """The races of one job; what they learn they keep, shared by all that hold them.
 
-    `auxiliary` is uniform INT8; None where nothing can be quantized so.
+    `uniform` is uniform INT8, by which the others race; None where nothing can be quantized so.
     """
 
     race: Race
-    auxiliary: Candidate | None
+    uniform: Candidate | None
     _shown: dict[str, Shown | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -34,12 +34,12 @@ class Races:
     def of(self, candidate: Candidate, kernels: str) -> Race | None:
         """What it races against where it is written for that kernel class; None: it does not."""
         is_fp32 = not candidate.precisions and not candidate.prune_ratios
-        if is_fp32 or candidate == self.auxiliary:
+        if is_fp32 or candidate == self.uniform:
             return None
         return replace(self.race, auxiliary=self._shown.get(kernels))
 
     def learn(self, kernels: str, shown: Shown | None) -> None:
-        """What the auxiliary does to each sample there; None where that cannot be had."""
+        """What uniform INT8 does to each sample there; None where that cannot be had."""
         # Copies: an array from a worker may hold on to all that came with it.
         self._shown[kernels] = shown and Shown(
             margins=shown.margins.copy(), divergences=shown.divergences.copy()
@@ -47,7 +47,7 @@ class Races:
 
     def has_learned(self, kernels: str) -> bool:
         """Nothing more is to be learned of that kernel class."""
-        return self.auxiliary is None or kernels in self._shown
+        return self.uniform is None or kernels in self._shown
 
 
 def races_of(spec: JobSpec, space: SearchSpace) -> Races:
@@ -55,7 +55,7 @@ def races_of(spec: JobSpec, space: SearchSpace) -> Races:
     uniform = space.uniform_int8(space.runtimes[0])
     return Races(
         race=race_of(max_accuracy_drop=spec.max_accuracy_drop, seed=spec.seed),
-        auxiliary=uniform if uniform.precisions else None,
+        uniform=uniform if uniform.precisions else None,
     )
 
 

@@ -14,9 +14,9 @@
 - `broken_class_error_rate`: the same where one class of ten is shifted and the others are not,
   which is not what races expect of samples that they have not seen;
 - `images_ratio`: images that random mixed candidates of a model trained on digits use in their
-  races by uniform INT8, over all of them; a third of the candidates each on the FP32 base and on
-  the job's pruned ones. `raw` holds each race and whether all images say the same. `--quick` has
-  no pruned bases and too few images for a race to end before its last one.
+  races, over all of them; a third of the candidates each on the FP32 base, which race by uniform
+  INT8, and on the job's pruned ones. `raw` holds each race and whether all images say the same.
+  `--quick` has no pruned bases and too few images for a race to end before its last one.
 
 Two more put the first one into its place: `contention_ratio` is as many plain loops as workers
 at once over (workers x one alone), which is what the machine itself loses, and `loops_ratio`
@@ -81,11 +81,11 @@ SHIFTS: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], np.nda
 }
 BROKEN_CLASS = "broken class"
 
-NO_AUXILIARY, ALIKE = "none", "alike"
 DRAWS = 20
 """Of FP32's and the auxiliary's margins, in each scenario: the candidates of one are lucky or
 unlucky with the same samples."""
 
+NO_AUXILIARY, ALIKE = "none", "alike"
 AUXILIARIES = (NO_AUXILIARY, ALIKE, "unrelated", "shrinking", "collapsed")
 """What races know beforehand: nothing, or the margins of a candidate whose shifts are partly those
 of the others and large where theirs are, or of one that tells nothing of them: its shifts are

@@ -43,7 +43,8 @@ def test_the_drop_on_all_samples_is_seldom_outside_the_bounds(
     ended = raced(Race(limit=0.02, auxiliary=by(auxiliary)), margins, candidates)
     assert ended.used.mean() < 0.5
     assert ended.is_outside.mean() <= 0.05
-    assert (ended.is_worse & (ended.drop <= 0.02)).mean() <= 0.01
+    is_wronged = ended.is_worse & (ended.drop <= 0.02)
+    assert is_wronged.mean() <= (0.01 if known == "shrinking" else 0.0)
 
 
 def test_bounds_that_trust_the_samples_seen_alone_would_be_wrong_far_more_often() -> None:
@@ -143,9 +144,7 @@ def test_an_auxiliary_tells_the_drop_more_exactly() -> None:
     margins, candidates, auxiliary = simulated(
         300, wrong=0.1, kind="normal", spread=1.0, n=300, known=ALIKE
     )
-    lost = ((margins > 0) & (candidates <= 0)).sum(axis=1)
-    drops = (lost - ((margins <= 0) & (candidates > 0)).sum(axis=1)) / 300
-    errors = []
+    drops, errors = raced(Race(limit=1.0), margins, candidates).drop, []
     for known in (auxiliary, None):
         racing = Racing(Race(limit=1.0, auxiliary=by(known)), margins, n_candidates=300)
         standing = racing.see(candidates[:, racing.order[:48]])

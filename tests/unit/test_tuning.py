@@ -283,10 +283,7 @@ def test_a_winner_that_does_not_confirm_gives_way_to_the_next(bench: Bench) -> N
 def test_what_an_interrupted_run_left_with_the_device_is_withdrawn(bench: Bench) -> None:
     job = bench.job()
     with bench.agent() as agent:
-        agent.limit = 3
-        bench.should_stop = lambda: len(agent.measured) >= 3
-        with pytest.raises(Stopped):
-            bench.run(job)
+        bench.interrupt(job, agent, after=3)
         left = [m for m in bench.repository.list_measurements(job.id) if m.outcome is None]
         assert left == []
 
@@ -345,11 +342,7 @@ def test_candidates_race_by_what_uniform_int8_does_to_each_sample(bench: Bench) 
     bench.make_pool = lambda: next(waiting)
     job = bench.job()
     with bench.agent() as agent:
-        agent.limit = 6
-        bench.should_stop = lambda: len(agent.measured) >= 6
-        with pytest.raises(Stopped):
-            bench.run(job)
-        agent.limit, bench.should_stop = None, lambda: False
+        bench.interrupt(job, agent, after=6)
         assert bench.run(job).state is JobState.FINISHED
     first, second = ([c for c in pool.calls if c.method == "build"] for pool in pools)
     int8 = bench.repository.list_trials(job.id)[1].candidate

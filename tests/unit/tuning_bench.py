@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from autotune.search.fleet import Fleet, QuietWindow
 from autotune.search.host import Host
+from autotune.search.interruption import Stopped
 from autotune.search.tuning import Tuning
 from autotune.spec import parse_job
 from storage.artifacts import ArtifactStore
@@ -67,6 +69,14 @@ class Bench:
             make_room=lambda: self.made_room.append(True),
         )
         return Tuning(host, record, tuple(d for d in devices if d is not None)).run()
+
+    def interrupt(self, job: JobRecord, agent: FakeAgent, *, after: int) -> None:
+        """Run the job in a service that goes down after so many measurements."""
+        agent.limit = after
+        self.should_stop = lambda: len(agent.measured) >= after
+        with pytest.raises(Stopped):
+            self.run(job)
+        agent.limit, self.should_stop = None, lambda: False
 
 
 @contextmanager

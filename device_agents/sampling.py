@@ -55,11 +55,16 @@ LONG_CALL_NS = 1e8
 further call costs more than it tells."""
 MIN_PAIRS = 4
 """Sampled also where the time cap is too short for them: fewer have no interval."""
-MIN_SITTING_PAIRS = 2
-"""Of one sitting, which is sampled for half as long as it took to load: sessions of INT8 differ by
-more than their pairs do on a quiet machine, by less on a noisy one, and what is best for the
-interval is the ratio of the two times the root of the times that they take (Cochran 1977, section
-10.6); it is within a factor of two of that."""
+LOADED_NS = 5e6
+"""A session loaded anew runs for this long before its first block, which settles besides. With its
+first call alone both models of 0.25 ms were 0.3 % slower in the first block than in the third (110
+sittings); with a whole block's length for each a third of the sitting went to it."""
+MIN_SITTING_PAIRS = 1
+"""Of one sitting, which is sampled for half as long as it took to load: what is best for the
+interval is the ratio of what pairs differ by to what sessions do, times the root of the ratio of
+the times that loading and a pair take (Cochran 1977, section 10.6). Of mobilenet_v2 on an x86 core
+that is 42 and 88 ms; INT8 against FP32 at 224 pixels its sessions differed by 0.044 and its pairs
+by 0.038 while the host was busy, by 0.012 and 0.027 while it was not: 0.6 and 1.6 pairs."""
 LOADING_SHARE = 0.5
 MAX_SITTING_SHARE = 0.5 / MIN_SITTINGS
 """Of the time cap, after which a sitting ends however long it took to load: else there would be
@@ -180,12 +185,12 @@ def settling_calls(latency_ns: float) -> int:
 
 
 def settled(timers: Mapping[Subject, Timer], calls: Mapping[Subject, Call]) -> dict[Subject, Timer]:
-    """The same timers for sessions loaded anew, which have run for as long as a block."""
+    """The same timers for sessions loaded anew, which have run once and for `LOADED_NS`."""
     for subject, call in calls.items():
         now_ns = timers[subject].now_ns
         start = now_ns()
         call()
-        while now_ns() - start < BLOCK_NS:
+        while now_ns() - start < LOADED_NS:
             call()
     return {subject: replace(timer, call=calls[subject]) for subject, timer in timers.items()}
 

@@ -66,17 +66,17 @@ def simulated_device(kind, seed, n_pairs):
     return is_candidate, np.where(is_candidate, RATIO, 1.0) * 1e6 * slowdown
 
 
-def stopped_interval(
-    kind, seed, *, target=0.02, max_sittings=24, session_spread=latency.SESSION_SPREAD
-):
-    is_candidate, medians = simulated_device(kind, seed, 3 * max_sittings)
-    of_session = np.random.default_rng(seed + 10_000).normal(0, session_spread, max_sittings)
-    medians = medians * np.exp(np.where(is_candidate, of_session.repeat(6), 0))
-    blocks = blocks_of(is_candidate, medians)
-    rule = StoppingRule(target_half_width=target)
+def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
+    n_blocks, max_sittings = 2 * sitting_pairs, max_pairs // sitting_pairs
+    is_candidate, medians = simulated_device(kind, seed, max_pairs)
+    generator = np.random.default_rng(seed + 10_000)
+    of_session = generator.normal(0, latency.SESSION_SPREAD, max_sittings)
+    medians = medians * np.exp(np.where(is_candidate, of_session.repeat(n_blocks), 0))
+    blocks = blocks_of(is_candidate, medians, sitting_pairs=sitting_pairs)
+    rule = StoppingRule(target_half_width=0.02)
     n_sittings = latency.MIN_SITTINGS
     while True:
-        interval = latency.ratio_interval(blocks[: 6 * n_sittings], seed=seed)
+        interval = latency.ratio_interval(blocks[: n_blocks * n_sittings], seed=seed)
         if rule.is_satisfied(interval) or n_sittings == max_sittings:
             return interval
         n_sittings = min(max_sittings, rule.next_look(n_sittings))
@@ -132,16 +132,17 @@ def test_the_small_sample_factor_uses_students_quantile(n):
     assert latency.small_sample_factor(n) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("sitting_pairs", [1, 3])
 @pytest.mark.parametrize("kind", ["quiet", "noisy", "disturbed", "correlated"])
-def test_stopped_intervals_cover_the_true_ratio(kind):
-    intervals = [stopped_interval(kind, seed) for seed in range(120)]
+def test_stopped_intervals_cover_the_true_ratio(kind, sitting_pairs):
+    intervals = [stopped_interval(kind, seed, sitting_pairs=sitting_pairs) for seed in range(120)]
     covered = sum(interval.low <= RATIO <= interval.high for interval in intervals)
     # With a true coverage of 93 %, fewer than 86 % of 120 is a matter of two in a thousand.
     assert covered / len(intervals) >= 0.86
 
 
 def test_the_estimate_is_unbiased_on_a_disturbed_device():
-    centers = [stopped_interval("disturbed", seed, max_sittings=14).center for seed in range(150)]
+    centers = [stopped_interval("disturbed", seed, max_pairs=42).center for seed in range(150)]
     assert np.mean(centers) == pytest.approx(RATIO, rel=0.003)
 
 
@@ -156,7 +157,7 @@ def test_looks_are_few():
     looks = [latency.MIN_SITTINGS]
     while looks[-1] < 40:
         looks.append(rule.next_look(looks[-1]))
-    assert looks == [9, 14, 21, 32, 48]
+    assert looks == [12, 18, 27, 41]
 
 
 @pytest.mark.parametrize("n_sittings", [3, 4, 6])

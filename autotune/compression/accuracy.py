@@ -159,9 +159,11 @@ class AccuracyEvaluator:
         n = self.n_samples
         lost, won, error = (float(x[0]) for x in (standing.lost, standing.won, standing.error))
         fp32_right = int(self._fp32_correct.sum())
-        drop = float(standing.drop[0])
+        # In samples: what is equal over all of them has to be equal to the last bit, or a front
+        # takes a candidate that lost nothing for better than one that was shown to.
+        right = min(max(fp32_right - round(float(standing.drop[0]) * n, 1), 0.0), float(n))
+        drop = (fp32_right - right) / n
         less, more = drop - float(standing.low[0]), float(standing.high[0]) - drop
-        right = min(max(fp32_right - drop * n, 0.0), float(n))
 
         interval = _paired_interval(fp32_right - lost, lost, won, n)
         drop_low, drop_high = _widened(drop, interval, below=less, above=more)
@@ -169,7 +171,7 @@ class AccuracyEvaluator:
         return AccuracyReport(
             split=self._split,
             n_samples=seen,
-            value=fp32_right / n - drop,
+            value=right / n,
             value_low=max(low, 0.0),
             value_high=min(high, 1.0),
             fp32_value=fp32_right / n,

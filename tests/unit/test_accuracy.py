@@ -178,6 +178,19 @@ def test_a_race_ends_when_the_rest_would_hardly_change_what_is_known() -> None:
     assert fp32.stopped_early.endswith("almost none of those left are expected to change sides")
 
 
+def test_a_race_and_all_samples_give_equal_figures_to_the_last_bit() -> None:
+    n_equal = 0
+    for n_wrong in range(0, 40, 2):
+        evaluator, worse = against_part_of_the_answers(0.03, n_wrong=n_wrong)
+        full, shown = evaluator.complete(worse)
+        raced = evaluator.evaluate(worse, race=Race(limit=1, auxiliary=shown, likeness=1.0))
+        assert raced.n_samples < full.n_samples
+        if raced.drop == pytest.approx(full.drop, abs=1e-9):
+            assert (raced.value, raced.drop) == (full.value, full.drop)
+            n_equal += full.drop > 0
+    assert n_equal > 5
+
+
 def test_a_stopped_report_survives_storage_and_old_ones_saw_all_samples() -> None:
     evaluator, worse = against_half_of_the_answers()
     report = evaluator.evaluate(worse, race=Race(limit=0.01))
@@ -189,6 +202,11 @@ def test_a_stopped_report_survives_storage_and_old_ones_saw_all_samples() -> Non
 
 def against_half_of_the_answers() -> tuple[AccuracyEvaluator, bytes]:
     """An evaluator whose labels are FP32's own answers, and a model that gives half of them."""
+    return against_part_of_the_answers(0.5, n_wrong=0)
+
+
+def against_part_of_the_answers(lost: float, *, n_wrong: int) -> tuple[AccuracyEvaluator, bytes]:
+    """The same with a model that loses such a part; the first labels are wrong for either."""
     x = samples(320, seed=5)
     logits = run(tiny_source().fp32_bytes, x)
     answers = logits.argmax(axis=1)
@@ -198,9 +216,11 @@ def against_half_of_the_answers() -> tuple[AccuracyEvaluator, bytes]:
     for tensor in model.graph.initializer:
         if tensor.name == "head.bias":
             bias = numpy_helper.to_array(tensor).copy()
-            bias[favourite] -= np.median(margin)
+            bias[favourite] -= np.quantile(margin, lost)
             tensor.raw_data = bias.tobytes()
-    data = LabelledData(x=x, y=answers)
+    least_likely = logits.argmin(axis=1)
+    labels = np.where(np.arange(len(x)) < n_wrong, least_likely, answers)
+    data = LabelledData(x=x, y=labels)
     evaluator = AccuracyEvaluator(tiny_source().fp32_bytes, data, split="search")
     return evaluator, model.SerializeToString()
 

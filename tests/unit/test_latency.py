@@ -249,7 +249,7 @@ def test_bounds_leave_open_what_another_state_of_the_device_does_to_the_ratio():
     blocks = blocks_of(*simulated_device("quiet", 2, 20))
     plain = summary_of(blocks)
     slow = summary_of(blocks, reference_latency_ns=plain.reference_p50_ns / 1.1)
-    apart = 1.1**latency.STATE_SHARE
+    apart = 1.1**latency.NEIGHBOUR_SHARE
     assert slow.ratio_high == pytest.approx(plain.ratio_high * apart)
     assert slow.ratio_low == pytest.approx(plain.ratio_low / apart)
     assert (slow.ratio, slow.is_steady) == (plain.ratio, True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_agents.latency import STATE_SHARE, TimedBlock
+from device_agents.latency import MIN_SITTINGS, TimedBlock, state_uncertainty
 from device_agents.quantiles import (
     independent,
     is_bounded,
@@ -62,13 +62,14 @@ def true_quantiles(correlation: float) -> dict[str, float]:
 
 @pytest.mark.parametrize(("correlation", "covered"), [(0.0, 0.975), (0.9, 0.92)])
 @pytest.mark.parametrize(("bounds", "sign"), [(upper_bounds, 1), (lower_bounds, -1)])
+@pytest.mark.parametrize("sittings", [MIN_SITTINGS - 2, MIN_SITTINGS])
 def test_bounds_hold_as_often_as_they_say(
-    bounds: Any, sign: int, correlation: float, covered: float
+    sittings: int, bounds: Any, sign: int, correlation: float, covered: float
 ) -> None:
     truth = true_quantiles(correlation)
     found = [
         bounds(
-            measured(seed, pairs=50, per_block=16, sittings=10, correlation=correlation),
+            measured(seed, pairs=50, per_block=16, sittings=sittings, correlation=correlation),
             reference_latency_ns=2e6,
         )
         for seed in range(80)
@@ -99,12 +100,15 @@ def test_few_samples_have_no_bound_and_more_are_asked_for() -> None:
 
 def test_a_reference_that_was_slow_here_scales_the_bound_and_widens_it() -> None:
     blocks = measured(1, pairs=80)
-    at_rest, slow = (upper_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in (2e6, 1e6))
+    at_rest_ns = float(np.median([b.median_ns for b in blocks if b.subject == "reference"]))
+    calibrated = (at_rest_ns, at_rest_ns / 2)
+    apart = math.exp(state_uncertainty(2.0, 1.0))
+    at_rest, slow = (upper_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in calibrated)
     assert at_rest is not None
-    assert slow == pytest.approx(at_rest / 2 * 2**STATE_SHARE)
-    below, slow = (lower_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in (2e6, 1e6))
+    assert slow == pytest.approx(at_rest / 2 * apart)
+    below, slow = (lower_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in calibrated)
     assert below is not None
-    assert slow == pytest.approx(below / 2 / 2**STATE_SHARE)
+    assert slow == pytest.approx(below / 2 / apart)
 
 
 def test_one_sitting_leaves_room_for_how_sessions_differ() -> None:

@@ -43,7 +43,7 @@ sitting with three pairs each, and 0.011 to 0.023 from pair to pair, 0.06 and mo
 busy. Sittings of one process differ as much as those of fresh ones, and means of six by no more
 than independent sittings would (0.011)."""
 NEIGHBOUR_SHARE = 1.2
-"""By how much a ratio may move with its reference's latency, as a share, where that moves by little.
+"""By how much a ratio may move with its reference's latency, as a share, while that moves little.
 What a neighbour on the host takes of cache and memory costs two models as much time, rather than as
 large a part of theirs: over some minutes in which copies of 16 MB slowed by 0.45, all in
 logarithms, FP32 mobilenet_v2 at 224 pixels slowed by 0.10 (4.2 to 4.6 ms) and its INT8 file by 0.23
@@ -53,7 +53,7 @@ logarithms, FP32 mobilenet_v2 at 224 pixels slowed by 0.10 (4.2 to 4.6 ms) and i
 in the worst. FP32 over itself stays. One measurement lies in one state and cannot see it: of 80 in
 that worst hour half hold the long-run ratio without this, 61 % with 0.5, 85 % with this share."""
 NEIGHBOUR_CHANGE = 0.1
-"""By which logarithm of the reference's latency a neighbour moved it for minutes on end, at most."""
+"""How far, in logarithms, a neighbour moved the reference's latency for minutes on end, at most."""
 STATE_SHARE = 0.5
 """The same share where the reference moves by more, which is the clock's or the processor's time:
 these slow all that is computed alike. While FP32 mobilenet_v2 was slower by 0.30 its ratio was

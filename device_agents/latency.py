@@ -50,14 +50,18 @@ logarithms, FP32 mobilenet_v2 at 224 pixels slowed by 0.10 (4.2 to 4.6 ms) and i
 (1.8 to 2.3 ms); resnet18 by 0.04 and 0.08, efficientnet_b0 by 0.08 and 0.09, mobilenet_v3_small by
 0.34 and 0.23, and what fits into a core's own cache not at all. So the ratio of INT8 moved by 1.2,
 1.1, 0.1 and -0.4 of what FP32 did; of mobilenet_v2 by 0.06 to 0.6 in other hours and by 1.0 and 1.1
-in the worst. FP32 over itself stays. One measurement lies in one state and cannot see it: of 80 in
-that worst hour half hold the long-run ratio without this, 61 % with 0.5, 85 % with this share."""
+in the worst. One measurement lies in one state and cannot see it: of 80 in
+that worst hour 31 hold the long-run ratio without this, 49 with 0.5, 71 with this share."""
 NEIGHBOUR_CHANGE = 0.1
 """How far, in logarithms, a neighbour moved the reference's latency for minutes on end, at most."""
 STATE_SHARE = 0.5
 """The same share where the reference moves by more, which is the clock's or the processor's time:
 these slow all that is computed alike. While FP32 mobilenet_v2 was slower by 0.30 its ratio was
 larger by 0.07. A choice."""
+ITSELF_SHARE = 0.2
+"""The same share where the candidate is the reference itself, and moves as it does: a device that
+is not at rest is less even than a few seconds tell. Of 80 intervals of FP32 over itself, in two
+restless hours, 4 leave out 1 without it, none with it."""
 MIN_SITTINGS = 12
 """Before the first look. Of twelve sittings that differ by `SESSION_SPREAD`, with a pair each that
 is off by as much, the mean is known to ±2.2 %; what looks narrow before that is luck. With a first
@@ -305,13 +309,15 @@ def summarize(
     *,
     seed: int,
     reference_latency_ns: float | None,
+    is_reference: bool = False,
 ) -> LatencySummary:
     """All statistics of a finished measurement.
 
     `reference_latency_ns` is the reference's calibrated latency on this device; None takes the
     median of its samples here. All latencies are scaled by calibrated over measured reference, and
-    where these differ the bounds are `state_uncertainty` further apart. Whether the measurement
-    is steady is not a matter of that: it may be all that this device has to offer now.
+    where these differ the bounds are `state_uncertainty` further apart; `is_reference` says that
+    the candidate is the same file run the same way. Whether the measurement is steady is not a
+    matter of that: it may be all that this device has to offer now.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
@@ -320,7 +326,7 @@ def summarize(
     references = reference_medians(blocks)
     reference_ns = float(median(references))
     calibrated_ns = reference_latency_ns or reference_ns
-    apart = math.exp(state_uncertainty(reference_ns, calibrated_ns))
+    apart = math.exp(state_uncertainty(reference_ns, calibrated_ns, is_reference=is_reference))
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
     samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
     p90, p99 = quantiles(samples, [0.9, 0.99]) * (calibrated_ns / reference_ns)
@@ -344,17 +350,21 @@ def summarize(
     )
 
 
-def state_uncertainty(reference_ns: float, calibrated_ns: float) -> float:
+def state_uncertainty(
+    reference_ns: float, calibrated_ns: float, *, is_reference: bool = False
+) -> float:
     """What is not known of a ratio, or latency, because the device is not in its calibrated state.
 
     The half width in logarithms: `NEIGHBOUR_SHARE` of the difference between the reference's
     latency and its calibrated one as far as a neighbour may cause it, and `STATE_SHARE` of all of
-    it where that is more.
+    it where that is more; `ITSELF_SHARE` where the candidate `is_reference`.
 
     >>> [round(state_uncertainty(math.exp(moved), 1.0), 3) for moved in (0.0, -0.05, 0.1, 0.7)]
     [0.0, 0.06, 0.12, 0.35]
     """
     moved = abs(math.log(reference_ns / calibrated_ns))
+    if is_reference:
+        return ITSELF_SHARE * moved
     return max(NEIGHBOUR_SHARE * min(moved, NEIGHBOUR_CHANGE), STATE_SHARE * moved)
 
 

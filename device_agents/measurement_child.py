@@ -71,6 +71,12 @@ class ChildJob:
     profile: bool
     quantile: str = "p50"
 
+    @property
+    def is_reference(self) -> bool:
+        """The candidate is the reference's file, run the same way."""
+        candidate = (self.candidate_path, self.runtime, self.options)
+        return candidate == (self.reference_path, self.reference_runtime, self.reference_options)
+
     @classmethod
     def read(cls, path: Path) -> ChildJob:
         """The job that the parent wrote."""
@@ -176,7 +182,12 @@ def measure(job: ChildJob) -> dict[str, Any]:
     if joules is None:
         source = sampled.energy_missing or source
     after = read_conditions(since=ticks)
-    summary = summarize(blocks, seed=job.seed, reference_latency_ns=job.reference_latency_ns)
+    summary = summarize(
+        blocks,
+        seed=job.seed,
+        reference_latency_ns=job.reference_latency_ns,
+        is_reference=job.is_reference,
+    )
     if sampled.drift is not None:
         summary = replace(summary, is_steady=False, unsteady_reason=sampled.drift)
     return {

@@ -386,7 +386,8 @@ class LatencyReport(Message):
     All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
     calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
     of a block bootstrap's and one over the sittings, of the ratio, scaled likewise, and wider by
-    what the reference's distance from its calibrated latency leaves open. `p90_ns` and
+    what the reference's distance from its calibrated latency leaves open (little where it is the
+    reference itself that is measured). `p90_ns` and
     `p99_ns` are the candidate's sample quantiles scaled by the same calibration; their bounds
     (`quantiles.py`) pass for as sure as those of `p50_ns` and are None where the samples are too
     few for one. A sample of a model faster than 0.1 ms is a mean of some calls. `ratio`

@@ -17,10 +17,11 @@ from autotune.errors import InvalidJob, InvalidModel
 from autotune.search.best_baseline import BASELINE, comparison
 from autotune.search.blocking import blocking_groups, in_words
 from autotune.search.fleet import runtime_request
-from autotune.search.front import Answer
+from autotune.search.front import Answer, latency_of
 from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
+from device_agents.latency import state_uncertainty
 from device_agents.protocol import LatencyReport
 from search_spaces import (
     LayerGroup,
@@ -41,6 +42,10 @@ _USUAL = (DeviceKernels(kernels=X86_VNNI),)
 
 _NONE_LOST = 3.0
 """The rule of three: -ln(0.05), rounded up."""
+
+_WORTH_SAYING = 0.03
+"""By how much another state of the device makes an interval wider before it is said: as much as a
+drift of the reference."""
 
 _ONE_POINT = 0.01
 """What a user who allows no drop in particular would still want to see."""
@@ -239,6 +244,22 @@ def noise_in_words(again: LatencyReport) -> str:
     )
 
 
+def state_in_words(report: LatencyReport | None) -> str:
+    """Why an interval is wide though it was measured for long; nothing where it is not."""
+    if report is None:
+        return ""
+    calibrated_ns = report.reference_latency_ns
+    wider = math.expm1(state_uncertainty(report.reference_p50_ns, calibrated_ns))
+    if wider < _WORTH_SAYING:
+        return ""
+    moved = report.reference_p50_ns / calibrated_ns - 1
+    return (
+        f"while it was measured FP32 took {abs(moved):.0%} {'more' if moved > 0 else 'less'} time "
+        f"than when it was calibrated (by a neighbour on the host, or by its clock), which makes "
+        f"its interval of latency {wider:.0%} wider on each side"
+    )
+
+
 def compared_with(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """FP32, uniform INT8, and the best baseline on each device as it stands now.
 
@@ -282,6 +303,7 @@ def conclude(
         )
     if baseline is not None and not is_baseline:
         sentences.append(comparison(winner, baseline, at=view.limits.at, shares=view.is_of_worst))
+    sentences.append("" if is_fp32 else state_in_words(latency_of(winner)))
     blocking = blocking_of(job, found)
     sentences.append(in_words(blocking))
     return JobResult(

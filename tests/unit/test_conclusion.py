@@ -1,13 +1,15 @@
-"""What a job is told before it starts: limits of its model and of its data."""
+"""What a job is told before it starts and at its end: limits of its model, its data and device."""
 
 from __future__ import annotations
 
 import pytest
 
 from autotune.errors import InvalidModel
-from autotune.search.conclusion import data_limits, limits
+from autotune.search.conclusion import data_limits, limits, state_in_words
 from autotune.spec import JobSpec, parse_job
+from device_agents.protocol import LatencyReport
 from search_spaces import FloatOperator, LayerGroup, LayerInventory, PrunableGroup
+from tests.unit.records import latency
 
 
 def job(**keys: object) -> JobSpec:
@@ -86,3 +88,15 @@ def test_an_inventory_of_the_first_version_is_still_read() -> None:
     }  # fmt: skip
     (operator,) = LayerInventory.from_json(document).float_operators
     assert (operator.operator, operator.count) == ("Erf", 2)
+
+
+def test_a_device_in_another_state_than_when_it_was_calibrated_is_told_with_what_it_costs() -> None:
+    busy = state_in_words(latency(2.0, reference_p50_ns=4.2e6))
+    assert busy.startswith("while it was measured FP32 took 5% more time than when it was calib")
+    assert busy.endswith("which makes its interval of latency 6% wider on each side")
+    assert "20% less time" in state_in_words(latency(2.0, reference_p50_ns=3.2e6))
+
+
+@pytest.mark.parametrize("report", [None, latency(2.0), latency(2.0, reference_p50_ns=4.05e6)])
+def test_a_device_in_its_calibrated_state_is_not_talked_about(report: LatencyReport | None) -> None:
+    assert state_in_words(report) == ""

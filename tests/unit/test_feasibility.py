@@ -101,7 +101,7 @@ def test_memory_and_energy_keep_a_slower_trial_on_the_front_where_they_count(nam
 
 def test_bounds_that_an_agent_did_not_send_come_from_its_samples() -> None:
     blocks = tuple(
-        Block(subject=subject, samples_ns=tuple(range(ns, ns + 20)), sitting=n // 4)
+        Block(subject=subject, samples_ns=tuple(range(ns, ns + 20)), sitting=n // 3)
         for n in range(36)
         for subject, ns in (("candidate", 1000), ("reference", 2000))
     )

@@ -255,6 +255,16 @@ def test_bounds_leave_open_what_another_state_of_the_device_does_to_the_ratio():
     assert (slow.ratio, slow.is_steady) == (plain.ratio, True)
 
 
+def test_a_model_against_itself_is_known_to_move_as_its_reference_does():
+    blocks = blocks_of(*simulated_device("quiet", 2, 20))
+    plain = summary_of(blocks)
+    calibrated_ns = plain.reference_p50_ns / 1.1
+    itself = summary_of(blocks, reference_latency_ns=calibrated_ns, is_reference=True)
+    apart = 1.1**latency.ITSELF_SHARE
+    assert itself.ratio_high == pytest.approx(plain.ratio_high * apart)
+    assert itself.ratio_low == pytest.approx(plain.ratio_low / apart)
+
+
 def test_quantiles_are_those_of_the_candidates_samples():
     is_candidate, medians = simulated_device("quiet", 2, 20)
     blocks = [

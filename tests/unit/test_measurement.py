@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +403,15 @@ def test_a_given_reference_latency_calibrates_the_report(tmp_path):
     document = measurement_child.measure(child_job(tmp_path, reference_latency_ns=1e6))
     report = document["report"]
     assert report["p50_ns"] == pytest.approx(report["ratio"] * 1e6)
+
+
+def test_the_reference_against_itself_is_told_from_any_other_candidate(tmp_path):
+    job = child_job(tmp_path, reference_latency_ns=1e6)
+    itself = replace(job, candidate_path=job.reference_path)
+    otherwise = replace(itself, options=RuntimeOptions(threads=2))
+    assert [x.is_reference for x in (job, itself, otherwise)] == [False, True, False]
+    moved, alike = (measurement_child.measure(x)["report"] for x in (job, itself))
+    assert alike["ratio_high"] / alike["ratio"] < 1.25 < moved["ratio_high"] / moved["ratio"]
 
 
 def test_two_measurements_with_one_seed_are_equal_on_a_simulated_device(tmp_path):

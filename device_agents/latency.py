@@ -50,8 +50,8 @@ logarithms, FP32 mobilenet_v2 at 224 pixels slowed by 0.10 (4.2 to 4.6 ms) and i
 (1.8 to 2.3 ms); resnet18 by 0.04 and 0.08, efficientnet_b0 by 0.08 and 0.09, mobilenet_v3_small by
 0.34 and 0.23, and what fits into a core's own cache not at all. So the ratio of INT8 moved by 1.2,
 1.1, 0.1 and -0.4 of what FP32 did; of mobilenet_v2 by 0.06 to 0.6 in other hours and by 1.0 and 1.1
-in the worst. One measurement lies in one state and cannot see it: of 80 in
-that worst hour 31 hold the long-run ratio without this, 49 with 0.5, 71 with this share."""
+in the worst. One measurement lies in one state and cannot see it: of 80 in that worst hour 31 hold
+the long-run ratio without this, 49 with 0.5, 71 with this share."""
 NEIGHBOUR_CHANGE = 0.1
 """How far, in logarithms, a neighbour moved the reference's latency for minutes on end, at most."""
 STATE_SHARE = 0.5

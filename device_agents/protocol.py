@@ -387,11 +387,11 @@ class LatencyReport(Message):
     calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
     of a block bootstrap's and one over the sittings, of the ratio, scaled likewise, and wider by
     what the reference's distance from its calibrated latency leaves open (little where it is the
-    reference itself that is measured). `p90_ns` and
-    `p99_ns` are the candidate's sample quantiles scaled by the same calibration; their bounds
-    (`quantiles.py`) pass for as sure as those of `p50_ns` and are None where the samples are too
-    few for one. A sample of a model faster than 0.1 ms is a mean of some calls. `ratio`
-    compares with the reference model, which is the job's FP32 model: below 1 is faster.
+    reference itself that is measured). `p90_ns` and `p99_ns` are the candidate's sample quantiles
+    scaled by the same calibration; their bounds (`quantiles.py`) pass for as sure as those of
+    `p50_ns` and are None where the samples are too few for one. A sample of a model faster than
+    0.1 ms is a mean of some calls. `ratio` compares with the reference model, which is the job's
+    FP32 model: below 1 is faster.
     `is_steady` is false where the interval is too wide to order anything; what slows both
     models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
     the candidate cost what `energy_source` names, idle share included; where it is None,

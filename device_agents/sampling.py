@@ -185,7 +185,7 @@ def settling_calls(latency_ns: float) -> int:
 
 
 def settled(timers: Mapping[Subject, Timer], calls: Mapping[Subject, Call]) -> dict[Subject, Timer]:
-    """The same timers for sessions loaded anew, which have run once and for `LOADED_NS`."""
+    """The same timers for sessions loaded anew, which have run for `LOADED_NS`, once at least."""
     for subject, call in calls.items():
         now_ns = timers[subject].now_ns
         start = now_ns()

@@ -159,8 +159,8 @@ class AccuracyEvaluator:
         n = self.n_samples
         lost, won, error = (float(x[0]) for x in (standing.lost, standing.won, standing.error))
         fp32_right = int(self._fp32_correct.sum())
-        # In samples: what is equal over all of them has to be equal to the last bit, or a front
-        # takes a candidate that lost nothing for better than one that was shown to.
+        # From a count, as in `_report`: of two candidates that are right as often the one that
+        # raced must not come out better by a rounding, or it takes the other's place on the front.
         right = min(max(fp32_right - round(float(standing.drop[0]) * n, 1), 0.0), float(n))
         drop = (fp32_right - right) / n
         less, more = drop - float(standing.low[0]), float(standing.high[0]) - drop

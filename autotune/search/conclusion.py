@@ -44,8 +44,7 @@ _NONE_LOST = 3.0
 """The rule of three: -ln(0.05), rounded up."""
 
 _WORTH_SAYING = 0.03
-"""By how much another state of the device makes an interval wider before it is said: as much as a
-drift of the reference."""
+"""By how much another state of the device makes an interval wider before it is said. A choice."""
 
 _ONE_POINT = 0.01
 """What a user who allows no drop in particular would still want to see."""

@@ -50,6 +50,7 @@ CALIBRATION_IMAGES = 8
 RESAMPLES = 2000
 
 Repeats = dict[str, list[Measured]]
+"""Of each way in order of time; `calibration` holds the one that calibrated the reference."""
 
 
 def main() -> int:
@@ -92,8 +93,8 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
     target = screening.target_half_width
     cap = QUICK_TIME_CAP_S if benchmark.quick else screening.time_cap_s
     measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap)
-    calibrated_ns = measure(fp32, seed=0).reference_ns
-    measure = partial(measure, reference_latency_ns=calibrated_ns)
+    calibration = measure(fp32, seed=0)
+    measure = partial(measure, reference_latency_ns=calibration.reference_ns)
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
         found["agent"].append(measure(int8, seed=seed))
@@ -104,7 +105,7 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
             f"{condition} {seed + 1}: "
             + ", ".join(f"{way} {said(values[-1])}" for way, values in found.items())
         )
-    return found
+    return {"calibration": [calibration], **found}
 
 
 def figures(found: Mapping[str, Repeats]) -> dict[str, Figure]:

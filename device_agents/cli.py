@@ -362,13 +362,22 @@ def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str
             f"{report.ratio:.3f} ({report.ratio_low:.3f} to {report.ratio_high:.3f}) of "
             f"{against.name if against else 'itself'} at {_ms(report.reference_p50_ns)} ms"
         ),
-        "samples": f"{report.n_samples} in {report.n_blocks} blocks, {report.wall_s:.1f} s",
+        "samples": (
+            f"{report.n_samples} in {report.n_blocks} blocks, {report.wall_s:.1f} s"
+            f"{_undisturbed_text(report)}"
+        ),
         "runtime": report.runtime.text(version=report.runtime_version),
         "repeated": _repeated_text(report),
         "steady": "yes" if report.is_steady else f"no: {report.unsteady_reason}",
     }
     shown = (f"  {key:<9}{value}" for key, value in rows.items() if value)
     return "\n".join([str(model), *shown])
+
+
+def _undisturbed_text(report: LatencyReport) -> str:
+    """How many samples the latency and the ratio are of; the tail is of all."""
+    share = report.undisturbed_share
+    return "" if share is None else f"; {share:.0%} undisturbed"
 
 
 def _repeated_text(report: LatencyReport) -> str:

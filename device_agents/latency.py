@@ -1,13 +1,8 @@
 """Latency statistics: from alternating blocks of samples to a ratio that can be trusted.
 
-Owns the estimator (ratio to the reference), its interval (the wider of a block bootstrap over
-pairs and Student's over sittings) and the rules that stop a measurement or call it unsteady. Pure
-numpy: no clock, no runtime, no protocol. The timed loop is `sampling.py`'s.
-
-Why pairs of blocks: on a shared machine the plain median of 20 runs spreads by 6 % and more,
-but disturbances move two neighbouring blocks together, so their ratio spreads far less. What is
-left comes in runs of slow blocks, which is why the bootstrap resamples runs of pairs. What
-slows both models, such as a clock that falls by half, cancels and is no reason to discard data.
+Owns the ratio's interval (the wider of a block bootstrap over pairs and Student's over sittings)
+and the rules that stop a measurement or call it unsteady. Pure numpy: no clock, no runtime, no
+protocol. The estimator is `undisturbed.py`'s, the timed loop `sampling.py`'s.
 """
 
 from __future__ import annotations
@@ -21,13 +16,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from device_agents.undisturbed import (
+    Floats,
+    Pairs,
+    Timed,
+    bootstrap,
+    run_length,
+    undisturbed_ns,
+    undisturbed_share,
+)
 
 CONFIDENCE_LEVEL = 0.95
 NORMAL_QUANTILE = 1.959964
 """The normal distribution's quantile for `CONFIDENCE_LEVEL`, two-sided."""
-N_RESAMPLES = 1000
-"""With these the bounds wander by a twentieth of the half width from seed to seed."""
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 """Student's quantiles for `CONFIDENCE_LEVEL`, two-sided, at 1, 2, ... degrees of freedom."""
 MAX_PARTS = len(STUDENT) + 1
@@ -42,17 +43,15 @@ FP32 file, from where they happen to lie in memory: on an idle x86 core 0.030 fr
 sitting with three pairs each, and 0.011 to 0.023 from pair to pair, 0.06 and more while the host is
 busy. Sittings of one process differ as much as those of fresh ones, and means of six by no more
 than independent sittings would (0.011)."""
-NEIGHBOUR_SHARE = 1.2
+NEIGHBOUR_SHARE = 1.0
 """By how much a ratio may move with its reference's latency, as a share, while that moves little.
-What a neighbour on the host takes of cache and memory costs two models as much time, rather than as
-large a part of theirs: over some minutes in which copies of 16 MB slowed by 0.45, all in
-logarithms, FP32 mobilenet_v2 at 224 pixels slowed by 0.10 (4.2 to 4.6 ms) and its INT8 file by 0.23
-(1.8 to 2.3 ms); resnet18 by 0.04 and 0.08, efficientnet_b0 by 0.08 and 0.09, mobilenet_v3_small by
-0.34 and 0.23, and what fits into a core's own cache not at all. So the ratio of INT8 moved by 1.2,
-1.1, 0.1 and -0.4 of what FP32 did; of mobilenet_v2 by 0.06 to 0.6 in other hours and by 1.0 and 1.1
-in the worst. One measurement lies in one state and cannot see it: of 80 in that worst hour 31 hold
-the long-run ratio without this, 49 with 0.5, 71 with this share; where it stood at 0.445 half of
-the time and at 0.50 the other half 55 did."""
+What a neighbour on the host takes of cache and memory for minutes on end slows undisturbed samples
+too, by time rather than by a share of it: a candidate that fits into the core's own cache does not
+move at all when its reference does, and its ratio moves by all of that. Over minutes beside a
+loaded core the undisturbed ratio of INT8 mobilenet_v2 moved by -0.8 of what FP32 did at 64 pixels
+and by 0.3 and -0.1 at 224, mobilenet_v3_small by -0.5, resnet18 by 0.8, while FP32 moved by 0.11,
+0.03, 0.02, 0.05 and 0.02 (standard deviations of logarithms). Of 60 and 40 intervals in two such
+hours 83 and 88 % hold the hour's ratio without this, 94 and 98 % with it."""
 NEIGHBOUR_CHANGE = 0.1
 """How far, in logarithms, neighbours move the reference's latency for minutes on end: 0.08 to 0.15
 from end to end in most hours, 0.18 in one. A choice."""
@@ -86,9 +85,9 @@ class TimedBlock:
     """Samples of one model taken one after the other, in the order of time.
 
     `samples_ns` are nanoseconds per inference, positive and finite; where calls were grouped a
-    sample is the mean of its group. `median_ns` is their median, kept because it is what every
-    statistic below starts from. `energy_joules` was spent over the block's `n_calls` inferences;
-    None without a meter. Blocks with the same number of `sitting` ran in the same two sessions.
+    sample is the mean of its group. `median_ns` is their median, by which a drift is seen.
+    `energy_joules` was spent over the block's `n_calls` inferences; None without a meter. Blocks
+    with the same number of `sitting` ran in the same two sessions.
     """
 
     subject: Literal["candidate", "reference"]
@@ -130,6 +129,7 @@ class LatencySummary:
     reference_latency_ns: float
     n_samples: int
     n_blocks: int
+    undisturbed_share: float
     is_steady: bool
     unsteady_reason: str | None
 
@@ -153,42 +153,6 @@ class StoppingRule:
     def is_satisfied(self, interval: Interval) -> bool:
         """The interval is as narrow as was asked for."""
         return interval.half_width <= self.target_half_width
-
-
-def log_ratios(is_candidate: NDArray[np.bool_], medians_ns: Floats) -> Floats:
-    """Of each pair of neighbouring blocks, the logarithm of candidate over reference.
-
-    Args:
-        is_candidate: shape `(2 * n_pairs,)`, in order of time; one True in each pair.
-        medians_ns: shape `(2 * n_pairs,)`, the blocks' medians, positive.
-
-    Returns:
-        Shape `(n_pairs,)`, in order of time; below 0 the candidate is faster.
-
-    A pair has one block of each, so that exchanging the models changes the sign and nothing
-    else: two copies of one model come out equal under any disturbance. Dividing by the mean of
-    two neighbouring reference blocks does not: a mean of two catches a slow spell twice as
-    often as a single block does. In simulation it is 0.5 % too low with 15 % disturbed blocks,
-    and it was 5 % too low in an A/A run on a machine with four times more work than cores.
-
-    Raises:
-        ValueError: if the blocks do not come in such pairs, or there are none.
-    """
-    first, second = is_candidate[0::2], is_candidate[1::2]
-    if first.size == 0 or first.size != second.size or bool(np.any(first == second)):
-        raise ValueError("blocks must come in pairs of one candidate and one reference block")
-    sign = np.where(first, 1.0, -1.0)
-    logs: Floats = np.log(medians_ns[0::2] / medians_ns[1::2]) * sign
-    return logs
-
-
-def run_length(n: int) -> int:
-    """Values per run of the block bootstrap: n ** (1/3) (Hall, Horowitz and Jing 1995), 2 or more.
-
-    >>> [run_length(n) for n in (1, 8, 27, 200)]
-    [1, 2, 3, 6]
-    """
-    return min(n, max(2, round(math.cbrt(n))))
 
 
 def small_sample_factor(n: int) -> float:
@@ -215,63 +179,42 @@ def small_sample_factor(n: int) -> float:
     return 1.1 * math.sqrt(n / (n - length)) * student / z
 
 
-def bootstrap_medians(values: Floats, *, seed: int, n_resamples: int = N_RESAMPLES) -> Floats:
-    """Medians of resampled series, shape `(n_resamples,)`; the same seed gives the same.
+def bootstrap_interval(pairs: Pairs, *, seed: int) -> tuple[float, float, float]:
+    """Lower bound, log ratio and upper bound of dependent pairs.
 
-    Circular block bootstrap (Politis and Romano 1992): runs of `run_length` neighbouring values
-    are drawn with replacement until the series is as long as the original, of shape `(n,)`, in
-    order of time.
-    """
-    n = values.size
-    length = run_length(n)
-    generator = np.random.default_rng(seed)
-    starts = generator.integers(0, n, size=(n_resamples, -(-n // length), 1))
-    picks = ((starts + np.arange(length)) % n).reshape(n_resamples, -1)[:, :n]
-    return _medians(values[picks])
-
-
-def median_interval(values: Floats, *, seed: int) -> tuple[float, float, float]:
-    """Lower bound, median and upper bound of dependent values of shape `(n,)`, n >= 1.
-
-    A percentile interval of `bootstrap_medians`, widened by `small_sample_factor`. With n <= 2
+    A percentile interval of `bootstrap`, widened by `small_sample_factor`. With two pairs or fewer
     nothing is known of the spread and the bounds are infinite.
     """
-    center = float(median(values))
-    factor = small_sample_factor(values.size)
+    center = pairs.log_ratio()
+    factor = small_sample_factor(len(pairs))
     if math.isinf(factor):
         return -math.inf, center, math.inf
     tail = (1 - CONFIDENCE_LEVEL) / 2
-    low, high = quantiles(bootstrap_medians(values, seed=seed), [tail, 1 - tail])
-    return center - factor * (center - float(low)), center, center + factor * (float(high) - center)
+    drawn, middle = bootstrap(pairs, seed=seed)
+    low, high = quantiles(drawn - middle, [tail, 1 - tail])
+    return center + factor * min(0.0, float(low)), center, center + factor * max(0.0, float(high))
 
 
-def sitting_half_width(logs: Floats, sittings: NDArray[np.int_]) -> float:
+def sitting_half_width(pairs: Pairs) -> float:
     """Half the width of an interval that sees what differs from sitting to sitting.
-
-    Args:
-        logs: shape `(n,)`, the pairs' log ratios in order of time.
-        sittings: shape `(n,)`, the sitting of each pair, ascending.
 
     In every sitting both models are loaded anew, because a session is faster or slower for as
     long as it lasts, by where it lies in memory. In simulation with sessions that spread by
     `SESSION_SPREAD`, intervals from one pair of sessions that stop at ±1 % cover the ratio in
     a third of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
-    medians, and their spread the standard error of their mean (batch means: Conway 1963). The
-    ratio is a median, and where sessions are what differs it is known less well than a mean by
-    `MEDIAN_INEFFICIENCY`: without that, intervals that stopped at ±2 % left out the long-run
-    ratio in 4 of 36 cases on an idle and a loaded core. A device that throttles half way, or
-    shares a core with a neighbour who comes and goes, shows here too. Infinite for a single
-    sitting.
+    ratios, and their spread the standard error of their mean (batch means: Conway 1963). One ratio
+    from all of the samples is known less well than a mean by `MEDIAN_INEFFICIENCY`. A device that
+    throttles half way, or shares a core with a neighbour who comes and goes, shows here too.
+    Infinite for a single sitting.
 
     It helps and does not cure where the ratio itself switches between two states that last a
     fifth of the measurement: see `tests/unit/test_latency.py`, which repeats all of it.
     """
-    parts = sitting_parts(sittings)
+    parts = sitting_parts(pairs.sittings)
     if len(parts) == 1:
         return math.inf
-    medians = [float(median(logs[part])) for part in parts]
     student = STUDENT[len(parts) - 2]
-    error = float(np.std(medians, ddof=1)) / math.sqrt(len(parts))
+    error = float(np.std([pairs.log_ratio(part) for part in parts], ddof=1)) / math.sqrt(len(parts))
     return student * MEDIAN_INEFFICIENCY * error
 
 
@@ -282,10 +225,10 @@ def sitting_parts(sittings: NDArray[np.int_]) -> list[NDArray[np.int_]]:
     return [np.flatnonzero((part[0] <= sittings) & (sittings <= part[-1])) for part in joined]
 
 
-def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:
+def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
     """The ratio of candidate to reference with its interval; below 1 is faster.
 
-    The wider of two intervals: `median_interval` for what changes from pair to pair,
+    The wider of two intervals: `bootstrap_interval` for what changes from pair to pair,
     `sitting_half_width` for what changes from sitting to sitting. With fewer than `MIN_SITTINGS`
     sittings, which is all that a short time cap leaves of a slow model, Student's quantile makes
     the latter very wide under noise: there it is bounded by the former together with
@@ -294,10 +237,9 @@ def ratio_interval(blocks: Sequence[TimedBlock], *, seed: int) -> Interval:
     Raises:
         ValueError: if the blocks do not come in pairs.
     """
-    logs = log_ratios(*_columns(blocks))
-    sittings = np.array([block.sitting for block in blocks[0::2]])
-    low, center, high = median_interval(logs, seed=seed)
-    slow, n_sittings = sitting_half_width(logs, sittings), distinct(sittings).size
+    pairs = Pairs.of(blocks)
+    low, center, high = bootstrap_interval(pairs, seed=seed)
+    slow, n_sittings = sitting_half_width(pairs), distinct(pairs.sittings).size
     known = math.inf
     if n_sittings < MIN_SITTINGS:
         known = NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(n_sittings)
@@ -315,18 +257,17 @@ def summarize(
 ) -> LatencySummary:
     """All statistics of a finished measurement.
 
-    `reference_latency_ns` is the reference's calibrated latency on this device; None takes the
-    median of its samples here. All latencies are scaled by calibrated over measured reference, and
-    where these differ the bounds are `state_uncertainty` further apart; `is_reference` says that
-    the candidate is the same file run the same way. Whether the measurement is steady is not a
-    matter of that: it may be all that this device has to offer now.
+    `reference_latency_ns` is the reference's calibrated latency on this device; None takes that of
+    its undisturbed samples here. All latencies are scaled by calibrated over measured reference,
+    and where these differ the bounds are `state_uncertainty` further apart; `is_reference` says
+    that the candidate is the same file run the same way. Whether the measurement is steady is not
+    a matter of that: it may be all that this device has to offer now.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
     """
     measured = ratio_interval(blocks, seed=seed)
-    references = reference_medians(blocks)
-    reference_ns = float(median(references))
+    reference_ns = undisturbed_ns(blocks, "reference")
     calibrated_ns = reference_latency_ns or reference_ns
     apart = math.exp(state_uncertainty(reference_ns, calibrated_ns, is_reference=is_reference))
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
@@ -347,6 +288,7 @@ def summarize(
         reference_latency_ns=calibrated_ns,
         n_samples=sum(len(b.samples_ns) for b in blocks),
         n_blocks=len(blocks),
+        undisturbed_share=undisturbed_share(np.log(samples)),
         is_steady=reason is None,
         unsteady_reason=reason,
     )
@@ -433,19 +375,6 @@ def quantiles(values: Floats, shares: Sequence[float]) -> Floats:
 def distinct(sittings: NDArray[np.int_]) -> NDArray[np.int_]:
     """The different ones, ascending."""
     return np.array(sorted(set(sittings.tolist())), dtype=sittings.dtype)
-
-
-def _medians(rows: Floats) -> Floats:
-    """The median of each row, finite numbers of shape `(m, n)`."""
-    upper = rows.shape[1] // 2
-    lower = upper - 1 if rows.shape[1] % 2 == 0 else upper
-    ordered = np.partition(rows, (lower, upper), axis=1)
-    return (ordered[:, lower] + ordered[:, upper]) / 2
-
-
-def _columns(blocks: Sequence[TimedBlock]) -> tuple[NDArray[np.bool_], Floats]:
-    is_candidate = np.array([b.subject == "candidate" for b in blocks], dtype=np.bool_)
-    return is_candidate, np.array([b.median_ns for b in blocks], dtype=np.float64)
 
 
 def _exp(value: float) -> float:

@@ -125,6 +125,7 @@ class Measurement:
             "reference_options": reference.model_dump(exclude={"runtime"}),
             "target_half_width": plan.target_half_width,
             "time_cap_s": plan.time_cap_s,
+            "timeout_s": plan.timeout_s,
             "min_blocks": plan.min_blocks,
             "quantile": plan.quantile,
             "seed": plan.seed,

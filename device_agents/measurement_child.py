@@ -38,7 +38,7 @@ from device_agents.runtimes import (
     UnsupportedModel,
     load_runtime,
 )
-from device_agents.sampling import Call, SamplingPlan, Subject, sample
+from device_agents.sampling import Call, SamplingPlan, Subject, rest_cap_s, sample
 from device_agents.watch import DeviceWatch
 
 LARGEST_FILE_BYTES = 2**30
@@ -62,6 +62,7 @@ class ChildJob:
     reference_options: RuntimeOptions
     target_half_width: float
     time_cap_s: float
+    timeout_s: float
     min_blocks: int
     seed: int
     reference_latency_ns: float | None
@@ -162,6 +163,9 @@ def measure(job: ChildJob) -> dict[str, Any]:
         min_blocks=job.min_blocks,
         quantile=job.quantile,
         seed=job.seed,
+        reference_latency_ns=job.reference_latency_ns,
+        rest_cap_s=rest_cap_s(job.time_cap_s, timeout_s=job.timeout_s),
+        is_calibration=job.is_reference and job.reference_latency_ns is None,
     )
     before, ticks = conditions.read(), cpu_ticks()
     gc.collect()

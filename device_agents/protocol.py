@@ -43,6 +43,8 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-22: `p90_low_ns` and `p99_low_ns` of `LatencyReport`, which the service computes from the
 # samples of an agent that does not; `process_s`, None from an agent that does not say.
 # 2026-11-22: `between` of `LatencyReport`, empty from an agent without it.
+# 2026-11-22: the ratio of a `LatencyReport`, `p50_ns` and `reference_p50_ns` are of undisturbed
+# samples, whose share is `undisturbed_share`; an agent that does not say it took medians over all.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -383,15 +385,17 @@ class Profile(Message):
 class LatencyReport(Message):
     """The latency of one artifact on one device at batch 1; smaller is better.
 
-    All `*_ns` are nanoseconds per inference. `p50_ns` is `ratio` times the reference's
-    calibrated latency (`reference_latency_ns`); the interval at `confidence_level` is the wider
-    of a block bootstrap's and one over the sittings, of the ratio, scaled likewise, and wider by
-    what the reference's distance from its calibrated latency leaves open (little where it is the
-    reference itself that is measured). `p90_ns` and `p99_ns` are the candidate's sample quantiles
-    scaled by the same calibration; their bounds (`quantiles.py`) pass for as sure as those of
+    All `*_ns` are nanoseconds per inference. `ratio` compares with the reference model, which is
+    the job's FP32 model: below 1 is faster. Both count as what they take while nothing disturbs
+    them (`undisturbed.py`), as it did not during `undisturbed_share` of the candidate's samples.
+    `p50_ns` is `ratio` times the reference's calibrated latency (`reference_latency_ns`); the
+    interval at `confidence_level` is the wider of a block bootstrap's and one over the sittings, of
+    the ratio, scaled likewise, and wider by what the distance of the reference (`reference_p50_ns`)
+    from its calibrated latency leaves open (little where it is the reference itself that is
+    measured). `p90_ns` and `p99_ns` are quantiles of all of the candidate's samples, disturbed ones
+    too, scaled by the same calibration; their bounds (`quantiles.py`) pass for as sure as those of
     `p50_ns` and are None where the samples are too few for one. A sample of a model faster than
-    0.1 ms is a mean of some calls. `ratio` compares with the reference model, which is the job's
-    FP32 model: below 1 is faster.
+    0.1 ms is a mean of some calls.
     `is_steady` is false where the interval is too wide to order anything; what slows both
     models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
     the candidate cost what `energy_source` names, idle share included; where it is None,
@@ -420,6 +424,7 @@ class LatencyReport(Message):
     reference_latency_ns: float
     n_samples: int
     n_blocks: int
+    undisturbed_share: float | None = None
     is_steady: bool
     unsteady_reason: str | None = None
     wall_s: float

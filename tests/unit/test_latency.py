@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 from device_agents import latency
 from device_agents.latency import StoppingRule, TimedBlock
+from device_agents.undisturbed import BIN, UNDISTURBED, Pairs, bootstrap, run_length, undisturbed
 
 RATIO = 0.5
 
@@ -33,8 +34,11 @@ def blocks_of(is_candidate, medians, *, sitting_pairs=3):
     ]
 
 
-def sittings_of(n, *, sitting_pairs=3):
-    return np.arange(n) // sitting_pairs
+def pairs_of(candidate, reference=None, *, sitting_pairs=3):
+    """Pairs of blocks with a sample each, or as many as the rows have; logarithms."""
+    logs = [np.atleast_1d(x) for x in candidate]
+    beside = [np.zeros_like(x) for x in logs] if reference is None else reference
+    return Pairs(logs, [np.atleast_1d(x) for x in beside], np.arange(len(logs)) // sitting_pairs)
 
 
 def disturbances(kind, generator, n):
@@ -52,11 +56,15 @@ def disturbances(kind, generator, n):
     return values
 
 
-def switching_ratio(seed, *, n=120, step=0.1):
-    """Log ratios around 0 in two states, each of which lasts a fifth of the series on average."""
+def in_spells(seed, *, n, share, slower):
+    """Log latencies around 0 that are `slower` for `share` of the time, for ten blocks each."""
     generator = np.random.default_rng(seed)
-    switches = np.cumsum(generator.random(n) < 5 / n) + generator.integers(2)
-    return step * (switches % 2 - 0.5) + generator.normal(0, 0.04, n)
+    odds = share / (1 - share) / 10
+    state, states = generator.random() < share, []
+    for _ in range(n):
+        state = generator.random() >= 0.1 if state else generator.random() < odds
+        states.append(state)
+    return slower * np.array(states), generator.normal(0, 0.02, (2, n))
 
 
 def simulated_device(kind, seed, n_pairs):
@@ -70,8 +78,9 @@ def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
     n_blocks, max_sittings = 2 * sitting_pairs, max_pairs // sitting_pairs
     is_candidate, medians = simulated_device(kind, seed, max_pairs)
     generator = np.random.default_rng(seed + 10_000)
-    of_session = generator.normal(0, latency.SESSION_SPREAD, max_sittings)
-    medians = medians * np.exp(np.where(is_candidate, of_session.repeat(n_blocks), 0))
+    of_one = latency.SESSION_SPREAD / math.sqrt(2)
+    candidate, reference = generator.normal(0, of_one, (2, max_sittings)).repeat(n_blocks, axis=1)
+    medians = medians * np.exp(np.where(is_candidate, candidate, reference))
     blocks = blocks_of(is_candidate, medians, sitting_pairs=sitting_pairs)
     rule = StoppingRule(target_half_width=0.02)
     n_sittings = latency.MIN_SITTINGS
@@ -82,15 +91,47 @@ def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
         n_sittings = min(max_sittings, rule.next_look(n_sittings))
 
 
-def test_log_ratios_agree_with_a_loop_over_pairs():
+def test_pairs_are_told_apart_by_subject_in_any_order():
     generator = np.random.default_rng(1)
     is_candidate = pair_order(generator, 40)
-    medians = generator.uniform(1e5, 2e5, 80)
-    naive = []
-    for i in range(0, 80, 2):
-        of_candidate, of_reference = (i, i + 1) if is_candidate[i] else (i + 1, i)
-        naive.append(math.log(medians[of_candidate] / medians[of_reference]))
-    np.testing.assert_allclose(latency.log_ratios(is_candidate, medians), naive)
+    medians = np.round(generator.uniform(1e5, 2e5, 80))
+    found = Pairs.of(blocks_of(is_candidate, medians))
+    for i in range(40):
+        of_candidate, of_reference = (0, 1) if is_candidate[2 * i] else (1, 0)
+        assert found.candidate[i] == pytest.approx(math.log(medians[2 * i + of_candidate]))
+        assert found.reference[i] == pytest.approx(math.log(medians[2 * i + of_reference]))
+    assert found.sittings.tolist() == [i // 3 for i in range(40)]
+
+
+def test_the_undisturbed_latency_agrees_with_a_loop_over_samples():
+    logs = np.random.default_rng(2).gamma(2, 0.05, 400)
+    fastest = sum(sorted(logs)[:4]) / 4
+    kept = [x for x in logs if x <= fastest + UNDISTURBED]
+    assert 50 < len(kept) < 350
+    assert undisturbed(logs) == pytest.approx(sum(kept) / len(kept))
+
+
+def test_samples_that_something_slowed_count_for_nothing():
+    generator = np.random.default_rng(3)
+    logs = generator.normal(14, 0.02, 300)
+    slowed = np.concatenate([logs, 14.2 + generator.exponential(0.3, 500)])
+    assert undisturbed(slowed) == pytest.approx(undisturbed(logs), abs=0.002)
+    assert undisturbed(logs) == pytest.approx(logs.mean(), abs=0.001), "at rest all of them count"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+def test_a_neighbour_that_slows_one_model_more_leaves_the_ratio_as_it_is_at_rest(share):
+    centers = []
+    for seed in range(40):
+        spells, noise = in_spells(seed, n=120, share=share, slower=1.0)
+        candidate = math.log(RATIO) + math.log(1.45) * spells + noise[0]
+        reference = math.log(1.28) * spells + noise[1]
+        blocks = blocks_of(
+            np.tile([True, False], 120),
+            1e6 * np.exp(np.column_stack([candidate, reference])).ravel(),
+        )
+        centers.append(latency.ratio_interval(blocks, seed=0).center)
+    assert np.quantile(centers, [0.05, 0.95]) == pytest.approx(RATIO, rel=0.02)
 
 
 def test_exchanging_the_models_inverts_the_ratio():
@@ -102,21 +143,24 @@ def test_exchanging_the_models_inverts_the_ratio():
 
 @pytest.mark.parametrize("subjects", [[], [True], [True, True], [True, False, False]])
 def test_blocks_that_are_no_pairs_are_refused(subjects):
-    medians = np.ones(len(subjects))
     with pytest.raises(ValueError, match="pairs"):
-        latency.log_ratios(np.array(subjects, dtype=bool), medians)
+        Pairs.of(blocks_of(np.array(subjects, dtype=bool), np.ones(len(subjects))))
 
 
 @pytest.mark.parametrize("n", [3, 9, 30])
 def test_the_bootstrap_agrees_with_a_naive_one(n):
-    values = np.random.default_rng(5).normal(size=n)
-    length = latency.run_length(n)
+    generator = np.random.default_rng(5)
+    samples = generator.normal(0, 0.03, (2, n, 20)) + generator.exponential(0.03, (2, n, 1))
+    length = run_length(n)
     starts = np.random.default_rng(7).integers(0, n, size=(50, -(-n // length), 1))
     naive = []
     for resample in starts:
-        drawn = [values[(start[0] + k) % n] for start in resample for k in range(length)]
-        naive.append(np.median(drawn[:n]))
-    np.testing.assert_allclose(latency.bootstrap_medians(values, seed=7, n_resamples=50), naive)
+        picks = [(start[0] + k) % n for start in resample for k in range(length)][:n]
+        candidate, reference = (undisturbed(of[picks].ravel()) for of in samples)
+        naive.append(candidate - reference)
+    found, middle = bootstrap(pairs_of(*samples), seed=7, n_resamples=50)
+    np.testing.assert_allclose(found, naive, atol=BIN)
+    assert middle == pytest.approx(pairs_of(*samples).log_ratio(), abs=BIN)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -126,7 +170,7 @@ def test_the_same_seed_gives_the_same_interval():
 
 @pytest.mark.parametrize("n", [9, 12, 20, 60, 500])
 def test_the_small_sample_factor_uses_students_quantile(n):
-    length = latency.run_length(n)
+    length = run_length(n)
     quantile = student.ppf(0.975, n / length - 1) / student.ppf(0.975, math.inf)
     expected = 1.1 * math.sqrt(n / (n - length)) * quantile
     assert latency.small_sample_factor(n) == pytest.approx(expected, rel=0.02)
@@ -161,19 +205,18 @@ def test_looks_are_few():
 
 
 @pytest.mark.parametrize("n_sittings", [3, 4, 6])
-def test_the_interval_over_sittings_is_students_of_their_medians(n_sittings):
-    n = 4 * n_sittings
-    values = np.random.default_rng(3).normal(size=n)
-    medians = [np.median(part) for part in np.array_split(values, n_sittings)]
-    scale = math.sqrt(math.pi / 2) * np.std(medians, ddof=1) / math.sqrt(n_sittings)
+def test_the_interval_over_sittings_is_students_of_their_ratios(n_sittings):
+    values = np.random.default_rng(3).normal(0, 0.1, size=4 * n_sittings)
+    ratios = [undisturbed(part) for part in np.array_split(values, n_sittings)]
+    scale = math.sqrt(math.pi / 2) * np.std(ratios, ddof=1) / math.sqrt(n_sittings)
     low, high = student.interval(0.95, n_sittings - 1, scale=scale)
-    found = latency.sitting_half_width(values, sittings_of(n, sitting_pairs=4))
+    found = latency.sitting_half_width(pairs_of(values, sitting_pairs=4))
     assert found == pytest.approx((high - low) / 2, rel=1e-4)
 
 
 def test_many_sittings_are_joined_so_that_slow_changes_show():
     values = np.repeat([0.0, 1.0], 60)
-    found = latency.sitting_half_width(values, sittings_of(120))
+    found = latency.sitting_half_width(pairs_of(values))
     error = np.std([0, 1] * 3, ddof=1) / math.sqrt(6)
     assert found == pytest.approx(2.5706 * math.sqrt(math.pi / 2) * error)
 
@@ -181,9 +224,9 @@ def test_many_sittings_are_joined_so_that_slow_changes_show():
 def test_few_sittings_under_noise_are_bounded_by_what_sessions_spread_by():
     is_candidate, medians = simulated_device("noisy", 0, 44)
     blocks = blocks_of(is_candidate, medians, sitting_pairs=22)
-    logs = latency.log_ratios(is_candidate, medians)
-    low, center, _ = latency.median_interval(logs, seed=0)
-    assert latency.sitting_half_width(logs, sittings_of(44, sitting_pairs=22)) > 0.06
+    pairs = Pairs.of(blocks)
+    low, center, _ = latency.bootstrap_interval(pairs, seed=0)
+    assert latency.sitting_half_width(pairs) > 0.06
     found = latency.ratio_interval(blocks, seed=0)
     bound = math.hypot(center - low, 1.96 * latency.SESSION_SPREAD / math.sqrt(2))
     assert center - math.log(found.low) == pytest.approx(bound, rel=1e-3)
@@ -199,22 +242,23 @@ def test_one_pair_of_sessions_covers_the_ratio_in_a_third_of_the_cases():
     for seed in range(100):
         is_candidate, medians = simulated_device("quiet", seed, 9)
         luck = np.random.default_rng(seed).normal(0, latency.SESSION_SPREAD)
-        logs = latency.log_ratios(is_candidate, medians) + luck
-        low, _, high = latency.median_interval(logs, seed=seed)
+        lucky = medians * np.exp(np.where(is_candidate, luck, 0))
+        pairs = Pairs.of(blocks_of(is_candidate, lucky, sitting_pairs=9))
+        low, _, high = latency.bootstrap_interval(pairs, seed=seed)
         covered += low <= math.log(RATIO) <= high
     assert 20 <= covered <= 50
 
 
-def test_a_switching_ratio_is_covered_more_often_than_by_the_bootstrap_alone():
-    covered = {"both": 0, "bootstrap": 0}
-    for seed in range(200):
-        logs = switching_ratio(seed)
-        low, center, high = latency.median_interval(logs, seed=seed)
-        slow = latency.sitting_half_width(logs, sittings_of(logs.size))
-        covered["bootstrap"] += low <= 0 <= high
-        covered["both"] += min(low, center - slow) <= 0 <= max(high, center + slow)
-    assert covered["both"] / 200 >= 0.7
-    assert covered["both"] >= covered["bootstrap"] + 15
+@pytest.mark.parametrize(("share", "covered"), [(0.3, 0.95), (0.6, 0.9), (0.8, 0.8)])
+def test_the_ratio_at_rest_is_covered_where_the_candidate_is_disturbed_in_spells(share, covered):
+    found = 0
+    for seed in range(100):
+        spells, noise = in_spells(seed, n=60, share=share, slower=0.3)
+        pairs = pairs_of(spells + noise[0], noise[1])
+        low, center, high = latency.bootstrap_interval(pairs, seed=seed)
+        slow = latency.sitting_half_width(pairs)
+        found += min(low, center - slow) <= 0 <= max(high, center + slow)
+    assert found / 100 >= covered
 
 
 def changing(before, after, *, n_pairs=60):
@@ -225,8 +269,8 @@ def changing(before, after, *, n_pairs=60):
 
 
 def test_a_ratio_that_changes_half_way_widens_the_interval():
-    interval = latency.ratio_interval(changing(0.5, 0.55), seed=0)
-    assert interval.low < 0.5 < 0.55 < interval.high
+    interval = latency.ratio_interval(changing(0.5, 0.54), seed=0)
+    assert interval.low < 0.5 < 0.54 < interval.high
     assert interval.half_width > 5 * latency.ratio_interval(changing(0.5, 0.5), seed=0).half_width
 
 
@@ -333,11 +377,9 @@ def test_too_few_blocks_show_no_drift():
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 24])
-def test_medians_and_quantiles_are_numpys(n):
-    rows = np.random.default_rng(n).normal(size=(50, n))
-    assert np.array_equal(latency._medians(rows), np.median(rows, axis=1))
-    shares = [0.025, 0.9, 0.99]
-    assert latency.quantiles(rows[0], shares) == pytest.approx(np.quantile(rows[0], shares))
+def test_quantiles_are_numpys(n):
+    values, shares = np.random.default_rng(n).normal(size=n), [0.025, 0.9, 0.99]
+    assert latency.quantiles(values, shares) == pytest.approx(np.quantile(values, shares))
 
 
 def test_a_measurements_figures_need_no_masked_arrays():

@@ -381,6 +381,7 @@ def child_job(folder, **changes):
         "reference_options": RuntimeOptions(),
         "target_half_width": 0.02,
         "time_cap_s": 10.0,
+        "timeout_s": 100.0,
         "min_blocks": 8,
         "seed": 0,
         "reference_latency_ns": None,

@@ -273,9 +273,11 @@ class MeasurementPlan(Message):
     """How long and how exactly to measure.
 
     `target_half_width` is the half width of the 95 % interval as a fraction of the ratio to
-    the reference at which sampling stops; `time_cap_s` bounds the timed part.
-    `reference_latency_ns` is the reference's own calibrated median on this device; where it
-    is given, latencies are the ratio times it, which cancels the drift of the machine.
+    the reference at which sampling stops; `time_cap_s` bounds the timed part, twice as much
+    does while the reference is slower than calibrated. `reference_latency_ns` is the reference's
+    own calibrated latency on this device; where it is given, latencies are the ratio times it,
+    which cancels the drift of the machine. Without it a reference measured against itself takes
+    the whole of `time_cap_s`, because it calibrates.
     Sampling also goes on until the tail of `quantile` is seen well enough for an upper bound.
     """
 

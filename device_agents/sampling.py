@@ -76,13 +76,13 @@ PAUSE_SHARE = 0.1
 sink takes minutes; what a second shows is whether it cools at all."""
 MAX_OBSERVATIONS = 64
 """Of the device between sittings, kept of a measurement: evenly spaced where there were more."""
-REST_CAPS = 3
+REST_CAPS = 2
 """Time caps that a measurement may take until the reference has once been as fast as it was when it
 was calibrated, but for `LARGEST_TREND`. While a neighbour is busy whole stretches of 8 s have no
 undisturbed sample: of 60 and 40 measurements of INT8 mobilenet_v2 in two such hours, with the
 fastest quarter of all references for the calibrated one, the interquartile range was 0.32 and 0.25
 of the usual way's with one cap, 0.25 and 0.19 with two and 0.20 and 0.19 with three, for 1.0, 1.3
-and 1.4 times the time. A device that lasts in another state pays all three each time."""
+and 1.4 times the time. A device that stays in another state pays all of it each time."""
 LEAST_LEFT_SHARE = 0.2
 """Of the time cap, that must be left for beginning anew: with less the interval would be worse
 than the trend, which the ratio has taken out already."""
@@ -121,7 +121,7 @@ def rest_cap_s(time_cap_s: float, *, timeout_s: float) -> float:
     """How long to wait for a device at rest: `REST_CAPS`, with half of the timeout to spare.
 
     >>> [rest_cap_s(cap_s, timeout_s=120) for cap_s in (8, 30, 90)]
-    [24, 60.0, 90]
+    [16, 60, 90]
     """
     return max(time_cap_s, min(REST_CAPS * time_cap_s, timeout_s / 2))
 

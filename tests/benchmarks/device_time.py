@@ -1,8 +1,10 @@
 """Device seconds to a ±2 % interval, against fixed runs: `python -m tests.benchmarks.device_time`.
 
 Six FP32 models from 0.1 to 100 ms, each against a second session of itself, so that the ratio
-is known: 1. The agent's measurement (to ±2 %, 30 s at most) takes turns with 10 warm-up and 100
-timed runs of each of the two, all in fresh processes. Fixed runs in one process are as precise
+is known: 1. Each is calibrated once beforehand, as a job's FP32 baseline does it for all of the
+job's measurements, which `raw` keeps and no key counts. The agent's measurement (to ±2 %, 30 s at
+most) takes turns with 10 warm-up and 100 timed runs of each of the two, all in fresh processes.
+Fixed runs in one process are as precise
 as they happen to be: sessions differ, and no number of calls in one of them shows it. So the
 comparison at equal coverage asks how often they would have to be done again, in fresh processes,
 for the mean to lie within ±2 % at the agent's level, 95 %. Keys:
@@ -26,9 +28,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import NormalDist, median
 from typing import Any
 
+from autotune.spec import MeasurementSpec
 from device_agents.latency import CONFIDENCE_LEVEL
 from tests.benchmarks.harness import Benchmark, Figure, start
 from tests.benchmarks.models import fp32_model
@@ -73,9 +77,12 @@ def main() -> int:
 def take_turns(benchmark: Benchmark, name: str, size: int) -> Turns:
     """All repeats of one model."""
     path = fp32_model(name, size)
-    found: Turns = {"agent": [], "fixed": []}
+    measure = partial(by_agent, path, path, target=TARGET)
+    calibration = measure(time_cap_s=MeasurementSpec().time_cap_s, seed=0)
+    measure = partial(measure, time_cap_s=TIME_CAP_S, reference_latency_ns=calibration.reference_ns)
+    found: Turns = {"calibration": [calibration], "agent": [], "fixed": []}
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
-        ours = by_agent(path, path, target=TARGET, time_cap_s=TIME_CAP_S, seed=seed)
+        ours = measure(seed=seed)
         fixed = by_fixed_runs(path, path, runs=FIXED_RUNS, seed=seed)
         found["agent"].append(ours)
         found["fixed"].append(fixed)
@@ -125,6 +132,7 @@ def model_document(turns: Turns) -> dict[str, Any]:
         "half_width_fixed": median(x.half_width for x in fixed),
         "coverage": _covered(ours),
         "coverage_fixed": _covered(fixed),
+        "calibration": documents(turns["calibration"]),
         "agent": documents(ours),
         "fixed": documents(fixed),
     }

@@ -98,6 +98,7 @@ def latency(p50_ns: float, *, half_width: float = 0.018, n: int = 320) -> Latenc
         reference_latency_ns=FP32_NS,
         n_samples=n,
         n_blocks=16,
+        undisturbed_share=0.87,
         is_steady=True,
         wall_s=3.4,
         runtime=RuntimeRequest(),

@@ -34,6 +34,7 @@ def test_a_model_is_measured_on_its_own(simulated):
     assert done.exit_code == 0
     assert re.search(r"latency +0\.[34]\d* ms \(0\.\d+ to 0\.\d+, 95% interval\)", done.stdout)
     assert "of itself" in done.stdout
+    assert re.search(r"samples .*; (100|9\d)% undisturbed", done.stdout)
     assert "steady   yes" in done.stdout
 
 

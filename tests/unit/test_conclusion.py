@@ -93,7 +93,7 @@ def test_an_inventory_of_the_first_version_is_still_read() -> None:
 def test_a_device_in_another_state_than_when_it_was_calibrated_is_told_with_what_it_costs() -> None:
     busy = state_in_words(latency(2.0, reference_p50_ns=4.2e6))
     assert busy.startswith("while it was measured FP32 took 5% more time than when it was calib")
-    assert busy.endswith("which makes its interval of latency 6% wider on each side")
+    assert busy.endswith("which makes its interval of latency 5% wider on each side")
     assert "20% less time" in state_in_words(latency(2.0, reference_p50_ns=3.2e6))
 
 

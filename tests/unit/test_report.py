@@ -198,6 +198,10 @@ def test_what_the_device_does_not_have_says_why(page: str) -> None:
     assert "governor ondemand ondemand ondemand" in text
 
 
+def test_the_page_says_how_many_samples_the_latency_is_of(page: str) -> None:
+    assert "nothing disturbs them, which was so in 87 % of the samples" in text_of(page)
+
+
 def test_an_unsteady_latency_says_so(job, trials) -> None:
     report = trials[7].confirmed_latency.model_copy(
         update={"is_steady": False, "unsteady_reason": "the reference drifted by 5 %"}

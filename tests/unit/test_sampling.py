@@ -278,3 +278,55 @@ def test_a_clock_that_does_not_advance_is_refused(step_ns):
     clock = Clock(now_ns=lambda: next(ticks))
     with pytest.raises(InvalidDuration):
         sampling.warm_up(lambda: None, clock)
+
+
+def with_a_neighbour(*, until_s, slower):
+    """INT8 of 2 ms against FP32 of 4 ms, which something slows until then by such factors."""
+    device = bench(noisy(2e6), noisy(4e6))
+    load = device.load
+
+    def disturbed(name, call):
+        latency_ns = device.models[name].latency_ns
+
+        def run():
+            call()
+            if device.device.now_ns() < until_s * 1e9:
+                device.device.spend((slower[name] - 1) * latency_ns)
+
+        return run
+
+    device.load = lambda: {name: disturbed(name, call) for name, call in load().items()}
+    return device
+
+
+BURSTS = {"candidate": 1.45, "reference": 1.28}
+RESTING = replace(PLAN, time_cap_s=8.0, rest_cap_s=16.0, reference_latency_ns=4e6)
+
+
+@pytest.mark.parametrize(("until_s", "at_least_s", "at_most_s"), [(0, 0, 8), (12, 12, 14)])
+def test_sampling_waits_until_the_reference_is_as_fast_as_when_it_was_calibrated(
+    until_s, at_least_s, at_most_s
+):
+    device = with_a_neighbour(until_s=until_s, slower=BURSTS)
+    measured = device.sample(RESTING)
+    assert at_least_s <= device.device.now_ns() / 1e9 <= at_most_s
+    assert ratio_interval(measured.blocks, seed=1).center == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_device_that_does_not_come_to_rest_is_not_waited_for_without_end():
+    device = with_a_neighbour(until_s=1000, slower=BURSTS)
+    measured = device.sample(RESTING)
+    assert 15 <= device.device.now_ns() / 1e9 <= 17
+    assert ratio_interval(measured.blocks, seed=1).center == pytest.approx(0.566, rel=0.02)
+
+
+def test_nobody_waits_for_a_reference_of_unknown_latency():
+    device = with_a_neighbour(until_s=1000, slower=BURSTS)
+    device.sample(replace(RESTING, reference_latency_ns=None))
+    assert device.device.now_ns() / 1e9 <= 8.5
+
+
+def test_a_calibration_takes_all_of_its_time():
+    device = bench(noisy(2e5), noisy(2e5))
+    device.sample(replace(PLAN, is_calibration=True))
+    assert device.device.now_ns() / 1e9 >= 9.8

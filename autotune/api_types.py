@@ -231,7 +231,7 @@ class Progress(Shape):
 class BlockingGroup(Shape):
     """A layer group that keeps a trial from its budget, and what it costs in that trial.
 
-    `cost_ns` is the group's share of the trial's median latency, by the device's own profile
+    `cost_ns` is the group's share of the trial's latency, by the device's own profile
     of it; `is_profiled` false: by the work planned for the group, for want of a profile. Both are
     None in results of earlier releases.
     """

@@ -43,7 +43,7 @@ class FurtherLimits(TypedDict, total=False):
 
 
 class LatencyBudget(BaseModel):
-    """A bound on latency: absolute in ns, or a fraction of the FP32 model's median latency.
+    """A bound on latency: absolute in ns, or a fraction of the FP32 model's latency.
 
     >>> LatencyBudget.parse("0.5x").nanoseconds(fp32_latency_ns=4e6)
     2000000.0

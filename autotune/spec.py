@@ -267,8 +267,8 @@ class JobSpec(_Section):
     """Bound on the latency: `2.5ms`, `800us`, or `0.5x` of the FP32 latency. With several devices
     it is each one's own, or a mapping names one for each: `{gateway: 3ms, pi4: 20ms}`."""
     latency_at: Quantile = "p50"
-    """Where the budget holds and trials are compared with the best baseline: at the median (`p50`)
-    or in the tail (`p90`, `p99`) of the latencies of single inferences. The tail takes longer to
+    """Where the budget holds and trials are compared with the best baseline: while nothing disturbs
+    the device (`p50`) or in the tail (`p90`, `p99`) of single inferences. The tail takes longer to
     measure; raise `measurement.time_cap_s` where it is not seen well enough."""
     max_size: str | None = None
     """Largest acceptable file: `3MB`, `800kB`, `2MiB`."""

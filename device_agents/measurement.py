@@ -126,6 +126,7 @@ class Measurement:
             "target_half_width": plan.target_half_width,
             "time_cap_s": plan.time_cap_s,
             "timeout_s": plan.timeout_s,
+            "is_calibration": plan.is_calibration,
             "min_blocks": plan.min_blocks,
             "quantile": plan.quantile,
             "seed": plan.seed,

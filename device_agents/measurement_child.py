@@ -63,6 +63,7 @@ class ChildJob:
     target_half_width: float
     time_cap_s: float
     timeout_s: float
+    is_calibration: bool
     min_blocks: int
     seed: int
     reference_latency_ns: float | None
@@ -165,7 +166,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         seed=job.seed,
         reference_latency_ns=job.reference_latency_ns,
         rest_cap_s=rest_cap_s(job.time_cap_s, timeout_s=job.timeout_s),
-        is_calibration=job.is_reference and job.reference_latency_ns is None,
+        is_calibration=job.is_calibration,
     )
     before, ticks = conditions.read(), cpu_ticks()
     gc.collect()

@@ -45,6 +45,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-22: `between` of `LatencyReport`, empty from an agent without it.
 # 2026-11-22: the ratio of a `LatencyReport`, `p50_ns` and `reference_p50_ns` are of undisturbed
 # samples, whose share is `undisturbed_share`; an agent that does not say it took medians over all.
+# `MeasurementPlan.is_calibration`; an agent that does not know it stops where it is narrow.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -55,7 +56,8 @@ PROBLEM_TYPE = "application/problem+json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quantile = Literal["p50", "p90", "p99"]
-"""Of the latencies of single inferences: half, 90 % and 99 % of them are faster."""
+"""Of the latencies of single inferences 90 % and 99 % are faster; `p50` is what one takes while
+nothing disturbs the device, which is their median where nothing does."""
 
 
 class Message(BaseModel):
@@ -276,9 +278,9 @@ class MeasurementPlan(Message):
     the reference at which sampling stops; `time_cap_s` bounds the timed part, twice as much
     does while the reference is slower than calibrated. `reference_latency_ns` is the reference's
     own calibrated latency on this device; where it is given, latencies are the ratio times it,
-    which cancels the drift of the machine. Without it a reference measured against itself takes
-    the whole of `time_cap_s`, because it calibrates.
-    Sampling also goes on until the tail of `quantile` is seen well enough for an upper bound.
+    which cancels the drift of the machine. `is_calibration` takes the whole of `time_cap_s`,
+    however soon it is narrow, so that the device comes to rest meanwhile. Sampling also goes on
+    until the tail of `quantile` is seen well enough for an upper bound.
     """
 
     kind: Literal["screening", "confirmation"] = "screening"
@@ -287,6 +289,7 @@ class MeasurementPlan(Message):
     min_blocks: int = Field(default=8, ge=4)
     timeout_s: float = Field(default=120.0, gt=0)
     reference_latency_ns: float | None = None
+    is_calibration: bool = False
     quantile: Quantile = "p50"
     seed: int = 0
 

@@ -1,9 +1,9 @@
 """Bounds of the tail: how slow the slowest tenth and hundredth of inferences may be.
 
 Owns the bounds of a quantile of dependent samples, at p90 and p99. Pure numpy: no clock, no
-runtime, no protocol. The median with its interval is `latency.py`'s, the samples `sampling.py`'s.
+runtime, no protocol. The latency with its interval is `latency.py`'s, the samples `sampling.py`'s.
 
-Why not the bootstrap that the median has: a resampled series never holds more than its largest
+Why not the bootstrap that the latency has: a resampled series never holds more than its largest
 sample, so that the bootstrap of an extreme quantile is biased down, and of few samples it says
 nothing at all. Order statistics hold for any distribution (David and Nagaraja 2003, section
 7.1) and say themselves when the samples are too few. They ask for independent samples; how many
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
 
 import numpy as np
 
@@ -27,12 +26,13 @@ from device_agents.latency import (
     distinct,
     quantiles,
     sitting_parts,
+    small_sample_factor,
     state_uncertainty,
 )
-from device_agents.undisturbed import Floats, Timed, undisturbed_ns
+from device_agents.undisturbed import Floats, Timed, bootstrap_level, undisturbed_ns
 
 TAIL = (1 - CONFIDENCE_LEVEL) / 2
-"""Probability that a bound is passed: that of one side of the median's interval."""
+"""Probability that a bound is passed: that of one side of the latency's interval."""
 
 QUANTILES = {"p90": 0.9, "p99": 0.99}
 
@@ -64,32 +64,40 @@ def lower_bounds(
 
 
 def tail_bounds(
-    blocks: Sequence[Timed], *, reference_latency_ns: float | None
+    blocks: Sequence[Timed],
+    *,
+    reference_latency_ns: float | None,
+    reference_ns: float | None = None,
 ) -> dict[str, float | None]:
-    """Both, under the names that a latency report has for them, such as `p90_low_ns`."""
+    """Both, under the names that a latency report has for them, such as `p90_low_ns`.
+
+    `reference_ns` is what the reference took here, where the quantiles were scaled by that: an
+    older agent's are by its median.
+    """
     return {
         f"{name}_{end}_ns": ns
-        for end, bounds in (("low", lower_bounds), ("high", upper_bounds))
-        for name, ns in bounds(blocks, reference_latency_ns=reference_latency_ns).items()
+        for end, sign in (("low", -1), ("high", 1))
+        for name, ns in _bounds(blocks, reference_latency_ns, reference_ns, sign=sign).items()
     }
 
 
 def _bounds(
-    blocks: Sequence[Timed], reference_latency_ns: float | None, *, sign: int
+    blocks: Sequence[Timed],
+    reference_latency_ns: float | None,
+    reference_ns: float | None = None,
+    *,
+    sign: int,
 ) -> dict[str, float | None]:
     """Above for the sign 1, below for -1; the reference, divided by, counts the other way."""
-    bound_of, opposite_of = upper_quantile, lower_quantile
-    if sign < 0:
-        bound_of, opposite_of = opposite_of, bound_of
+    bound_of = upper_quantile if sign > 0 else lower_quantile
     candidate = [b for b in blocks if b.subject == "candidate"]
     paired = [b for b in blocks if b.subject == "reference"]
     if not candidate or len(candidate) != len(paired) or min(map(_least, blocks)) <= 0:
         return dict.fromkeys(QUANTILES)
-    medians = [float(median(block.samples_ns)) for block in paired]
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
-    reference, middle = undisturbed_ns(paired, "reference"), float(median(medians))
-    opposite = opposite_of([np.asarray(medians)[part] for part in places], 0.5)
+    reference = reference_ns or undisturbed_ns(paired, "reference")
+    beside = _level_half_width(paired)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
     scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, calibrated))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
@@ -100,14 +108,23 @@ def _bounds(
     found: dict[str, float | None] = {}
     for name, share in QUANTILES.items():
         bound = bound_of(samples, share)
-        if bound is None or opposite is None:
+        if bound is None or math.isinf(beside):
             found[name] = None
             continue
         quantile = float(quantiles(np.concatenate(samples), [share])[0])
-        beside = math.log(middle / opposite)
         away = math.hypot(math.log(bound / quantile), beside, spread)
         found[name] = quantile * math.exp(sign * away) * scale
     return found
+
+
+def _level_half_width(blocks: Sequence[Timed]) -> float:
+    """How well these blocks tell what their model takes undisturbed, in logarithms."""
+    factor = small_sample_factor(len(blocks))
+    if math.isinf(factor):
+        return math.inf
+    samples = [np.log(np.asarray(block.samples_ns, dtype=np.float64)) for block in blocks]
+    drawn, middle = bootstrap_level(samples, seed=0)
+    return factor * float(np.abs(quantiles(drawn - middle, [TAIL, 1 - TAIL])).max())
 
 
 def is_bounded(blocks: Sequence[Timed], quantile: str) -> bool:

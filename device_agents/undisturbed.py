@@ -6,8 +6,9 @@ numpy: no clock, no runtime, no protocol. Intervals and rules are `latency.py`'s
 Why undisturbed samples: on a shared host a neighbour slows whole blocks by a tenth to a half, for
 0.1 s or for most of a minute, and not both models alike, so that a median over all of a measurement
 tells how much of it was disturbed. The fastest samples are the same in a calm hour and a restless
-one. Why blocks of both in turn: what remains, such as a clock that falls by half, or a device that
-is slower today, finds both in the same state and cancels.
+one. Why blocks of both in turn: what lasts, such as a clock that stays low or a device that is
+slower today, finds both in the same state and cancels. A clock that falls for a part of the time is
+a disturbance like any other: the tail tells of it, and so do the tainted pairs of a report.
 """
 
 from __future__ import annotations
@@ -23,22 +24,27 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-EDGE_SHARE = 0.01
-"""Of a model's samples, whose mean is its fastest latency: a single one may be luck."""
-UNDISTURBED = 0.12
+EDGE_SHARE = 0.02
+"""Of a model's samples, that are faster than what counts as its fastest latency."""
+MIN_EDGE_RANK = 3
+"""The fastest latency is the third fastest sample's at least: one or two may be luck."""
+UNDISTURBED = 0.1
 """Samples count that are slower than the fastest by this at most, in logarithms. On a host at rest
-nearly all are: half of them lie within 0.06, where a model's sessions differ by `SESSION_SPREAD`. A
+most are: half of them lie within 0.06, where a model's sessions differ by `SESSION_SPREAD`. A
 neighbour's bursts cost 0.25 to 0.45. Of three sets of 24 to 60 measurements of INT8 mobilenet_v2 at
 224 pixels beside a loaded core, in a calm, a restless and a bad hour, the interquartile range was
-0.28, 0.25 and 0.32 of that of 20 runs after 10, and the medians 0.449, 0.446 and 0.451; with all
-samples 0.18, 0.48 and 0.38, and 0.452, 0.461 and 0.482. With 0.08 the calm hour has 0.42, with 0.15
-the bad one 0.43; with half of `EDGE_SHARE` or twice as much they are the same to 0.03."""
+0.33, 0.21 and 0.42 of that of 20 runs after 10, and the middle of them 0.448, 0.444 and 0.450; with
+medians of all samples 0.18, 0.48 and 0.38, and 0.452, 0.461 and 0.482. With 0.08 it is 0.37, 0.22
+and 0.34, with 0.12 0.28, 0.17 and 0.43, with an edge of 0.01 or 0.03 the same to 0.08. Chosen on
+these."""
 BIN = 0.005
 """Width of the bins of samples from which the bootstrap draws, in logarithms: as exact as its
 bounds need to be, at the same cost for a model of 0.1 ms as for one of 100."""
-N_BINS = 64
-"""Above the fastest sample; the last holds all slower ones. The window of `UNDISTURBED` takes 24,
-the others are where a resample's fastest may lie."""
+N_BINS = 160
+"""From `BELOW_EDGE` on; the outer ones hold all that is beyond. A resample without a sample at rest
+has its edge where a neighbour's bursts are, and its window above that."""
+BELOW_EDGE = 0.1
+"""Where the bins begin, below the fastest latency of all samples."""
 N_RESAMPLES = 1000
 """With these the bounds wander by a twentieth of the half width from seed to seed."""
 
@@ -105,13 +111,14 @@ class Pairs:
 def undisturbed(logs: Floats) -> float:
     """The mean of the samples that nothing disturbed; logarithms in any order, shape `(n,)`, n > 0.
 
-    Those that are slower by `UNDISTURBED` at most than the mean of the fastest `EDGE_SHARE`, at
-    least one. Exchanging candidate and reference changes the sign of their difference and nothing
-    else, and both have as many samples: two copies of one model come out equal. Where the samples
-    of a quiet device scatter by 5 % and more, the slower ones of these do not count either.
+    Those that are slower by `UNDISTURBED` at most than the fastest latency (`EDGE_SHARE`). It is a
+    trimmed mean with the trimming on one side, where disturbances are (Huber 1981, section 1.4).
+    Exchanging candidate and reference changes the sign of their difference and nothing else, and
+    both have as many samples: two copies of one model come out equal. Where the samples of a quiet
+    device scatter by more than about 4 %, the slower ones of these do not count either.
 
-    >>> undisturbed(np.array([0.0, 0.04, 0.08, 0.3, 2.0]))
-    0.04
+    >>> undisturbed(np.array([0.0, 0.02, 0.04, 0.3, 2.0]))
+    0.02
     """
     return float(_kept(logs).mean())
 
@@ -119,7 +126,7 @@ def undisturbed(logs: Floats) -> float:
 def undisturbed_share(logs: Floats) -> float:
     """How many of the samples that is, as a share.
 
-    >>> undisturbed_share(np.array([0.0, 0.04, 0.08, 0.3, 2.0]))
+    >>> undisturbed_share(np.array([0.0, 0.02, 0.04, 0.3, 2.0]))
     0.6
     """
     return _kept(logs).size / logs.size
@@ -127,8 +134,17 @@ def undisturbed_share(logs: Floats) -> float:
 
 def _kept(logs: Floats) -> Floats:
     ordered = np.sort(logs)
-    fastest = float(ordered[: max(1, round(EDGE_SHARE * ordered.size))].mean())
-    return ordered[: np.searchsorted(ordered, fastest + UNDISTURBED, side="right")]
+    edge = float(ordered[_edge_rank(logs.size) - 1])
+    return ordered[: np.searchsorted(ordered, edge + UNDISTURBED, side="right")]
+
+
+def _edge_rank(n: int) -> int:
+    """The rank, from 1, of the sample that is the fastest latency.
+
+    >>> [_edge_rank(n) for n in (1, 2, 12, 100, 1000)]
+    [1, 2, 3, 3, 20]
+    """
+    return min(n, max(MIN_EDGE_RANK, round(EDGE_SHARE * n)))
 
 
 def undisturbed_ns(blocks: Sequence[Timed], subject: str) -> float:
@@ -153,35 +169,47 @@ def bootstrap(pairs: Pairs, *, seed: int, n_resamples: int = N_RESAMPLES) -> tup
     are drawn with replacement until there are as many as in the original. From samples in bins of
     `BIN`; the same seed gives the same.
     """
-    n = len(pairs)
+    times = _times(len(pairs), seed=seed, n_resamples=n_resamples)
+    logs = _binned_undisturbed(pairs.candidate, times) - _binned_undisturbed(pairs.reference, times)
+    return logs[:-1], float(logs[-1])
+
+
+def bootstrap_level(samples: Sequence[Floats], *, seed: int) -> tuple[Floats, float]:
+    """The same of one model alone: what its blocks' samples take undisturbed."""
+    logs = _binned_undisturbed(samples, _times(len(samples), seed=seed, n_resamples=N_RESAMPLES))
+    return logs[:-1], float(logs[-1])
+
+
+def _times(n: int, *, seed: int, n_resamples: int) -> Floats:
+    """How often each of n places is drawn, a row for each resample; in the last row once."""
     length = run_length(n)
     generator = np.random.default_rng(seed)
     starts = generator.integers(0, n, size=(n_resamples, -(-n // length), 1))
     picks = ((starts + np.arange(length)) % n).reshape(n_resamples, -1)[:, :n]
     rows = np.arange(n_resamples)[:, np.newaxis] * n
     drawn = np.bincount((picks + rows).ravel(), minlength=n_resamples * n).reshape(-1, n)
-    times: Floats = np.vstack([drawn, np.ones((1, n))])
-    logs = _binned_undisturbed(pairs.candidate, times) - _binned_undisturbed(pairs.reference, times)
-    return logs[:-1], float(logs[-1])
+    return np.vstack([drawn, np.ones((1, n))])
 
 
 def _binned_undisturbed(samples: Sequence[Floats], times: Floats) -> Floats:
     """`undisturbed` of the samples, those of place i so many times as `times[:, i]` says."""
     everything = np.concatenate(samples)
-    lowest = everything.min()
-    bins = np.minimum((everything - lowest) / BIN, N_BINS - 1).astype(np.int_)
+    rank = _edge_rank(everything.size)
+    begin = float(np.partition(everything, rank - 1)[rank - 1]) - BELOW_EDGE
+    bins = np.clip((everything - begin) / BIN, 0, N_BINS - 1).astype(np.int_)
     owners = np.repeat(np.arange(len(samples)), [part.size for part in samples])
     places = owners * N_BINS + bins
     shape = (len(samples), N_BINS)
     counts = np.bincount(places, minlength=math.prod(shape)).reshape(shape)
-    sums = np.bincount(places, everything - lowest, minlength=math.prod(shape)).reshape(shape)
+    sums = np.bincount(places, everything - begin, minlength=math.prod(shape)).reshape(shape)
     # Not `@`: that would wake the threads of a linear algebra library on a device that is timed.
     n_below = np.cumsum(np.einsum("bi,ik->bk", times, counts.astype(np.float64)), axis=1)
     sum_below = np.cumsum(np.einsum("bi,ik->bk", times, sums), axis=1)
+    n_all = n_below[:, -1:]
+    ranks = np.minimum(n_all, np.maximum(MIN_EDGE_RANK, np.round(EDGE_SHARE * n_all)))
+    edges = (n_below >= ranks).argmax(axis=1)
+    # The last bin has no upper end: what lies there counts only where the fastest does too.
+    ends = np.maximum(edges, np.minimum(edges + round(UNDISTURBED / BIN), N_BINS - 2))
     rows = np.arange(len(times))
-    n_fastest = np.maximum(1.0, np.round(EDGE_SHARE * n_below[:, -1]))
-    first = (n_below >= n_fastest[:, np.newaxis]).argmax(axis=1)
-    edges = sum_below[rows, first] / n_below[rows, first] + UNDISTURBED
-    ends = np.minimum(np.rint(edges / BIN - 0.5).astype(np.int_), N_BINS - 1)
-    logs: Floats = lowest + sum_below[rows, ends] / n_below[rows, ends]
+    logs: Floats = begin + sum_below[rows, ends] / n_below[rows, ends]
     return logs

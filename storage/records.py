@@ -163,7 +163,7 @@ class AccuracyReport:
 class JobTarget:
     """A device that a job measures on, and what holds for the job there.
 
-    `latency_budget_ns` and `reference_latency_ns` (the FP32 model's own calibrated median) are
+    `latency_budget_ns` and `reference_latency_ns` (the FP32 model's own calibrated latency) are
     None until the FP32 model was measured there, the budget also where the job has none.
     Stored as JSON (2026-11-21).
     """

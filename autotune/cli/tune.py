@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from autotune.client import Client
     from autotune.spec import JobSpec
 
-# A cancelled job ends its running measurement first; that takes a measurement's time cap.
+# A cancelled job ends its running measurement first; that takes two of its time caps at most.
 _CANCEL_PATIENCE_S = 30.0
 
 

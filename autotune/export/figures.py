@@ -106,7 +106,7 @@ def bounds_text(value: float, low: float, high: float) -> str:
 
 
 def latency_text(report: LatencyReport | None) -> str:
-    """The median with its interval; an unsteady one says so."""
+    """The latency with its interval; an unsteady one says so."""
     if report is None:
         return NONE
     text = duration_interval_text(report.p50_ns, report.p50_low_ns, report.p50_high_ns)

@@ -35,7 +35,7 @@ def blocking_groups(
         costs, total = measured.group_ns(), sum(measured.other_ns().values())
     total = total + sum(costs.values()) or 1.0
     latency = latency_of(trial)
-    # Not the median itself: of several devices the worst one's stands in the first one's units.
+    # Not the latency itself: of several devices the worst one's stands in the first one's units.
     latency_ns = None if latency is None else latency.ratio * latency.reference_latency_ns
     found: list[BlockingGroup] = []
     left = excess / (1.0 + excess)

@@ -23,7 +23,8 @@ from autotune.search.fleet import UNTIMED_RUNTIMES, is_shared, runtime_request
 from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.renewal import require_unchanged
 from autotune.search.targets import target_on
-from device_agents.protocol import MeasurementPlan, MeasurementRequest, Outcome
+from device_agents.protocol import LatencyReport, MeasurementPlan, MeasurementRequest, Outcome
+from device_agents.undisturbed import undisturbed_ns
 from storage.identifiers import MEASUREMENT, new_id
 from storage.records import (
     CanaryRecord,
@@ -241,7 +242,7 @@ class _Canaries:
                     lacking = [m for m in members if len(readings[m.id]) < READINGS]
                     for record in self._round(lacking, number):
                         if record.outcome is Outcome.OK and record.report is not None:
-                            readings[record.device_id].append(record.report.reference_p50_ns)
+                            readings[record.device_id].append(reading_ns(record.report))
                         else:
                             failures[record.device_id] = f"{record.outcome}: {record.reason}"
         finally:
@@ -307,3 +308,13 @@ class _Canaries:
 
     def _is_online(self, device_id: str) -> bool:
         return self._fleet.is_online(self._repository.get_device(device_id))
+
+
+def reading_ns(report: LatencyReport) -> float:
+    """What the canary took undisturbed; of an older agent's samples, whose figure is a median."""
+    samples = [
+        x for block in report.blocks if block.subject == "reference" for x in block.samples_ns
+    ]
+    if report.undisturbed_share is not None or not samples or min(samples) <= 0:
+        return report.reference_p50_ns
+    return undisturbed_ns(report.blocks, "reference")

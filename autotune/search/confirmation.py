@@ -19,7 +19,8 @@ ALWAYS_CONFIRMED = 3
 """The fastest front members that are confirmed although no interval overlaps theirs."""
 
 MOST_CONFIRMED = 6
-"""Attempts beside baselines and winners: one takes up to the confirmation's time cap, 15 s."""
+"""Attempts beside baselines and winners: one takes up to the confirmation's time cap, 15 s, or
+twice that while the device is slower than calibrated."""
 
 
 def next_to_confirm(

@@ -430,6 +430,7 @@ def measurement_plan(
         time_cap_s=settings.confirmation_time_cap_s if confirmation else settings.time_cap_s,
         timeout_s=settings.timeout_s,
         reference_latency_ns=reference_latency_ns,
+        is_calibration=reference_latency_ns is None,
         quantile=quantile,
         seed=seed,
     )

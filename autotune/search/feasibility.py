@@ -123,7 +123,11 @@ def bounded(report: LatencyReport) -> LatencyReport:
     """The report with the tail's bounds; from its samples where the agent did not send all."""
     if None not in (report.p90_low_ns, report.p90_high_ns) or not report.blocks:
         return report
-    bounds = tail_bounds(report.blocks, reference_latency_ns=report.reference_latency_ns)
+    bounds = tail_bounds(
+        report.blocks,
+        reference_latency_ns=report.reference_latency_ns,
+        reference_ns=report.reference_p50_ns,
+    )
     return report.model_copy(update=bounds)
 
 

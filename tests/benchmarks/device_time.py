@@ -78,7 +78,7 @@ def take_turns(benchmark: Benchmark, name: str, size: int) -> Turns:
     """All repeats of one model."""
     path = fp32_model(name, size)
     measure = partial(by_agent, path, path, target=TARGET)
-    calibration = measure(time_cap_s=MeasurementSpec().time_cap_s, seed=0)
+    calibration = measure(time_cap_s=MeasurementSpec().time_cap_s, seed=0, is_calibration=True)
     measure = partial(measure, time_cap_s=TIME_CAP_S, reference_latency_ns=calibration.reference_ns)
     found: Turns = {"calibration": [calibration], "agent": [], "fixed": []}
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):

@@ -93,7 +93,7 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
     target = screening.target_half_width
     cap = QUICK_TIME_CAP_S if benchmark.quick else screening.time_cap_s
     measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap)
-    calibration = measure(fp32, seed=0)
+    calibration = measure(fp32, seed=0, is_calibration=True)
     measure = partial(measure, reference_latency_ns=calibration.reference_ns)
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):

@@ -65,11 +65,13 @@ def by_agent(
     seed: int,
     runtime: RuntimeRequest | None = None,
     reference_latency_ns: float | None = None,
+    is_calibration: bool = False,
 ) -> Measured:
     """The agent's measurement, in the child process that an agent starts.
 
     `runtime` is the candidate's, by default one thread of onnxruntime as the reference's is;
-    `reference_latency_ns` is the reference's calibrated latency, as a job has it.
+    `reference_latency_ns` is the reference's calibrated latency, as a job has it, and
+    `is_calibration` finds it out.
 
     Raises:
         SystemExit: there is no report.
@@ -79,6 +81,7 @@ def by_agent(
         time_cap_s=time_cap_s,
         timeout_s=10 * time_cap_s + 60,
         reference_latency_ns=reference_latency_ns,
+        is_calibration=is_calibration,
         seed=seed,
     )
     ended = Measurement(

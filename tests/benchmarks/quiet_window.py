@@ -145,7 +145,7 @@ def required_report(record: MeasurementRecord) -> LatencyReport:
 
 
 def clock_ns(report: LatencyReport) -> float:
-    """The artifact's median by the clock: its ratio times what the reference took just then."""
+    """The artifact's latency by the clock: its ratio times what the reference took just then."""
     return report.ratio * report.reference_p50_ns
 
 

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from autotune.search.canary import MAX_OFF, READINGS, compare, pool_latency_ns
+from autotune.search.canary import MAX_OFF, READINGS, compare, pool_latency_ns, reading_ns
+from device_agents.protocol import Block
+from tests.unit.records import latency
 
 
 def test_the_pools_latency_is_the_median_of_its_members_and_the_faster_one_of_two() -> None:
@@ -55,3 +57,14 @@ def test_the_range_of_the_readings_holds_their_median_as_often_as_stated() -> No
     )
     assert inside / n == pytest.approx(1 - 2 / 2**READINGS, abs=0.01)
     assert MAX_OFF == 0.03
+
+
+def test_an_older_agents_reading_is_made_like_the_others() -> None:
+    blocks = tuple(
+        Block(subject=subject, samples_ns=(1_000_000, 1_010_000, 1_020_000, 1_500_000, 1_600_000))
+        for subject in ("candidate", "reference")
+    )
+    told = latency(1.0, reference_p50_ns=1.2e6, blocks=blocks)
+    assert reading_ns(told) == pytest.approx(1.01e6, rel=1e-4)
+    assert reading_ns(told.model_copy(update={"undisturbed_share": 0.6})) == 1.2e6
+    assert reading_ns(told.model_copy(update={"blocks": ()})) == 1.2e6

@@ -382,6 +382,7 @@ def child_job(folder, **changes):
         "target_half_width": 0.02,
         "time_cap_s": 10.0,
         "timeout_s": 100.0,
+        "is_calibration": False,
         "min_blocks": 8,
         "seed": 0,
         "reference_latency_ns": None,

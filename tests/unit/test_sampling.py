@@ -280,7 +280,7 @@ def test_a_clock_that_does_not_advance_is_refused(step_ns):
         sampling.warm_up(lambda: None, clock)
 
 
-def with_a_neighbour(*, until_s, slower):
+def with_a_neighbour(*, until_s, slower, is_fading=False):
     """INT8 of 2 ms against FP32 of 4 ms, which something slows until then by such factors."""
     device = bench(noisy(2e6), noisy(4e6))
     load = device.load
@@ -290,8 +290,10 @@ def with_a_neighbour(*, until_s, slower):
 
         def run():
             call()
-            if device.device.now_ns() < until_s * 1e9:
-                device.device.spend((slower[name] - 1) * latency_ns)
+            left = 1 - device.device.now_ns() / (until_s * 1e9) if until_s else 0
+            if left > 0:
+                share = left if is_fading else 1
+                device.device.spend(share * (slower[name] - 1) * latency_ns)
 
         return run
 
@@ -318,6 +320,13 @@ def test_a_device_that_does_not_come_to_rest_is_not_waited_for_without_end():
     measured = device.sample(RESTING)
     assert 15 <= device.device.now_ns() / 1e9 <= 17
     assert ratio_interval(measured.blocks, seed=1).center == pytest.approx(0.566, rel=0.02)
+
+
+def test_a_device_that_comes_to_rest_does_not_drift():
+    device = with_a_neighbour(until_s=12, slower=BURSTS, is_fading=True)
+    measured = device.sample(RESTING)
+    assert (measured.drift, measured.n_restarts) == (None, 0)
+    assert ratio_interval(measured.blocks, seed=1).center == pytest.approx(0.5, rel=0.03)
 
 
 def test_nobody_waits_for_a_reference_of_unknown_latency():

@@ -67,6 +67,7 @@ def test_later_measurements_are_scaled_by_the_pinned_reference(bench: Bench) -> 
     with bench.agent() as agent:
         job = bench.run(bench.job())
     assert agent.plans[0].reference_latency_ns is None
+    assert [p.is_calibration for p in agent.plans] == [True] + [False] * (len(agent.plans) - 1)
     assert {p.reference_latency_ns for p in agent.plans[1:]} == {job.reference_latency_ns}
 
 

@@ -105,7 +105,8 @@ def test_bounds_that_an_agent_did_not_send_come_from_its_samples() -> None:
         for n in range(36)
         for subject, ns in (("candidate", 1000), ("reference", 2000))
     )
-    report = bounded(latency(1.0, blocks=blocks, reference_latency_ns=2000.0))
+    reference = {"reference_latency_ns": 2000.0, "reference_p50_ns": 2009.5}
+    report = bounded(latency(1.0, blocks=blocks, **reference))
     assert report.p90_high_ns == pytest.approx(1018, rel=0.01)
     assert report.p90_low_ns == pytest.approx(1016, rel=0.01)
     assert bounded(report) is report

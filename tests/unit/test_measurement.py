@@ -131,7 +131,8 @@ def test_a_device_that_goes_on_drifting_is_unstable_with_its_figures(tmp_path):
     assert "4 attempts" in ended.reason
     assert not ended.report.is_steady
     assert ended.report.n_restarts == 3
-    assert ended.report.ratio == pytest.approx(0.5, rel=0.01)
+    # At 30 % a second the fastest samples are those of a third of a second.
+    assert ended.report.ratio == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_ratio_that_changes_all_the_time_is_unstable_with_its_figures(tmp_path):

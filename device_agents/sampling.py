@@ -265,8 +265,9 @@ def sample(
     """
     seats = _Seats(load=load, clock=clock)
     seats.change()
-    cap_ns = clock.now_ns() + plan.time_cap_s * 1e9
-    rest_cap_ns = cap_ns + ((plan.rest_cap_s or plan.time_cap_s) - plan.time_cap_s) * 1e9
+    begun_ns = clock.now_ns()
+    cap_ns = begun_ns + plan.time_cap_s * 1e9
+    rest_cap_ns = begun_ns + (plan.rest_cap_s or plan.time_cap_s) * 1e9
     pause_s = PAUSE_SHARE * plan.time_cap_s
     order = alternation(random.Random(plan.seed))  # noqa: S311 - an order, not a secret
     trends: list[float] = []

@@ -312,9 +312,9 @@ class _Canaries:
 
 def reading_ns(report: LatencyReport) -> float:
     """What the canary took undisturbed; of an older agent's samples, whose figure is a median."""
-    samples = [
-        x for block in report.blocks if block.subject == "reference" for x in block.samples_ns
-    ]
-    if report.undisturbed_share is not None or not samples or min(samples) <= 0:
+    if report.undisturbed_share is not None:
+        return report.reference_p50_ns
+    blocks = [block for block in report.blocks if block.subject == "reference"]
+    if min((x for block in blocks for x in block.samples_ns), default=0) <= 0:
         return report.reference_p50_ns
     return undisturbed_ns(report.blocks, "reference")

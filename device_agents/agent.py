@@ -47,6 +47,7 @@ from device_agents.protocol import (
     MeasurementResult,
     Outcome,
 )
+from device_agents.rest import Patience
 from device_agents.transfer import Transfer
 
 LONG_POLL_S = 20.0
@@ -114,6 +115,7 @@ class Agent:
         )
         self._transfer = Transfer(self._connection, self._cache)
         self._outbox = Outbox(settings.state_dir / "outbox")
+        self._patience = Patience()
         self._pulse = Pulse(
             self._connection,
             held=lambda: self._held,
@@ -370,11 +372,14 @@ class Agent:
             reference_runtime=request.reference_runtime,
             plan=request.plan,
             profile=request.profile,
+            rest_cap_s=self._patience.rest_cap_s(request.plan),
         )
         held.attach(measurement)
         died = MeasurementOutcome(outcome=Outcome.LOST, reason=DIED)
         self._outbox.promise(_result(held, request, died))
-        return measurement.run()
+        ended = measurement.run()
+        self._patience.learn(request.plan, ended.report)
+        return ended
 
     def _fetch(self, artifact: ArtifactReference, held: HeldLease, keep: tuple[str, ...]) -> Path:
         cached = self._cache.get(artifact.sha256)

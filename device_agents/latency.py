@@ -20,6 +20,7 @@ from device_agents.undisturbed import (
     Floats,
     Pairs,
     Timed,
+    Weighted,
     bootstrap,
     run_length,
     undisturbed_ns,
@@ -27,6 +28,8 @@ from device_agents.undisturbed import (
 )
 
 CONFIDENCE_LEVEL = 0.95
+TAIL = (1 - CONFIDENCE_LEVEL) / 2
+"""Probability that one of the two bounds is passed."""
 NORMAL_QUANTILE = 1.959964
 """The normal distribution's quantile for `CONFIDENCE_LEVEL`, two-sided."""
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
@@ -34,9 +37,6 @@ STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 MAX_PARTS = len(STUDENT) + 1
 """Parts of a measurement whose ratios are held against each other; whole sittings each. With more
 of them a ratio that changes half way would not be seen."""
-POOLED_INEFFICIENCY = 1.25
-"""By how much one ratio from all samples spreads wider than the mean of those of the parts. A
-choice: as a median does beside a mean, the root of pi / 2."""
 SESSION_SPREAD = 0.028
 """Standard deviation of the ratio of two sessions of INT8 mobilenet_v2 at 224 pixels to two of its
 FP32 file, from where they happen to lie in memory: on an idle x86 core 0.030 from sitting to
@@ -45,13 +45,14 @@ busy. Sittings of one process differ as much as those of fresh ones, and means o
 than independent sittings would (0.011)."""
 NEIGHBOUR_SHARE = 1.0
 """By how much a ratio may move with its reference's latency, as a share, while that moves little.
-What a neighbour on the host takes of cache and memory for minutes on end slows undisturbed samples
+What a neighbour on the host takes of cache and memory for minutes on end slows undisturbed blocks
 too, by time rather than by a share of it: a candidate that fits into the core's own cache does not
 move at all when its reference does, and its ratio moves by all of that. Over minutes beside a
-loaded core the undisturbed ratio of INT8 mobilenet_v2 moved by -0.8 of what FP32 did at 64 pixels
-and by 0.2 and -0.1 at 224, mobilenet_v3_small by -0.5, resnet18 by 0.8, while FP32 moved by 0.11,
-0.03, 0.02, 0.05 and 0.02 (standard deviations of logarithms). Of 60 and 40 intervals in two such
-hours 85 and 88 % hold the hour's ratio without this, 95 and 99 % with it."""
+loaded core the ratio of INT8 mobilenet_v2 moved by -0.9 of what FP32 did at 64 pixels and by 0.1 to
+0.5 at 224, mobilenet_v3_small by -0.4, resnet18 by 0.9, while FP32 moved by 0.14, 0.03 to 0.04,
+0.06 and 0.01 (standard deviations of logarithms). Of 60 and 40 intervals in two such hours, of
+measurements that did not wait for rest, 52 and 82 % hold the hour's ratio without this, 84 and 97 %
+with it."""
 NEIGHBOUR_CHANGE = 0.1
 """How far, in logarithms, neighbours move the reference's latency for minutes on end: 0.08 to 0.15
 from end to end in most hours, 0.18 in one. A choice."""
@@ -162,8 +163,8 @@ def small_sample_factor(n: int) -> float:
     nor that the scale was estimated. Both are mended as for a mean of `n / run_length` runs: the
     root of `n / (n - run_length)`, and Student's over the normal quantile (Abramowitz and Stegun
     26.7.5). The last 1.1 pays for the looks of `StoppingRule`. With the three, intervals of 95 %
-    cover 97 to 99 % of 150 in simulations of quiet, noisy, disturbed and correlated devices that
-    stop at the target; with medians they covered 93 to 97 %, and without the three 75 to 85 %.
+    cover 95 to 98 % of 300 in simulations of quiet, noisy, disturbed and correlated devices that
+    stop at the target, and without the three 91 to 95 %.
     (`tests/unit/test_latency.py` repeats it.)
 
     >>> round(small_sample_factor(9), 2), round(small_sample_factor(1000), 2)
@@ -180,22 +181,18 @@ def small_sample_factor(n: int) -> float:
     return 1.1 * math.sqrt(n / (n - length)) * student / z
 
 
-def bootstrap_interval(pairs: Pairs, *, seed: int) -> tuple[float, float, float]:
-    """Lower bound, log ratio and upper bound of dependent pairs.
+def bootstrap_half_width(series: Weighted, *, seed: int) -> float:
+    """Half the width of an interval of the weighted mean of dependent values.
 
-    A percentile interval of `bootstrap`, widened by `small_sample_factor`, and as far on the one
-    side as on the other: no resample is faster than the fastest samples seen, while the device may
-    be. With two pairs or fewer nothing is known of the spread and the bounds are infinite.
+    A percentile interval of `bootstrap`, widened by `small_sample_factor` of as many values as the
+    weighted ones are worth, and as far on the one side as on the other: no resample is faster than
+    the fastest blocks seen, while the device may be. Infinite where they are worth two or fewer.
     """
-    center = pairs.log_ratio()
-    factor = small_sample_factor(len(pairs))
+    factor = small_sample_factor(series.effective_size)
     if math.isinf(factor):
-        return -math.inf, center, math.inf
-    tail = (1 - CONFIDENCE_LEVEL) / 2
-    drawn, middle = bootstrap(pairs, seed=seed)
-    low, high = quantiles(drawn - middle, [tail, 1 - tail])
-    half = factor * max(-float(low), float(high), 0.0)
-    return center - half, center, center + half
+        return math.inf
+    away = bootstrap(series, seed=seed) - series.mean()
+    return factor * float(np.abs(quantiles(away, [TAIL, 1 - TAIL])).max())
 
 
 def sitting_half_width(pairs: Pairs) -> float:
@@ -205,17 +202,17 @@ def sitting_half_width(pairs: Pairs) -> float:
     long as it lasts, by where it lies in memory. In simulation with sessions that spread by
     `SESSION_SPREAD`, intervals from one pair of sessions that stop at ±1 % cover the ratio in
     a third of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
-    ratios, and their spread the standard error of their mean (batch means: Conway 1963). One ratio
-    from all of the samples is known less well than a mean by `POOLED_INEFFICIENCY`. A device that
-    throttles half way, or shares a core with a neighbour who comes and goes, shows here too.
-    Infinite for a single sitting.
+    ratios, and how far these are from that of all pairs the standard error of it (batch means:
+    Conway 1963). A device that throttles half way, or shares a core with a neighbour who comes and
+    goes, shows here too. Infinite for a single sitting.
     """
     parts = sitting_parts(pairs.sittings)
     if len(parts) == 1:
         return math.inf
-    student = STUDENT[len(parts) - 2]
-    error = float(np.std([pairs.log_ratio(part) for part in parts], ddof=1)) / math.sqrt(len(parts))
-    return student * POOLED_INEFFICIENCY * error
+    series = pairs.log_ratios
+    away = np.array([series.mean(part) for part in parts]) - series.mean()
+    error = math.sqrt(float(np.square(away).sum()) / (len(parts) - 1) / len(parts))
+    return STUDENT[len(parts) - 2] * error
 
 
 def sitting_parts(sittings: NDArray[np.int_]) -> list[NDArray[np.int_]]:
@@ -228,7 +225,7 @@ def sitting_parts(sittings: NDArray[np.int_]) -> list[NDArray[np.int_]]:
 def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
     """The ratio of candidate to reference with its interval; below 1 is faster.
 
-    The wider of two intervals: `bootstrap_interval` for what changes from pair to pair,
+    The wider of two intervals: `bootstrap_half_width` for what changes from pair to pair,
     `sitting_half_width` for what changes from sitting to sitting. With fewer than `MIN_SITTINGS`
     sittings, which is all that a short time cap leaves of a slow model, Student's quantile makes
     the latter very wide under noise: there it is bounded by the former together with
@@ -238,14 +235,13 @@ def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
         ValueError: if the blocks do not come in pairs.
     """
     pairs = Pairs.of(blocks)
-    low, center, high = bootstrap_interval(pairs, seed=seed)
+    center, fast = pairs.log_ratios.mean(), bootstrap_half_width(pairs.log_ratios, seed=seed)
     slow, n_sittings = sitting_half_width(pairs), distinct(pairs.sittings).size
     known = math.inf
     if n_sittings < MIN_SITTINGS:
         known = NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(n_sittings)
-    low = center - max(center - low, min(slow, math.hypot(center - low, known)))
-    high = center + max(high - center, min(slow, math.hypot(high - center, known)))
-    return Interval(low=math.exp(low), high=_exp(high), center=math.exp(center))
+    half = max(fast, min(slow, math.hypot(fast, known)))
+    return Interval(low=_exp(center - half), high=_exp(center + half), center=math.exp(center))
 
 
 def summarize(
@@ -288,7 +284,7 @@ def summarize(
         reference_latency_ns=calibrated_ns,
         n_samples=sum(len(b.samples_ns) for b in blocks),
         n_blocks=len(blocks),
-        undisturbed_share=undisturbed_share(np.log(samples)),
+        undisturbed_share=undisturbed_share(blocks, "candidate"),
         is_steady=reason is None,
         unsteady_reason=reason,
     )

@@ -54,7 +54,8 @@ class Measurement:
     """One measurement in one child process; made for one `run`.
 
     `reference_runtime` is what the reference runs with; by default what the candidate does.
-    With `profile` the candidate's kernels are timed too, in a session of their own at the end.
+    `rest_cap_s` is how long to wait for a device at rest (`rest.py`); None does not. With
+    `profile` the candidate's kernels are timed too, in a session of their own at the end.
     `cancel` may come from any thread, before, during or after `run`.
     """
 
@@ -67,6 +68,7 @@ class Measurement:
         plan: MeasurementPlan,
         reference_runtime: RuntimeRequest | None = None,
         profile: bool = False,
+        rest_cap_s: float | None = None,
         memory_limit_bytes: int | None = None,
     ) -> None:
         self._candidate = candidate
@@ -75,6 +77,7 @@ class Measurement:
         self._reference_runtime = reference_runtime or runtime
         self._plan = plan
         self._profile = profile
+        self._rest_cap_s = rest_cap_s
         self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
         self._child: subprocess.Popen[bytes] | None = None
         self._killed: Outcome | None = None
@@ -125,7 +128,7 @@ class Measurement:
             "reference_options": reference.model_dump(exclude={"runtime"}),
             "target_half_width": plan.target_half_width,
             "time_cap_s": plan.time_cap_s,
-            "timeout_s": plan.timeout_s,
+            "rest_cap_s": self._rest_cap_s,
             "is_calibration": plan.is_calibration,
             "min_blocks": plan.min_blocks,
             "quantile": plan.quantile,

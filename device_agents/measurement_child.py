@@ -38,7 +38,7 @@ from device_agents.runtimes import (
     UnsupportedModel,
     load_runtime,
 )
-from device_agents.sampling import Call, SamplingPlan, Subject, rest_cap_s, sample
+from device_agents.sampling import Call, SamplingPlan, Subject, sample
 from device_agents.watch import DeviceWatch
 
 LARGEST_FILE_BYTES = 2**30
@@ -62,7 +62,7 @@ class ChildJob:
     reference_options: RuntimeOptions
     target_half_width: float
     time_cap_s: float
-    timeout_s: float
+    rest_cap_s: float | None
     is_calibration: bool
     min_blocks: int
     seed: int
@@ -165,7 +165,8 @@ def measure(job: ChildJob) -> dict[str, Any]:
         quantile=job.quantile,
         seed=job.seed,
         reference_latency_ns=job.reference_latency_ns,
-        rest_cap_s=rest_cap_s(job.time_cap_s, timeout_s=job.timeout_s),
+        # Against itself a model comes out the same in every state.
+        rest_cap_s=None if job.is_reference else job.rest_cap_s,
         is_calibration=job.is_calibration,
     )
     before, ticks = conditions.read(), cpu_ticks()

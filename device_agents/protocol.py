@@ -44,7 +44,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # samples of an agent that does not; `process_s`, None from an agent that does not say.
 # 2026-11-22: `between` of `LatencyReport`, empty from an agent without it.
 # 2026-11-22: the ratio of a `LatencyReport`, `p50_ns` and `reference_p50_ns` are of undisturbed
-# samples, whose share is `undisturbed_share`; an agent that does not say it took medians over all.
+# blocks, `undisturbed_share` tells of samples; an agent that does not say it took medians of all.
 # `MeasurementPlan.is_calibration`; an agent that does not know it stops where it is narrow.
 
 REQUEST_HEADER = "X-Request-ID"
@@ -275,12 +275,12 @@ class MeasurementPlan(Message):
     """How long and how exactly to measure.
 
     `target_half_width` is the half width of the 95 % interval as a fraction of the ratio to
-    the reference at which sampling stops; `time_cap_s` bounds the timed part, twice as much
-    does while the reference is slower than calibrated. `reference_latency_ns` is the reference's
-    own calibrated latency on this device; where it is given, latencies are the ratio times it,
-    which cancels the drift of the machine. `is_calibration` takes the whole of `time_cap_s`,
-    however soon it is narrow, so that the device comes to rest meanwhile. Sampling also goes on
-    until the tail of `quantile` is seen well enough for an upper bound.
+    the reference at which sampling stops; `time_cap_s` bounds the timed part, four times as much
+    does while the reference is slower than calibrated (`rest.py`). `reference_latency_ns` is the
+    reference's own calibrated latency on this device; where it is given, latencies are the ratio
+    times it, which cancels the drift of the machine. `is_calibration` takes the whole of
+    `time_cap_s`, however soon it is narrow, so that the device comes to rest meanwhile. Sampling
+    also goes on until the tail of `quantile` is seen well enough for an upper bound.
     """
 
     kind: Literal["screening", "confirmation"] = "screening"
@@ -392,7 +392,7 @@ class LatencyReport(Message):
 
     All `*_ns` are nanoseconds per inference. `ratio` compares with the reference model, which is
     the job's FP32 model: below 1 is faster. Both count as what they take while nothing disturbs
-    them (`undisturbed.py`), as it did not during `undisturbed_share` of the candidate's samples.
+    them (`undisturbed.py`), which is what `undisturbed_share` of the candidate's samples took.
     `p50_ns` is `ratio` times the reference's calibrated latency (`reference_latency_ns`); the
     interval at `confidence_level` is the wider of a block bootstrap's and one over the sittings, of
     the ratio, scaled likewise, and wider by what the distance of the reference (`reference_p50_ns`)

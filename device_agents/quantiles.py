@@ -18,21 +18,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from device_agents.latency import (
-    CONFIDENCE_LEVEL,
     MAX_PARTS,
     MIN_SITTINGS,
     NORMAL_QUANTILE,
     SESSION_SPREAD,
+    TAIL,
+    bootstrap_half_width,
     distinct,
     quantiles,
     sitting_parts,
-    small_sample_factor,
     state_uncertainty,
 )
-from device_agents.undisturbed import Floats, Timed, bootstrap_level, undisturbed_ns
-
-TAIL = (1 - CONFIDENCE_LEVEL) / 2
-"""Probability that a bound is passed: that of one side of the latency's interval."""
+from device_agents.undisturbed import Floats, Timed, level, undisturbed_ns
 
 QUANTILES = {"p90": 0.9, "p99": 0.99}
 
@@ -97,7 +94,7 @@ def _bounds(
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
     reference = reference_ns or undisturbed_ns(paired, "reference")
-    beside = _level_half_width(paired)
+    beside = bootstrap_half_width(level(paired, "reference"), seed=0)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
     scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, calibrated))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
@@ -115,16 +112,6 @@ def _bounds(
         away = math.hypot(math.log(bound / quantile), beside, spread)
         found[name] = quantile * math.exp(sign * away) * scale
     return found
-
-
-def _level_half_width(blocks: Sequence[Timed]) -> float:
-    """How well these blocks tell what their model takes undisturbed, in logarithms."""
-    factor = small_sample_factor(len(blocks))
-    if math.isinf(factor):
-        return math.inf
-    samples = [np.log(np.asarray(block.samples_ns, dtype=np.float64)) for block in blocks]
-    drawn, middle = bootstrap_level(samples, seed=0)
-    return factor * float(np.abs(quantiles(drawn - middle, [TAIL, 1 - TAIL])).max())
 
 
 def is_bounded(blocks: Sequence[Timed], quantile: str) -> bool:

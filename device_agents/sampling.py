@@ -31,6 +31,7 @@ from device_agents.latency import (
     reference_trend,
 )
 from device_agents.quantiles import is_bounded
+from device_agents.rest import is_restless
 from device_agents.runtimes import Clock
 from device_agents.undisturbed import undisturbed_ns
 from device_agents.watch import Watch, taint
@@ -76,14 +77,6 @@ PAUSE_SHARE = 0.1
 sink takes minutes; what a second shows is whether it cools at all."""
 MAX_OBSERVATIONS = 64
 """Of the device between sittings, kept of a measurement: evenly spaced where there were more."""
-REST_CAPS = 2
-"""Time caps that a measurement may take until the reference has once been as fast as it was when it
-was calibrated, but for `LARGEST_TREND`. While a neighbour is busy whole stretches of 8 s have no
-undisturbed sample: of three sets of measurements of INT8 mobilenet_v2 in a calm, a restless and a
-bad hour, with a calibrated latency as in the fastest quarter of the hour, the interquartile range
-was 0.33, 0.21 and 0.42 of the usual way's with one cap, 0.21, 0.19 and 0.39 with two and 0.20, 0.17
-and 0.26 with three, for 1.5, 1.3 and 1.3 times the time and then 1.8, 1.4 and 1.5 times. A device
-that stays in a slower state pays all of it each time, which is why it is two."""
 LEAST_LEFT_SHARE = 0.2
 """Of the time cap, that must be left for beginning anew: with less the interval would be worse
 than the trend, which the ratio has taken out already."""
@@ -103,7 +96,7 @@ class InvalidDuration(Exception):
 class SamplingPlan:
     """How long to sample; the fields mean what `protocol.MeasurementPlan` says.
 
-    `rest_cap_s` takes the place of the time cap while the reference is slower than
+    `rest_cap_s` takes the place of the time cap while the device is not at rest (`rest.py`), by
     `reference_latency_ns`; None does not wait for that. What `is_calibration` takes all of the time
     cap, however soon it is narrow, so that the device comes to rest meanwhile.
     """
@@ -116,15 +109,6 @@ class SamplingPlan:
     reference_latency_ns: float | None = None
     rest_cap_s: float | None = None
     is_calibration: bool = False
-
-
-def rest_cap_s(time_cap_s: float, *, timeout_s: float) -> float:
-    """How long to wait for a device at rest: `REST_CAPS`, with half of the timeout to spare.
-
-    >>> [rest_cap_s(cap_s, timeout_s=120) for cap_s in (8, 30, 90)]
-    [16, 60, 90]
-    """
-    return max(time_cap_s, min(REST_CAPS * time_cap_s, timeout_s / 2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,9 +237,9 @@ def sample(
     """Pairs of blocks until the interval is narrow enough or the time cap is reached.
 
     The time begins when both models are loaded for the first time; past the cap it goes on while
-    the reference has not been at rest once (`REST_CAPS`). A pair during which the device was
-    disturbed (`watch.taint`) is measured again; where most pairs are, that is the device as it is,
-    and they count. A reference with a trend means a device that heats up or is
+    the device has not been at rest once, to the plan's `rest_cap_s`. A pair during which the
+    device was disturbed (`watch.taint`) is measured again; where most pairs are, that is the device
+    as it is, and they count. A reference with a trend means a device that heats up or is
     still busy: after a pause everything begins anew, `MAX_RESTARTS` times at most and only
     while there is time for it. Noise is no trend: it slows both blocks of a pair, and what does
     not cancel belongs into the interval.
@@ -402,7 +386,7 @@ class _Attempt:
         calibrated_ns = self.plan.reference_latency_ns
         if calibrated_ns is None or self.plan.rest_cap_s is None:
             return False
-        return undisturbed_ns(self.blocks, "reference") > (1 + LARGEST_TREND) * calibrated_ns
+        return is_restless(undisturbed_ns(self.blocks, "reference"), calibrated_ns)
 
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
         """Pairs of one sitting."""

@@ -1,14 +1,14 @@
 """The estimator of latency: what two models take while nothing disturbs them.
 
-Owns which samples count, the ratio of candidate to reference from those, and its bootstrap. Pure
-numpy: no clock, no runtime, no protocol. Intervals and rules are `latency.py`'s.
+Owns how much each pair of blocks counts, the ratio of candidate to reference from these, and its
+bootstrap. Pure numpy: no clock, no runtime, no protocol. Intervals and rules are `latency.py`'s.
 
-Why undisturbed samples: on a shared host a neighbour slows whole blocks by a tenth to a half, for
-0.1 s or for most of a minute, and not both models alike, so that a median over all of a measurement
-tells how much of it was disturbed. The fastest samples are the same in a calm hour and a restless
-one. Why blocks of both in turn: what lasts, such as a clock that stays low or a device that is
-slower today, finds both in the same state and cancels. A clock that falls for a part of the time is
-a disturbance like any other: the tail tells of it, and so do the tainted pairs of a report.
+Why pairs of blocks: what slows both for a while, such as a clock that stays low or a device that is
+slower today, cancels in their ratio. Why the undisturbed ones: on a shared host a neighbour slows
+whole blocks by a tenth to a half, for 0.1 s or for most of a minute, and not both models alike, so
+that a median over all pairs tells how much of a measurement was disturbed. The fastest blocks are
+the same in a calm hour and a restless one. A clock that falls for a part of the time is a
+disturbance like any other: the tail tells of it, and so do the tainted pairs of a report.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import eq
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -24,27 +25,19 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-EDGE_SHARE = 0.02
-"""Of a model's samples, that are faster than what counts as its fastest latency."""
-MIN_EDGE_RANK = 3
-"""The fastest latency is the third fastest sample's at least: one or two may be luck."""
+SLOWDOWN = 0.04
+"""A pair that is slower than the fastest by this, in logarithms, counts 1 / e of that. Of a host at
+rest half of the pairs are within 0.06 of the fastest; a neighbour's bursts cost 0.25 to 0.45. Of
+three sets of 24 to 60 measurements of INT8 mobilenet_v2 at 224 pixels beside a loaded core, in a
+calm, a restless and a bad hour, the middle is 0.450, 0.451 and 0.463, where medians of all pairs
+have 0.452, 0.461 and 0.482; the interquartile range is 0.29, 0.20 and 0.56 of that of 20 runs after
+10 (medians: 0.18, 0.48, 0.38), and 0.22, 0.15 and 0.32 where the device is waited for
+(`rest.REST_CAPS`). With 0.03 to 0.07 it is the same to 0.05. Chosen on these."""
+LUCKY = 2
+"""So many of the fastest pairs may be luck: no other counts less because of them."""
 UNDISTURBED = 0.1
-"""Samples count that are slower than the fastest by this at most, in logarithms. On a host at rest
-most are: half of them lie within 0.06, where a model's sessions differ by `SESSION_SPREAD`. A
-neighbour's bursts cost 0.25 to 0.45. Of three sets of 24 to 60 measurements of INT8 mobilenet_v2 at
-224 pixels beside a loaded core, in a calm, a restless and a bad hour, the interquartile range was
-0.33, 0.21 and 0.42 of that of 20 runs after 10, and the middle of them 0.448, 0.444 and 0.450; with
-medians of all samples 0.18, 0.48 and 0.38, and 0.452, 0.461 and 0.482. With 0.08 it is 0.37, 0.22
-and 0.34, with 0.12 0.28, 0.17 and 0.43, with an edge of 0.01 or 0.03 the same to 0.08. Chosen on
-these."""
-BIN = 0.005
-"""Width of the bins of samples from which the bootstrap draws, in logarithms: as exact as its
-bounds need to be, at the same cost for a model of 0.1 ms as for one of 100."""
-N_BINS = 160
-"""From `BELOW_EDGE` on; the outer ones hold all that is beyond. A resample without a sample at rest
-has its edge where a neighbour's bursts are, and its window above that."""
-BELOW_EDGE = 0.1
-"""Where the bins begin, below the fastest latency of all samples."""
+"""A sample is undisturbed that is slower than what its model takes undisturbed by this at most, in
+logarithms: nine tenths and more are on a host at rest."""
 N_RESAMPLES = 1000
 """With these the bounds wander by a twentieth of the half width from seed to seed."""
 
@@ -66,20 +59,47 @@ class Timed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
-    """The samples of a measurement by pair of blocks, in order of time; logarithms of ns.
+class Weighted:
+    """Values in order of time with what each counts; shapes `(n,)`, weights positive, n > 0."""
 
-    `candidate` and `reference` have an array for each pair, `sittings` the number of its sitting,
-    shape `(n,)`, ascending.
+    values: Floats
+    weights: Floats
+
+    def __len__(self) -> int:
+        return self.values.size
+
+    def mean(self, places: NDArray[np.int_] | slice = slice(None)) -> float:
+        """Of the values at those places, or of all."""
+        weights = self.weights[places]
+        return float((weights * self.values[places]).sum() / weights.sum())
+
+    @property
+    def effective_size(self) -> int:
+        """How many values of equal weight have a mean that spreads as this (Kish 1965).
+
+        >>> Weighted(np.zeros(4), np.array([1.0, 1.0, 1e-9, 1e-9])).effective_size
+        2
+        """
+        return round(float(self.weights.sum() ** 2 / np.square(self.weights).sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The log ratios of candidate to reference by pair of blocks, in order of time.
+
+    `sittings` is the number of each pair's sitting, shape `(n,)`, ascending.
     """
 
-    candidate: Sequence[Floats]
-    reference: Sequence[Floats]
+    log_ratios: Weighted
     sittings: NDArray[np.int_]
 
     @classmethod
     def of(cls, blocks: Sequence[Timed]) -> Pairs:
         """Of blocks that come in pairs of one of each, in random order.
+
+        A pair's weight is by the mean of its two latencies, which tells nothing of their ratio
+        where both are equally noisy. Exchanging candidate and reference changes the sign and
+        nothing else, so that two copies of one model come out equal.
 
         Raises:
             ValueError: they do not, or there are none.
@@ -87,70 +107,56 @@ class Pairs:
         subjects = [block.subject for block in blocks]
         if not blocks or len(blocks) % 2 or any(map(eq, subjects[0::2], subjects[1::2])):
             raise ValueError("blocks must come in pairs of one candidate and one reference block")
-        logs = [np.log(np.asarray(block.samples_ns, dtype=np.float64)) for block in blocks]
-        by_subject = {
-            name: [x for x, subject in zip(logs, subjects, strict=True) if subject == name]
-            for name in ("candidate", "reference")
-        }
-        sittings = np.array([block.sitting for block in blocks[0::2]])
-        return cls(by_subject["candidate"], by_subject["reference"], sittings)
+        candidate, reference = (log_medians(blocks, name) for name in ("candidate", "reference"))
+        series = Weighted(candidate - reference, weights_of((candidate + reference) / 2))
+        return cls(series, np.array([block.sitting for block in blocks[0::2]]))
 
     def __len__(self) -> int:
-        return len(self.candidate)
-
-    def log_ratio(self, places: NDArray[np.int_] | None = None) -> float:
-        """Of the undisturbed latencies, candidate over reference, in those pairs or all."""
-        chosen = range(len(self)) if places is None else places
-        candidate, reference = (
-            undisturbed(np.concatenate([part[i] for i in chosen]))
-            for part in (self.candidate, self.reference)
-        )
-        return candidate - reference
+        return len(self.log_ratios)
 
 
-def undisturbed(logs: Floats) -> float:
-    """The mean of the samples that nothing disturbed; logarithms in any order, shape `(n,)`, n > 0.
+def log_medians(blocks: Sequence[Timed], subject: str) -> Floats:
+    """The logarithms of the medians of a model's blocks, in ns."""
+    return np.log([median(block.samples_ns) for block in blocks if block.subject == subject])
 
-    Those that are slower by `UNDISTURBED` at most than the fastest latency (`EDGE_SHARE`). It is a
-    trimmed mean with the trimming on one side, where disturbances are (Huber 1981, section 1.4).
-    Exchanging candidate and reference changes the sign of their difference and nothing else, and
-    both have as many samples: two copies of one model come out equal. Where the samples of a quiet
-    device scatter by more than about 4 %, the slower ones of these do not count either.
 
-    >>> undisturbed(np.array([0.0, 0.02, 0.04, 0.3, 2.0]))
-    0.02
+def weights_of(logs: Floats) -> Floats:
+    """How much each of these latencies counts, shape `(n,)`, in logarithms.
+
+    A weight falls by e for each `SLOWDOWN` above the fastest, and is 1 for that one and the
+    `LUCKY` ones. Disturbances only slow, so that a mean with these weights holds against them as a
+    median does against errors of either sign.
     """
-    return float(_kept(logs).mean())
+    weights: Floats = np.exp(-np.maximum(0.0, logs - fastest(logs)) / SLOWDOWN)
+    return weights
 
 
-def undisturbed_share(logs: Floats) -> float:
-    """How many of the samples that is, as a share.
+def fastest(logs: Floats) -> float:
+    """The fastest of latencies in any order, shape `(n,)`, but for the `LUCKY` ones.
 
-    >>> undisturbed_share(np.array([0.0, 0.02, 0.04, 0.3, 2.0]))
-    0.6
+    >>> fastest(np.array([0.0, 2.0, 0.04, 0.3, 0.02]))
+    0.04
     """
-    return _kept(logs).size / logs.size
+    rank = min(LUCKY, logs.size - 1)
+    return float(np.partition(logs, rank)[rank])
 
 
-def _kept(logs: Floats) -> Floats:
-    ordered = np.sort(logs)
-    edge = float(ordered[_edge_rank(logs.size) - 1])
-    return ordered[: np.searchsorted(ordered, edge + UNDISTURBED, side="right")]
-
-
-def _edge_rank(n: int) -> int:
-    """The rank, from 1, of the sample that is the fastest latency.
-
-    >>> [_edge_rank(n) for n in (1, 2, 12, 100, 1000)]
-    [1, 2, 3, 3, 20]
-    """
-    return min(n, max(MIN_EDGE_RANK, round(EDGE_SHARE * n)))
+def level(blocks: Sequence[Timed], subject: str) -> Weighted:
+    """What a model takes, in logarithms of ns, by its blocks alone."""
+    logs = log_medians(blocks, subject)
+    return Weighted(logs, weights_of(logs))
 
 
 def undisturbed_ns(blocks: Sequence[Timed], subject: str) -> float:
     """What a model takes while nothing disturbs it, from all of its blocks."""
-    samples = [np.asarray(b.samples_ns, dtype=np.float64) for b in blocks if b.subject == subject]
-    return math.exp(undisturbed(np.log(np.concatenate(samples))))
+    return math.exp(level(blocks, subject).mean())
+
+
+def undisturbed_share(blocks: Sequence[Timed], subject: str) -> float:
+    """How many of a model's samples were undisturbed, as a share."""
+    slowest_ns = undisturbed_ns(blocks, subject) * math.exp(UNDISTURBED)
+    samples = np.concatenate([block.samples_ns for block in blocks if block.subject == subject])
+    return float((samples <= slowest_ns).mean())
 
 
 def run_length(n: int) -> int:
@@ -162,54 +168,17 @@ def run_length(n: int) -> int:
     return min(n, max(2, round(math.cbrt(n))))
 
 
-def bootstrap(pairs: Pairs, *, seed: int, n_resamples: int = N_RESAMPLES) -> tuple[Floats, float]:
-    """Log ratios of resampled pairs, shape `(n_resamples,)`, and of the pairs themselves.
+def bootstrap(series: Weighted, *, seed: int, n_resamples: int = N_RESAMPLES) -> Floats:
+    """Means of resampled values with their weights, shape `(n_resamples,)`.
 
-    Circular block bootstrap (Politis and Romano 1992): runs of `run_length` neighbouring pairs
-    are drawn with replacement until there are as many as in the original. From samples in bins of
-    `BIN`; the same seed gives the same.
+    Circular block bootstrap (Politis and Romano 1992): runs of `run_length` neighbours are drawn
+    with replacement until there are as many as in the original. The same seed gives the same.
     """
-    times = _times(len(pairs), seed=seed, n_resamples=n_resamples)
-    logs = _binned_undisturbed(pairs.candidate, times) - _binned_undisturbed(pairs.reference, times)
-    return logs[:-1], float(logs[-1])
-
-
-def bootstrap_level(samples: Sequence[Floats], *, seed: int) -> tuple[Floats, float]:
-    """The same of one model alone: what its blocks' samples take undisturbed."""
-    logs = _binned_undisturbed(samples, _times(len(samples), seed=seed, n_resamples=N_RESAMPLES))
-    return logs[:-1], float(logs[-1])
-
-
-def _times(n: int, *, seed: int, n_resamples: int) -> Floats:
-    """How often each of n places is drawn, a row for each resample; in the last row once."""
+    n = len(series)
     length = run_length(n)
     generator = np.random.default_rng(seed)
     starts = generator.integers(0, n, size=(n_resamples, -(-n // length), 1))
     picks = ((starts + np.arange(length)) % n).reshape(n_resamples, -1)[:, :n]
-    rows = np.arange(n_resamples)[:, np.newaxis] * n
-    drawn = np.bincount((picks + rows).ravel(), minlength=n_resamples * n).reshape(-1, n)
-    return np.vstack([drawn, np.ones((1, n))])
-
-
-def _binned_undisturbed(samples: Sequence[Floats], times: Floats) -> Floats:
-    """`undisturbed` of the samples, those of place i so many times as `times[:, i]` says."""
-    everything = np.concatenate(samples)
-    rank = _edge_rank(everything.size)
-    begin = float(np.partition(everything, rank - 1)[rank - 1]) - BELOW_EDGE
-    bins = np.clip((everything - begin) / BIN, 0, N_BINS - 1).astype(np.int_)
-    owners = np.repeat(np.arange(len(samples)), [part.size for part in samples])
-    places = owners * N_BINS + bins
-    shape = (len(samples), N_BINS)
-    counts = np.bincount(places, minlength=math.prod(shape)).reshape(shape)
-    sums = np.bincount(places, everything - begin, minlength=math.prod(shape)).reshape(shape)
-    # Not `@`: that would wake the threads of a linear algebra library on a device that is timed.
-    n_below = np.cumsum(np.einsum("bi,ik->bk", times, counts.astype(np.float64)), axis=1)
-    sum_below = np.cumsum(np.einsum("bi,ik->bk", times, sums), axis=1)
-    n_all = n_below[:, -1:]
-    ranks = np.minimum(n_all, np.maximum(MIN_EDGE_RANK, np.round(EDGE_SHARE * n_all)))
-    edges = (n_below >= ranks).argmax(axis=1)
-    # The last bin has no upper end: what lies there counts only where the fastest does too.
-    ends = np.maximum(edges, np.minimum(edges + round(UNDISTURBED / BIN), N_BINS - 2))
-    rows = np.arange(len(times))
-    logs: Floats = begin + sum_below[rows, ends] / n_below[rows, ends]
-    return logs
+    weights = series.weights[picks]
+    means: Floats = (weights * series.values[picks]).sum(axis=1) / weights.sum(axis=1)
+    return means

@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 
 from autotune.spec import MeasurementSpec
+from device_agents.rest import Patience
 from search_spaces import INT8
 from tests.benchmarks.harness import Benchmark, Figure, start
 from tests.benchmarks.models import fp32_model, images
@@ -92,7 +93,7 @@ def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Rep
     screening = MeasurementSpec()
     target = screening.target_half_width
     cap = QUICK_TIME_CAP_S if benchmark.quick else screening.time_cap_s
-    measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap)
+    measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap, patience=Patience())
     calibration = measure(fp32, seed=0, is_calibration=True)
     measure = partial(measure, reference_latency_ns=calibration.reference_ns)
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}

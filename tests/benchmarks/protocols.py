@@ -23,6 +23,7 @@ import numpy as np
 from device_agents.latency import CONFIDENCE_LEVEL
 from device_agents.measurement import Measurement
 from device_agents.protocol import LatencyReport, MeasurementPlan, RuntimeRequest
+from device_agents.rest import Patience
 from tests.benchmarks.harness import ROOT, Figure
 
 WARM_UP_RUNS = 10
@@ -66,12 +67,14 @@ def by_agent(
     runtime: RuntimeRequest | None = None,
     reference_latency_ns: float | None = None,
     is_calibration: bool = False,
+    patience: Patience | None = None,
 ) -> Measured:
     """The agent's measurement, in the child process that an agent starts.
 
     `runtime` is the candidate's, by default one thread of onnxruntime as the reference's is;
     `reference_latency_ns` is the reference's calibrated latency, as a job has it, and
-    `is_calibration` finds it out.
+    `is_calibration` finds it out. `patience` is the agent's, from one measurement to the next; by
+    default that of an agent that has just been started.
 
     Raises:
         SystemExit: there is no report.
@@ -84,13 +87,16 @@ def by_agent(
         is_calibration=is_calibration,
         seed=seed,
     )
+    patience = patience or Patience()
     ended = Measurement(
         candidate=candidate,
         reference=reference,
         runtime=runtime or RuntimeRequest(),
         reference_runtime=RuntimeRequest(),
         plan=plan,
+        rest_cap_s=patience.rest_cap_s(plan),
     ).run()
+    patience.learn(plan, ended.report)
     if ended.report is None:
         raise SystemExit(f"a measurement ended as {ended.outcome}: {ended.reason}")
     return from_report(ended.report)

@@ -22,6 +22,7 @@ from device_agents.protocol import (
     Outcome,
     RuntimeBuild,
 )
+from device_agents.rest import MAX_IN_VAIN
 from device_agents.runtimes.simulated import SimulatedModel
 from tests.unit.agent_service import DEVICE, PATIENCE_S, TOKEN, RunningAgent, fake_service
 
@@ -52,6 +53,20 @@ def test_the_reference_stays_at_one_thread_beside_a_candidate_with_two(service, 
     [result] = service.results
     # A simulated device does nine tenths of the work in parallel.
     assert result.report.ratio == pytest.approx(0.55, rel=0.02)
+
+
+def test_a_device_that_stays_slower_than_calibrated_is_not_waited_for_each_time(service, tmp_path):
+    for number in range(1, MAX_IN_VAIN + 2):
+        service.offer(
+            SimulatedModel(latency_ns=4e5, noise=0.01),
+            number=number,
+            time_cap_s=1,
+            reference_latency_ns=4e5,
+        )
+    with RunningAgent(service.url, tmp_path):
+        service.wait_for(lambda s: len(s.results) > MAX_IN_VAIN)
+    *waited, given_up = [result.report.n_blocks for result in service.results]
+    assert min(waited) > 2 * given_up
 
 
 def test_a_second_start_needs_no_token(service, tmp_path):

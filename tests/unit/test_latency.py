@@ -11,7 +11,15 @@ from scipy.stats import t as student
 
 from device_agents import latency
 from device_agents.latency import StoppingRule, TimedBlock
-from device_agents.undisturbed import BIN, UNDISTURBED, Pairs, bootstrap, run_length, undisturbed
+from device_agents.undisturbed import (
+    SLOWDOWN,
+    Pairs,
+    Weighted,
+    bootstrap,
+    level,
+    run_length,
+    undisturbed_ns,
+)
 
 RATIO = 0.5
 
@@ -34,11 +42,10 @@ def blocks_of(is_candidate, medians, *, sitting_pairs=3):
     ]
 
 
-def pairs_of(candidate, reference=None, *, sitting_pairs=3):
-    """Pairs of blocks with a sample each, or as many as the rows have; logarithms."""
-    logs = [np.atleast_1d(x) for x in candidate]
-    beside = [np.zeros_like(x) for x in logs] if reference is None else reference
-    return Pairs(logs, [np.atleast_1d(x) for x in beside], np.arange(len(logs)) // sitting_pairs)
+def pairs_of(log_ratios, weights=None, *, sitting_pairs=3):
+    values = np.asarray(log_ratios, dtype=float)
+    counts = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
+    return Pairs(Weighted(values, counts), np.arange(values.size) // sitting_pairs)
 
 
 def disturbances(kind, generator, n):
@@ -56,15 +63,17 @@ def disturbances(kind, generator, n):
     return values
 
 
-def in_spells(seed, *, n, share, slower):
-    """Log latencies around 0 that are `slower` for `share` of the time, for ten blocks each."""
+def in_spells(seed, *, n_pairs, share, of_candidate, of_reference):
+    """Blocks that are slower by these factors for `share` of the time, for ten pairs each."""
     generator = np.random.default_rng(seed)
     odds = share / (1 - share) / 10
     state, states = generator.random() < share, []
-    for _ in range(n):
+    for _ in range(n_pairs):
         state = generator.random() >= 0.1 if state else generator.random() < odds
         states.append(state)
-    return slower * np.array(states), generator.normal(0, 0.02, (2, n))
+    slower = np.where(np.array(states)[:, np.newaxis], [of_candidate, of_reference], 1.0)
+    medians = 1e6 * slower * [RATIO, 1.0] * np.exp(generator.normal(0, 0.02, (n_pairs, 2)))
+    return blocks_of(np.tile([True, False], n_pairs), medians.ravel())
 
 
 def simulated_device(kind, seed, n_pairs):
@@ -91,55 +100,62 @@ def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
         n_sittings = min(max_sittings, rule.next_look(n_sittings))
 
 
-def test_pairs_are_told_apart_by_subject_in_any_order():
+def test_pairs_agree_with_a_loop_over_blocks():
     generator = np.random.default_rng(1)
     is_candidate = pair_order(generator, 40)
     medians = np.round(generator.uniform(1e5, 2e5, 80))
     found = Pairs.of(blocks_of(is_candidate, medians))
+    logs = np.log(medians).reshape(40, 2).mean(axis=1)
+    fastest = sorted(logs)[2]
     for i in range(40):
         of_candidate, of_reference = (0, 1) if is_candidate[2 * i] else (1, 0)
-        assert found.candidate[i] == pytest.approx(math.log(medians[2 * i + of_candidate]))
-        assert found.reference[i] == pytest.approx(math.log(medians[2 * i + of_reference]))
+        ratio = math.log(medians[2 * i + of_candidate] / medians[2 * i + of_reference])
+        assert found.log_ratios.values[i] == pytest.approx(ratio)
+        slower = max(0, logs[i] - fastest)
+        assert found.log_ratios.weights[i] == pytest.approx(math.exp(-slower / SLOWDOWN))
     assert found.sittings.tolist() == [i // 3 for i in range(40)]
 
 
-def test_the_undisturbed_latency_agrees_with_a_loop_over_samples():
-    logs = np.random.default_rng(2).gamma(2, 0.05, 400)
-    fastest = sorted(logs)[7]
-    kept = [x for x in logs if x <= fastest + UNDISTURBED]
-    assert 50 < len(kept) < 350
-    assert undisturbed(logs) == pytest.approx(sum(kept) / len(kept))
+def test_a_weighted_mean_agrees_with_a_loop():
+    generator = np.random.default_rng(2)
+    values, weights = generator.normal(size=9), generator.random(9)
+    series = Weighted(values, weights)
+    naive = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    assert series.mean() == pytest.approx(naive)
+    assert series.mean(np.array([4])) == pytest.approx(values[4])
 
 
-def test_samples_that_something_slowed_count_for_nothing():
+def samples_of(logs):
+    """Blocks of the reference with these logarithms of samples, shape `(blocks, samples)`."""
+    return [
+        TimedBlock(subject="reference", samples_ns=tuple(row), median_ns=float(np.median(row)))
+        for row in np.round(np.exp(logs)).astype(int).tolist()
+    ]
+
+
+def test_blocks_that_something_slowed_hardly_count():
     generator = np.random.default_rng(3)
-    logs = generator.normal(14, 0.02, 300)
-    slowed = np.concatenate([logs, 14.2 + generator.exponential(0.3, 500)])
-    assert undisturbed(slowed) == pytest.approx(undisturbed(logs), abs=0.002)
-    assert undisturbed(logs) == pytest.approx(logs.mean(), abs=0.001), "at rest nearly all count"
+    logs = generator.normal(14, 0.02, (30, 10))
+    slowed = np.concatenate([logs, 14.3 + generator.exponential(0.3, (50, 10))])
+    at_rest_ns = undisturbed_ns(samples_of(logs), "reference")
+    assert undisturbed_ns(samples_of(slowed), "reference") == pytest.approx(at_rest_ns, rel=0.005)
+    assert at_rest_ns == pytest.approx(math.exp(14), rel=0.005)
+    assert level(samples_of(logs), "reference").effective_size > 25, "at rest nearly all count"
+    assert level(samples_of(slowed), "reference").effective_size < 35
 
 
 def test_a_lucky_sample_moves_nothing():
-    generator = np.random.default_rng(4)
-    samples = generator.normal(14, 0.02, (2, 30, 10))
-    plain = pairs_of(*samples)
-    samples[0, 3, 5] -= 0.5
-    lucky = pairs_of(*samples)
-    assert lucky.log_ratio() == pytest.approx(plain.log_ratio(), abs=0.003)
-    assert bootstrap(lucky, seed=0)[1] == pytest.approx(plain.log_ratio(), abs=BIN)
+    logs = np.random.default_rng(4).normal(14, 0.02, (30, 10))
+    plain_ns = undisturbed_ns(samples_of(logs), "reference")
+    logs[3, 5] -= 0.5
+    assert undisturbed_ns(samples_of(logs), "reference") == pytest.approx(plain_ns, rel=0.001)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
 def test_a_neighbour_that_slows_one_model_more_leaves_the_ratio_as_it_is_at_rest(share):
     centers = []
     for seed in range(40):
-        spells, noise = in_spells(seed, n=120, share=share, slower=1.0)
-        candidate = math.log(RATIO) + math.log(1.45) * spells + noise[0]
-        reference = math.log(1.28) * spells + noise[1]
-        blocks = blocks_of(
-            np.tile([True, False], 120),
-            1e6 * np.exp(np.column_stack([candidate, reference])).ravel(),
-        )
+        blocks = in_spells(seed, n_pairs=120, share=share, of_candidate=1.45, of_reference=1.28)
         centers.append(latency.ratio_interval(blocks, seed=0).center)
     assert np.quantile(centers, [0.05, 0.95]) == pytest.approx(RATIO, rel=0.02)
 
@@ -157,22 +173,17 @@ def test_blocks_that_are_no_pairs_are_refused(subjects):
         Pairs.of(blocks_of(np.array(subjects, dtype=bool), np.ones(len(subjects))))
 
 
-@pytest.mark.parametrize("burst", [0, 0.4])
 @pytest.mark.parametrize("n", [3, 9, 30])
-def test_the_bootstrap_agrees_with_a_naive_one(n, burst):
+def test_the_bootstrap_agrees_with_a_naive_one(n):
     generator = np.random.default_rng(5)
-    samples = generator.normal(0, 0.03, (2, n, 20)) + generator.exponential(0.03, (2, n, 1))
-    samples[:, 1 + n // 6 :] += burst  # a resample may lack the first pairs, the only ones at rest
+    series = Weighted(generator.normal(size=n), generator.random(n))
     length = run_length(n)
     starts = np.random.default_rng(7).integers(0, n, size=(50, -(-n // length), 1))
     naive = []
     for resample in starts:
         picks = [(start[0] + k) % n for start in resample for k in range(length)][:n]
-        candidate, reference = (undisturbed(of[picks].ravel()) for of in samples)
-        naive.append(candidate - reference)
-    found, middle = bootstrap(pairs_of(*samples), seed=7, n_resamples=50)
-    np.testing.assert_allclose(found, naive, atol=BIN)
-    assert middle == pytest.approx(pairs_of(*samples).log_ratio(), abs=BIN)
+        naive.append(series.mean(np.array(picks)))
+    np.testing.assert_allclose(bootstrap(series, seed=7, n_resamples=50), naive)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -219,29 +230,35 @@ def test_looks_are_few():
 @pytest.mark.parametrize("n_sittings", [3, 4, 6])
 def test_the_interval_over_sittings_is_students_of_their_ratios(n_sittings):
     values = np.random.default_rng(3).normal(0, 0.1, size=4 * n_sittings)
-    ratios = [undisturbed(part) for part in np.array_split(values, n_sittings)]
-    scale = latency.POOLED_INEFFICIENCY * np.std(ratios, ddof=1) / math.sqrt(n_sittings)
+    ratios = [part.mean() for part in np.array_split(values, n_sittings)]
+    scale = np.std(ratios, ddof=1) / math.sqrt(n_sittings)
     low, high = student.interval(0.95, n_sittings - 1, scale=scale)
     found = latency.sitting_half_width(pairs_of(values, sitting_pairs=4))
     assert found == pytest.approx((high - low) / 2, rel=1e-4)
 
 
+def test_the_interval_over_sittings_is_around_the_ratio_of_all_pairs():
+    """A neighbour who was there half of the time: his half counts little, and yet shows."""
+    values, weights = np.repeat([0.0, 1.0], 60), np.repeat([1.0, 1e-9], 60)
+    found = latency.sitting_half_width(pairs_of(values, weights))
+    assert found == pytest.approx(2.5706 * math.sqrt(3 / 5 / 6))
+
+
 def test_many_sittings_are_joined_so_that_slow_changes_show():
     values = np.repeat([0.0, 1.0], 60)
-    found = latency.sitting_half_width(pairs_of(values))
     error = np.std([0, 1] * 3, ddof=1) / math.sqrt(6)
-    assert found == pytest.approx(2.5706 * latency.POOLED_INEFFICIENCY * error)
+    assert latency.sitting_half_width(pairs_of(values)) == pytest.approx(2.5706 * error, rel=0.05)
 
 
 def test_few_sittings_under_noise_are_bounded_by_what_sessions_spread_by():
     is_candidate, medians = simulated_device("noisy", 0, 44)
     blocks = blocks_of(is_candidate, medians, sitting_pairs=22)
     pairs = Pairs.of(blocks)
-    low, center, _ = latency.bootstrap_interval(pairs, seed=0)
+    fast = latency.bootstrap_half_width(pairs.log_ratios, seed=0)
     assert latency.sitting_half_width(pairs) > 0.06
     found = latency.ratio_interval(blocks, seed=0)
-    bound = math.hypot(center - low, 1.96 * latency.SESSION_SPREAD / math.sqrt(2))
-    assert center - math.log(found.low) == pytest.approx(bound, rel=1e-3)
+    bound = math.hypot(fast, 1.96 * latency.SESSION_SPREAD / math.sqrt(2))
+    assert math.log(found.center / found.low) == pytest.approx(bound, rel=1e-3)
 
 
 def test_one_sitting_is_credited_with_the_spread_that_sessions_may_have():
@@ -256,8 +273,8 @@ def test_one_pair_of_sessions_covers_the_ratio_in_a_third_of_the_cases():
         luck = np.random.default_rng(seed).normal(0, latency.SESSION_SPREAD)
         lucky = medians * np.exp(np.where(is_candidate, luck, 0))
         pairs = Pairs.of(blocks_of(is_candidate, lucky, sitting_pairs=9))
-        low, _, high = latency.bootstrap_interval(pairs, seed=seed)
-        covered += low <= math.log(RATIO) <= high
+        away = abs(pairs.log_ratios.mean() - math.log(RATIO))
+        covered += away <= latency.bootstrap_half_width(pairs.log_ratios, seed=seed)
     assert 20 <= covered <= 50
 
 
@@ -265,11 +282,9 @@ def test_one_pair_of_sessions_covers_the_ratio_in_a_third_of_the_cases():
 def test_the_ratio_at_rest_is_covered_where_the_candidate_is_disturbed_in_spells(share, covered):
     found = 0
     for seed in range(100):
-        spells, noise = in_spells(seed, n=60, share=share, slower=0.3)
-        pairs = pairs_of(spells + noise[0], noise[1])
-        low, center, high = latency.bootstrap_interval(pairs, seed=seed)
-        slow = latency.sitting_half_width(pairs)
-        found += min(low, center - slow) <= 0 <= max(high, center + slow)
+        blocks = in_spells(seed, n_pairs=60, share=share, of_candidate=1.35, of_reference=1.0)
+        interval = latency.ratio_interval(blocks, seed=seed)
+        found += interval.low <= RATIO <= interval.high
     assert found / 100 >= covered
 
 
@@ -282,7 +297,7 @@ def changing(before, after, *, n_pairs=60):
 
 def test_a_ratio_that_changes_half_way_widens_the_interval():
     interval = latency.ratio_interval(changing(0.5, 0.54), seed=0)
-    assert interval.low < 0.5 < 0.54 < interval.high
+    assert interval.low < 0.5 < 0.53 < interval.high
     assert interval.half_width > 5 * latency.ratio_interval(changing(0.5, 0.5), seed=0).half_width
 
 

@@ -37,10 +37,10 @@ def measured(
     for i in range(pairs):
         if i * sittings // pairs != (i - 1) * sittings // pairs:
             own = {subject: rng.normal(0, session / math.sqrt(2)) for subject in own}
-        level = correlation * level + rng.normal(0, 0.02 * correlation)
+        level = correlation * level + rng.normal(0, 0.05 * correlation)
         for subject, ns in (("candidate", 1e6), ("reference", 2e6)):
             spikes = (rng.random(per_block) < 0.05) * rng.exponential(0.5, per_block)
-            noise = level + own[subject] + rng.normal(0, 0.02, per_block) + spikes
+            noise = level + own[subject] + rng.normal(0, 0.05, per_block) + spikes
             samples = np.rint(ns * np.exp(noise)).astype(int)
             blocks.append(
                 TimedBlock(

@@ -232,7 +232,7 @@ class MeasurementSpec(_Section):
     target_half_width: float = Field(default=0.02, gt=0, lt=1)
     """Half width of the 95 % interval, as a fraction of the latency, at which sampling stops."""
     time_cap_s: float = Field(default=8.0, gt=0)
-    """Seconds of timing that end sampling; up to four times that while a neighbour slows FP32."""
+    """Seconds of timing that end sampling; up to four times that while FP32 is not at rest."""
     confirmation_half_width: float = Field(default=0.01, gt=0, lt=1)
     """The same half width where a front member is confirmed in a fresh process."""
     confirmation_time_cap_s: float = Field(default=15.0, gt=0)

@@ -375,7 +375,7 @@ def _as_text(report: LatencyReport, *, model: Path, against: Path | None) -> str
 
 
 def _undisturbed_text(report: LatencyReport) -> str:
-    """How many samples the latency and the ratio are of; the tail is of all."""
+    """How many of the candidate's samples took what its latency says; the tail is of all."""
     share = report.undisturbed_share
     return "" if share is None else f"; {share:.0%} undisturbed"
 

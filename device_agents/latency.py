@@ -23,7 +23,6 @@ from device_agents.undisturbed import (
     Weighted,
     bootstrap,
     run_length,
-    undisturbed_ns,
     undisturbed_share,
 )
 
@@ -51,7 +50,7 @@ move at all when its reference does, and its ratio moves by all of that. Over mi
 loaded core the ratio of INT8 mobilenet_v2 moved by -0.9 of what FP32 did at 64 pixels and by 0.1 to
 0.5 at 224, mobilenet_v3_small by -0.4, resnet18 by 0.9, while FP32 moved by 0.14, 0.03 to 0.04,
 0.06 and 0.01 (standard deviations of logarithms). Of 60 and 40 intervals in two such hours, of
-measurements that did not wait for rest, 52 and 82 % hold the hour's ratio without this, 84 and 97 %
+measurements that did not wait for rest, 47 and 80 % hold the hour's ratio without this, 84 and 96 %
 with it."""
 NEIGHBOUR_CHANGE = 0.1
 """How far, in logarithms, neighbours move the reference's latency for minutes on end: 0.08 to 0.15
@@ -191,7 +190,7 @@ def bootstrap_half_width(series: Weighted, *, seed: int) -> float:
     factor = small_sample_factor(series.effective_size)
     if math.isinf(factor):
         return math.inf
-    away = bootstrap(series, seed=seed) - series.mean()
+    away = bootstrap(series, seed=seed)
     return factor * float(np.abs(quantiles(away, [TAIL, 1 - TAIL])).max())
 
 
@@ -201,25 +200,33 @@ def sitting_half_width(pairs: Pairs) -> float:
     In every sitting both models are loaded anew, because a session is faster or slower for as
     long as it lasts, by where it lies in memory. In simulation with sessions that spread by
     `SESSION_SPREAD`, intervals from one pair of sessions that stop at ±1 % cover the ratio in
-    a third of the cases. The sittings, whole ones joined to `MAX_PARTS` at most, give independent
-    ratios, and how far these are from that of all pairs the standard error of it (batch means:
-    Conway 1963). A device that throttles half way, or shares a core with a neighbour who comes and
-    goes, shows here too. Infinite for a single sitting.
+    a third of the cases. The sittings, whole ones joined to `MAX_PARTS` at most that count alike,
+    give independent ratios, and how far these are from that of all pairs the standard error of it
+    (batch means: Conway 1963; of parts of unequal weight: Cochran 1977, section 6.4). A ratio that
+    changes half way shows here too. Infinite for a single sitting.
     """
-    parts = sitting_parts(pairs.sittings)
+    series = pairs.log_ratios
+    parts = sitting_parts(pairs.sittings, pairs.weights)
     if len(parts) == 1:
         return math.inf
-    series = pairs.log_ratios
     away = np.array([series.mean(part) for part in parts]) - series.mean()
-    error = math.sqrt(float(np.square(away).sum()) / (len(parts) - 1) / len(parts))
+    shares = np.array([pairs.weights[part].sum() for part in parts]) / pairs.weights.sum()
+    error = math.sqrt(len(parts) / (len(parts) - 1) * float(np.square(shares * away).sum()))
     return STUDENT[len(parts) - 2] * error
 
 
-def sitting_parts(sittings: NDArray[np.int_]) -> list[NDArray[np.int_]]:
-    """The places of each of at most `MAX_PARTS` parts in order of time, whole sittings each."""
-    names = distinct(sittings)
-    joined = np.array_split(names, min(MAX_PARTS, names.size))
-    return [np.flatnonzero((part[0] <= sittings) & (sittings <= part[-1])) for part in joined]
+def sitting_parts(
+    sittings: NDArray[np.int_], weights: Floats | None = None
+) -> list[NDArray[np.int_]]:
+    """The places of each of at most `MAX_PARTS` parts in order of time, whole sittings each.
+
+    All of about the same weight; without weights, of about as many places.
+    """
+    owners = np.searchsorted(distinct(sittings), sittings)
+    heaps = np.bincount(owners, weights)
+    middles = (np.cumsum(heaps) - heaps / 2) / heaps.sum()
+    numbers = np.minimum(np.floor(MAX_PARTS * middles), MAX_PARTS - 1)[owners]
+    return [np.flatnonzero(numbers == number) for number in sorted(set(numbers.tolist()))]
 
 
 def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
@@ -263,7 +270,7 @@ def summarize(
         ValueError: if the blocks do not come in pairs.
     """
     measured = ratio_interval(blocks, seed=seed)
-    reference_ns = undisturbed_ns(blocks, "reference")
+    reference_ns = math.exp(Pairs.of(blocks).level("reference").mean())
     calibrated_ns = reference_latency_ns or reference_ns
     apart = math.exp(state_uncertainty(reference_ns, calibrated_ns, is_reference=is_reference))
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)

@@ -54,9 +54,10 @@ class Measurement:
     """One measurement in one child process; made for one `run`.
 
     `reference_runtime` is what the reference runs with; by default what the candidate does.
-    `rest_cap_s` is how long to wait for a device at rest (`rest.py`); None does not. With
-    `profile` the candidate's kernels are timed too, in a session of their own at the end.
-    `cancel` may come from any thread, before, during or after `run`.
+    With `profile` the candidate's kernels are timed too, in a session of their own at the end.
+    `rest_cap_s` takes the place of the plan's time cap while the device is not at rest
+    (`rest.py`); None does not wait. `cancel` may come from any thread, before, during or after
+    `run`.
     """
 
     def __init__(

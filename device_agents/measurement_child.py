@@ -165,8 +165,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         quantile=job.quantile,
         seed=job.seed,
         reference_latency_ns=job.reference_latency_ns,
-        # Against itself a model comes out the same in every state.
-        rest_cap_s=None if job.is_reference else job.rest_cap_s,
+        rest_cap_s=job.rest_cap_s,
         is_calibration=job.is_calibration,
     )
     before, ticks = conditions.read(), cpu_ticks()

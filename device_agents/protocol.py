@@ -275,10 +275,10 @@ class MeasurementPlan(Message):
     """How long and how exactly to measure.
 
     `target_half_width` is the half width of the 95 % interval as a fraction of the ratio to
-    the reference at which sampling stops; `time_cap_s` bounds the timed part, four times as much
-    does while the reference is slower than calibrated (`rest.py`). `reference_latency_ns` is the
-    reference's own calibrated latency on this device; where it is given, latencies are the ratio
-    times it, which cancels the drift of the machine. `is_calibration` takes the whole of
+    the reference at which sampling stops; `time_cap_s` bounds the timed part, up to four times as
+    much does while the reference is slower than calibrated (`rest.py`). `reference_latency_ns` is
+    the reference's own calibrated latency on this device; where it is given, latencies are the
+    ratio times it, which cancels the drift of the machine. `is_calibration` takes the whole of
     `time_cap_s`, however soon it is narrow, so that the device comes to rest meanwhile. Sampling
     also goes on until the tail of `quantile` is seen well enough for an upper bound.
     """
@@ -392,7 +392,8 @@ class LatencyReport(Message):
 
     All `*_ns` are nanoseconds per inference. `ratio` compares with the reference model, which is
     the job's FP32 model: below 1 is faster. Both count as what they take while nothing disturbs
-    them (`undisturbed.py`), which is what `undisturbed_share` of the candidate's samples took.
+    them (`undisturbed.py`); `undisturbed_share` of the candidate's samples took no more than a
+    tenth longer.
     `p50_ns` is `ratio` times the reference's calibrated latency (`reference_latency_ns`); the
     interval at `confidence_level` is the wider of a block bootstrap's and one over the sittings, of
     the ratio, scaled likewise, and wider by what the distance of the reference (`reference_p50_ns`)

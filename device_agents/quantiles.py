@@ -29,7 +29,7 @@ from device_agents.latency import (
     sitting_parts,
     state_uncertainty,
 )
-from device_agents.undisturbed import Floats, Timed, level, undisturbed_ns
+from device_agents.undisturbed import Floats, Pairs, Timed, are_pairs
 
 QUANTILES = {"p90": 0.9, "p99": 0.99}
 
@@ -88,13 +88,13 @@ def _bounds(
     """Above for the sign 1, below for -1; the reference, divided by, counts the other way."""
     bound_of = upper_quantile if sign > 0 else lower_quantile
     candidate = [b for b in blocks if b.subject == "candidate"]
-    paired = [b for b in blocks if b.subject == "reference"]
-    if not candidate or len(candidate) != len(paired) or min(map(_least, blocks)) <= 0:
+    if not are_pairs(blocks) or min(map(_least, blocks)) <= 0:
         return dict.fromkeys(QUANTILES)
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
-    reference = reference_ns or undisturbed_ns(paired, "reference")
-    beside = bootstrap_half_width(level(paired, "reference"), seed=0)
+    level = Pairs.of(blocks).level("reference")
+    reference = reference_ns or math.exp(level.mean())
+    beside = bootstrap_half_width(level, seed=0)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
     scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, calibrated))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]

@@ -20,10 +20,10 @@ REST_CAPS = 4
 whole stretches of 8 s have no undisturbed sample: of three sets of measurements of INT8
 mobilenet_v2 in a calm, a restless and a bad hour, with a calibrated latency as in the fastest
 quarter of the hour, the interquartile range was 0.29, 0.20 and 0.56 of that of 20 runs after 10
-with one cap, 0.26, 0.16 and 0.44 with two and 0.22, 0.15 and 0.32 with four, which took 2.0, 1.5
-and 1.7 times as long. Chosen on these."""
+with one cap, 0.26, 0.16 and 0.44 with two and 0.22, 0.15 and 0.38 with four, which took 2.0, 1.5
+and 1.6 times as long. Chosen on these."""
 MAX_IN_VAIN = 2
-"""Measurements in a row that found no rest; the next ones do not wait until one finds it. A
+"""Measurements in a row that waited in vain; the next ones do not wait until one finds rest. A
 neighbour's minute is waited for, a device that is slower today than when it was calibrated is not:
 its bounds are wider by that instead (`latency.state_uncertainty`). A choice."""
 
@@ -43,19 +43,27 @@ class Patience:
     def __init__(self) -> None:
         self._in_vain = 0
 
-    def rest_cap_s(self, plan: MeasurementPlan) -> float | None:
+    def rest_cap_s(self, plan: MeasurementPlan, *, is_reference: bool) -> float | None:
         """What takes the place of the plan's time cap while the device is not at rest.
 
-        `REST_CAPS` of these, with half of the timeout to spare; None does not wait: nothing is
-        calibrated yet, or those before waited in vain.
+        `REST_CAPS` of these and half of the timeout at most, never less than the cap; None does
+        not wait: nothing is calibrated yet, those before waited in vain, or the candidate
+        `is_reference`, whose ratio to itself is the same in every state.
         """
-        if plan.reference_latency_ns is None or self._in_vain >= MAX_IN_VAIN:
+        if plan.reference_latency_ns is None or is_reference or self._in_vain >= MAX_IN_VAIN:
             return None
         return max(plan.time_cap_s, min(REST_CAPS * plan.time_cap_s, plan.timeout_s / 2))
 
-    def learn(self, plan: MeasurementPlan, report: LatencyReport | None) -> None:
-        """Take note of how a measurement found the device; one without a report says nothing."""
+    def learn(
+        self, plan: MeasurementPlan, report: LatencyReport | None, *, rest_cap_s: float | None
+    ) -> None:
+        """Take note of how a measurement found the device, that waited to `rest_cap_s` or not.
+
+        One without a report says nothing, and one that did not wait nothing of waiting.
+        """
         if report is None or plan.reference_latency_ns is None:
             return
-        restless = is_restless(report.reference_p50_ns, plan.reference_latency_ns)
-        self._in_vain = self._in_vain + 1 if restless else 0
+        if not is_restless(report.reference_p50_ns, plan.reference_latency_ns):
+            self._in_vain = 0
+        elif rest_cap_s is not None:
+            self._in_vain += 1

@@ -33,7 +33,7 @@ from device_agents.latency import (
 from device_agents.quantiles import is_bounded
 from device_agents.rest import is_restless
 from device_agents.runtimes import Clock
-from device_agents.undisturbed import undisturbed_ns
+from device_agents.undisturbed import Pairs
 from device_agents.watch import Watch, taint
 
 Subject = Literal["candidate", "reference"]
@@ -343,6 +343,7 @@ class _Attempt:
     between: list[Mapping[str, Any]] = field(default_factory=list)
     taints: Counter[str] = field(default_factory=Counter)
     energy_missing: str | None = None
+    _waits: bool = False
     _all: list[TimedBlock] = field(default_factory=list)
     _clean: list[TimedBlock] = field(default_factory=list)
 
@@ -367,9 +368,10 @@ class _Attempt:
                 look = rule.next_look(n_sittings)
             # One that would be over before its first pair is not begun.
             next_ns = self.clock.now_ns() + self.seats.loading_ns
-            is_late = next_ns >= cap_ns and self._n_pairs >= MIN_PAIRS
-            if is_late and (next_ns >= rest_cap_ns or not self._is_restless):
-                return self._trend()
+            if next_ns >= cap_ns and self._n_pairs >= MIN_PAIRS:
+                if next_ns >= rest_cap_ns or not self._is_restless:
+                    return self._trend()
+                self._waits = True
             if self.observe is not None:
                 self.between.append(self.observe())
             self.seats.change()
@@ -382,11 +384,17 @@ class _Attempt:
 
     @property
     def _is_restless(self) -> bool:
-        """The reference has not been as fast here as it was when it was calibrated."""
+        """The reference has not been as fast here as it was when it was calibrated.
+
+        Or for too short a time: once that has been waited for, as many pairs are wanted of it as
+        there are before the first look.
+        """
         calibrated_ns = self.plan.reference_latency_ns
         if calibrated_ns is None or self.plan.rest_cap_s is None:
             return False
-        return is_restless(undisturbed_ns(self.blocks, "reference"), calibrated_ns)
+        level = Pairs.of(self.blocks).level("reference")
+        is_short = self._waits and level.effective_size < MIN_SITTINGS
+        return is_short or is_restless(math.exp(level.mean()), calibrated_ns)
 
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
         """Pairs of one sitting."""

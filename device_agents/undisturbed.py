@@ -6,7 +6,7 @@ bootstrap. Pure numpy: no clock, no runtime, no protocol. Intervals and rules ar
 Why pairs of blocks: what slows both for a while, such as a clock that stays low or a device that is
 slower today, cancels in their ratio. Why the undisturbed ones: on a shared host a neighbour slows
 whole blocks by a tenth to a half, for 0.1 s or for most of a minute, and not both models alike, so
-that a median over all pairs tells how much of a measurement was disturbed. The fastest blocks are
+that a median over all pairs tells how much of a measurement was disturbed. The fastest pairs are
 the same in a calm hour and a restless one. A clock that falls for a part of the time is a
 disturbance like any other: the tail tells of it, and so do the tainted pairs of a report.
 """
@@ -26,15 +26,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 SLOWDOWN = 0.04
-"""A pair that is slower than the fastest by this, in logarithms, counts 1 / e of that. Of a host at
-rest half of the pairs are within 0.06 of the fastest; a neighbour's bursts cost 0.25 to 0.45. Of
+"""A pair that is slower than the fastest by this, in logarithms, counts 1 / e of that. On a host at
+rest the pairs are worth three quarters of as many equal ones; a neighbour's bursts cost 0.25 to
+0.45. What slows one of the models alone counts half: by a tenth during three fifths of a
+measurement it moves the ratio by 0.035, which two thirds of the intervals hold. Of
 three sets of 24 to 60 measurements of INT8 mobilenet_v2 at 224 pixels beside a loaded core, in a
 calm, a restless and a bad hour, the middle is 0.450, 0.451 and 0.463, where medians of all pairs
 have 0.452, 0.461 and 0.482; the interquartile range is 0.29, 0.20 and 0.56 of that of 20 runs after
-10 (medians: 0.18, 0.48, 0.38), and 0.22, 0.15 and 0.32 where the device is waited for
+10 (medians: 0.18, 0.48, 0.38), and 0.22, 0.15 and 0.38 where the device is waited for
 (`rest.REST_CAPS`). With 0.03 to 0.07 it is the same to 0.05. Chosen on these."""
 LUCKY = 2
-"""So many of the fastest pairs may be luck: no other counts less because of them."""
+"""So many of the fastest pairs may be luck: the third is what the others are held against."""
+LARGEST_EXPONENT = 300.0
+"""No weight is 0, not even of samples that nobody can have measured."""
 UNDISTURBED = 0.1
 """A sample is undisturbed that is slower than what its model takes undisturbed by this at most, in
 logarithms: nine tenths and more are on a host at rest."""
@@ -85,12 +89,15 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The log ratios of candidate to reference by pair of blocks, in order of time.
+    """What the pairs of a measurement took, in order of time; all of shape `(n,)`.
 
-    `sittings` is the number of each pair's sitting, shape `(n,)`, ascending.
+    `candidate` and `reference` are the logarithms of their blocks' medians in ns, `weights` how
+    much each pair counts, `sittings` the number of its sitting, ascending.
     """
 
-    log_ratios: Weighted
+    candidate: Floats
+    reference: Floats
+    weights: Floats
     sittings: NDArray[np.int_]
 
     @classmethod
@@ -98,36 +105,48 @@ class Pairs:
         """Of blocks that come in pairs of one of each, in random order.
 
         A pair's weight is by the mean of its two latencies, which tells nothing of their ratio
-        where both are equally noisy. Exchanging candidate and reference changes the sign and
-        nothing else, so that two copies of one model come out equal.
+        where both are equally noisy. Where they are not, the noisier one comes out faster by half
+        of the difference of their variances over `SLOWDOWN`: 0.5 % with 3 and 2 %.
 
         Raises:
-            ValueError: they do not, or there are none.
+            ValueError: they do not, there are none, or one is empty.
         """
-        subjects = [block.subject for block in blocks]
-        if not blocks or len(blocks) % 2 or any(map(eq, subjects[0::2], subjects[1::2])):
+        if not are_pairs(blocks):
             raise ValueError("blocks must come in pairs of one candidate and one reference block")
-        candidate, reference = (log_medians(blocks, name) for name in ("candidate", "reference"))
-        series = Weighted(candidate - reference, weights_of((candidate + reference) / 2))
-        return cls(series, np.array([block.sitting for block in blocks[0::2]]))
+        candidate, reference = (
+            np.log([float(median(x.samples_ns)) for x in blocks if x.subject == name])
+            for name in ("candidate", "reference")
+        )
+        weights = weights_of((candidate + reference) / 2)
+        return cls(candidate, reference, weights, np.array([x.sitting for x in blocks[0::2]]))
 
-    def __len__(self) -> int:
-        return len(self.log_ratios)
+    @property
+    def log_ratios(self) -> Weighted:
+        """Of candidate to reference. Two copies of one model come out equal."""
+        return Weighted(self.candidate - self.reference, self.weights)
+
+    def level(self, subject: str) -> Weighted:
+        """What one of the two took, by the same pairs: its ratio to the other is `log_ratios`."""
+        values = self.candidate if subject == "candidate" else self.reference
+        return Weighted(values, self.weights)
 
 
-def log_medians(blocks: Sequence[Timed], subject: str) -> Floats:
-    """The logarithms of the medians of a model's blocks, in ns."""
-    return np.log([median(block.samples_ns) for block in blocks if block.subject == subject])
+def are_pairs(blocks: Sequence[Timed]) -> bool:
+    """Each two blocks are one of the candidate and one of the reference, with samples in both."""
+    subjects = [block.subject for block in blocks]
+    is_alternating = not any(map(eq, subjects[0::2], subjects[1::2]))
+    full = all(len(block.samples_ns) > 0 for block in blocks)
+    return bool(blocks) and len(blocks) % 2 == 0 and is_alternating and full
 
 
 def weights_of(logs: Floats) -> Floats:
     """How much each of these latencies counts, shape `(n,)`, in logarithms.
 
     A weight falls by e for each `SLOWDOWN` above the fastest, and is 1 for that one and the
-    `LUCKY` ones. Disturbances only slow, so that a mean with these weights holds against them as a
-    median does against errors of either sign.
+    `LUCKY` ones.
     """
-    weights: Floats = np.exp(-np.maximum(0.0, logs - fastest(logs)) / SLOWDOWN)
+    slower = np.clip((logs - fastest(logs)) / SLOWDOWN, 0.0, LARGEST_EXPONENT)
+    weights: Floats = np.exp(-slower)
     return weights
 
 
@@ -141,15 +160,13 @@ def fastest(logs: Floats) -> float:
     return float(np.partition(logs, rank)[rank])
 
 
-def level(blocks: Sequence[Timed], subject: str) -> Weighted:
-    """What a model takes, in logarithms of ns, by its blocks alone."""
-    logs = log_medians(blocks, subject)
-    return Weighted(logs, weights_of(logs))
-
-
 def undisturbed_ns(blocks: Sequence[Timed], subject: str) -> float:
-    """What a model takes while nothing disturbs it, from all of its blocks."""
-    return math.exp(level(blocks, subject).mean())
+    """What a model takes while nothing disturbs it.
+
+    Raises:
+        ValueError: the blocks do not come in pairs.
+    """
+    return math.exp(Pairs.of(blocks).level(subject).mean())
 
 
 def undisturbed_share(blocks: Sequence[Timed], subject: str) -> float:
@@ -169,16 +186,18 @@ def run_length(n: int) -> int:
 
 
 def bootstrap(series: Weighted, *, seed: int, n_resamples: int = N_RESAMPLES) -> Floats:
-    """Means of resampled values with their weights, shape `(n_resamples,)`.
+    """How far the weighted means of resamples are from that of all, shape `(n_resamples,)`.
 
     Circular block bootstrap (Politis and Romano 1992): runs of `run_length` neighbours are drawn
-    with replacement until there are as many as in the original. The same seed gives the same.
+    with replacement until there are as many as in the original. Linear in what each value adds
+    (Cochran 1977, section 6.4: the weights of a resample sum to those of all), because one without
+    a value of weight would tell of the others. The same seed gives the same.
     """
     n = len(series)
     length = run_length(n)
     generator = np.random.default_rng(seed)
     starts = generator.integers(0, n, size=(n_resamples, -(-n // length), 1))
     picks = ((starts + np.arange(length)) % n).reshape(n_resamples, -1)[:, :n]
-    weights = series.weights[picks]
-    means: Floats = (weights * series.values[picks]).sum(axis=1) / weights.sum(axis=1)
-    return means
+    adds = series.weights * (series.values - series.mean()) / series.weights.sum()
+    away: Floats = adds[picks].sum(axis=1)
+    return away

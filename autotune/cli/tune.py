@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from autotune.client import Client
     from autotune.spec import JobSpec
 
-# A cancelled job ends its running measurement first; that takes two of its time caps at most.
-_CANCEL_PATIENCE_S = 30.0
+# A cancelled job ends its running measurement first, which takes four time caps at most: 60 s of a
+# confirmation by default, and loading.
+_CANCEL_PATIENCE_S = 75.0
 
 
 @click.command()

@@ -20,7 +20,7 @@ ALWAYS_CONFIRMED = 3
 
 MOST_CONFIRMED = 6
 """Attempts beside baselines and winners: one takes up to the confirmation's time cap, 15 s, or
-twice that while the device is slower than calibrated."""
+four times that while the device is slower than when it was calibrated."""
 
 
 def next_to_confirm(

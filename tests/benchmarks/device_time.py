@@ -2,8 +2,8 @@
 
 Six FP32 models from 0.1 to 100 ms, each against a second session of itself, so that the ratio
 is known: 1. Each is calibrated once beforehand, as a job's FP32 baseline does it for all of the
-job's measurements, which `raw` keeps and no key counts. Nothing waits for a device at rest, where
-against itself a model comes out the same as anywhere: what that costs is in the `device_seconds` of
+job's measurements, which `raw` keeps and no key counts. A model against itself does not wait for a
+device at rest: what waiting costs a candidate is in the `device_seconds` of
 `tests.benchmarks.latency_spread`. The agent's measurement (to ±2 %, 30 s at
 most) takes turns with 10 warm-up and 100 timed runs of each of the two, all in fresh processes.
 Fixed runs in one process are as precise as they happen to be: sessions differ, and no number of

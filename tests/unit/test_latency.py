@@ -16,7 +16,6 @@ from device_agents.undisturbed import (
     Pairs,
     Weighted,
     bootstrap,
-    level,
     run_length,
     undisturbed_ns,
 )
@@ -45,7 +44,8 @@ def blocks_of(is_candidate, medians, *, sitting_pairs=3):
 def pairs_of(log_ratios, weights=None, *, sitting_pairs=3):
     values = np.asarray(log_ratios, dtype=float)
     counts = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
-    return Pairs(Weighted(values, counts), np.arange(values.size) // sitting_pairs)
+    sittings = np.arange(values.size) // sitting_pairs
+    return Pairs(values, np.zeros_like(values), counts, sittings)
 
 
 def disturbances(kind, generator, n):
@@ -126,10 +126,12 @@ def test_a_weighted_mean_agrees_with_a_loop():
 
 
 def samples_of(logs):
-    """Blocks of the reference with these logarithms of samples, shape `(blocks, samples)`."""
+    """Pairs of two copies of one model with these logarithms of samples, by block and sample."""
+    rows = np.round(np.exp(logs)).astype(int).tolist()
     return [
-        TimedBlock(subject="reference", samples_ns=tuple(row), median_ns=float(np.median(row)))
-        for row in np.round(np.exp(logs)).astype(int).tolist()
+        TimedBlock(subject=subject, samples_ns=tuple(row), median_ns=float(np.median(row)))
+        for row in rows
+        for subject in ("candidate", "reference")
     ]
 
 
@@ -140,15 +142,33 @@ def test_blocks_that_something_slowed_hardly_count():
     at_rest_ns = undisturbed_ns(samples_of(logs), "reference")
     assert undisturbed_ns(samples_of(slowed), "reference") == pytest.approx(at_rest_ns, rel=0.005)
     assert at_rest_ns == pytest.approx(math.exp(14), rel=0.005)
-    assert level(samples_of(logs), "reference").effective_size > 25, "at rest nearly all count"
-    assert level(samples_of(slowed), "reference").effective_size < 35
+    at_rest, disturbed = (Pairs.of(samples_of(x)).log_ratios for x in (logs, slowed))
+    assert at_rest.effective_size > 25, "at rest nearly all count"
+    assert disturbed.effective_size < 35
 
 
-def test_a_lucky_sample_moves_nothing():
+def test_a_lucky_block_moves_nothing():
     logs = np.random.default_rng(4).normal(14, 0.02, (30, 10))
     plain_ns = undisturbed_ns(samples_of(logs), "reference")
-    logs[3, 5] -= 0.5
-    assert undisturbed_ns(samples_of(logs), "reference") == pytest.approx(plain_ns, rel=0.001)
+    logs[3] -= 0.5
+    lucky_ns = undisturbed_ns(samples_of(logs), "reference")
+    assert lucky_ns == pytest.approx(plain_ns * math.exp(-0.5 / 30), rel=0.01)
+
+
+def test_the_latency_is_one_of_the_candidates_own():
+    """However much noisier its reference is: both are of the same pairs."""
+    generator = np.random.default_rng(13)
+    candidate, reference = generator.normal(14, [[0.005], [0.05]], (2, 60))
+    medians = np.exp(np.column_stack([candidate, reference])).ravel()
+    summary = summary_of(blocks_of(np.tile([True, False], 60), medians))
+    assert summary.p50_ns == pytest.approx(np.exp(np.median(candidate)), rel=0.004)
+    assert summary.p50_ns < summary.p90_ns < summary.p99_ns
+
+
+def test_samples_that_nobody_can_have_measured_are_no_numbers_that_fail():
+    blocks = blocks_of(np.tile([True, False], 20), np.tile([1.0, 1e15, 1e15, 1.0], 10))
+    interval = latency.ratio_interval(blocks, seed=0)
+    assert not math.isnan(interval.center + interval.low)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
@@ -182,8 +202,19 @@ def test_the_bootstrap_agrees_with_a_naive_one(n):
     naive = []
     for resample in starts:
         picks = [(start[0] + k) % n for start in resample for k in range(length)][:n]
-        naive.append(series.mean(np.array(picks)))
-    np.testing.assert_allclose(bootstrap(series, seed=7, n_resamples=50), naive)
+        added = [series.weights[i] * (series.values[i] - series.mean()) for i in picks]
+        naive.append(sum(added) / sum(series.weights))
+    np.testing.assert_allclose(bootstrap(series, seed=7, n_resamples=50), naive, atol=1e-12)
+
+
+def test_the_bootstrap_tells_the_spread_of_weighted_means():
+    """Of values that count by e^-7 more or less, as at rest and beside a neighbour."""
+    generator = np.random.default_rng(12)
+    weights = np.where(np.arange(150) < 120, math.exp(-7), 1.0)
+    drawn = generator.normal(0, 0.02, (400, 150))
+    means = [Weighted(values, weights).mean() for values in drawn]
+    told = [np.std(bootstrap(Weighted(values, weights), seed=0)) for values in drawn[:40]]
+    assert np.mean(told) == pytest.approx(np.std(means), rel=0.15)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -237,17 +268,30 @@ def test_the_interval_over_sittings_is_students_of_their_ratios(n_sittings):
     assert found == pytest.approx((high - low) / 2, rel=1e-4)
 
 
-def test_the_interval_over_sittings_is_around_the_ratio_of_all_pairs():
-    """A neighbour who was there half of the time: his half counts little, and yet shows."""
-    values, weights = np.repeat([0.0, 1.0], 60), np.repeat([1.0, 1e-9], 60)
-    found = latency.sitting_half_width(pairs_of(values, weights))
-    assert found == pytest.approx(2.5706 * math.sqrt(3 / 5 / 6))
-
-
 def test_many_sittings_are_joined_so_that_slow_changes_show():
     values = np.repeat([0.0, 1.0], 60)
     error = np.std([0, 1] * 3, ddof=1) / math.sqrt(6)
-    assert latency.sitting_half_width(pairs_of(values)) == pytest.approx(2.5706 * error, rel=0.05)
+    assert latency.sitting_half_width(pairs_of(values)) == pytest.approx(2.5706 * error, rel=0.01)
+
+
+def test_sittings_are_joined_to_parts_that_count_alike():
+    weights = np.repeat([0.01, 1.0], [90, 36])
+    parts = latency.sitting_parts(np.arange(126) // 3, weights)
+    assert np.concatenate(parts).tolist() == list(range(126))
+    counts = [weights[part].sum() for part in parts]
+    assert len(parts) == latency.MAX_PARTS
+    assert max(counts) < 1.5 * min(counts)
+
+
+def test_parts_of_unequal_weight_tell_the_spread_of_their_mean():
+    """Six sittings, of which one counts four times as much, drawn again and again."""
+    generator = np.random.default_rng(11)
+    weights = np.array([4.0, 1, 1, 1, 1, 1])
+    covered = 0
+    for values in generator.normal(size=(2000, 6)):
+        pairs = pairs_of(values, weights, sitting_pairs=1)
+        covered += abs(pairs.log_ratios.mean()) <= latency.sitting_half_width(pairs)
+    assert 0.9 <= covered / 2000 <= 0.98
 
 
 def test_few_sittings_under_noise_are_bounded_by_what_sessions_spread_by():
@@ -289,15 +333,18 @@ def test_the_ratio_at_rest_is_covered_where_the_candidate_is_disturbed_in_spells
 
 
 def changing(before, after, *, n_pairs=60):
-    """Blocks of a candidate whose ratio changes half way."""
+    """Blocks whose ratio changes half way: one model becomes slower, the other faster."""
     is_candidate, medians = simulated_device("quiet", 6, n_pairs)
-    ratio = np.where(np.arange(2 * n_pairs) < n_pairs, before, after) / RATIO
-    return blocks_of(is_candidate, medians * np.where(is_candidate, ratio, 1))
+    change = math.sqrt(after / before)
+    factor = np.where(
+        np.arange(2 * n_pairs) < n_pairs, 1.0, np.where(is_candidate, change, 1 / change)
+    )
+    return blocks_of(is_candidate, medians * np.where(is_candidate, before / RATIO, 1) * factor)
 
 
 def test_a_ratio_that_changes_half_way_widens_the_interval():
-    interval = latency.ratio_interval(changing(0.5, 0.54), seed=0)
-    assert interval.low < 0.5 < 0.53 < interval.high
+    interval = latency.ratio_interval(changing(0.5, 0.55), seed=0)
+    assert interval.low < 0.505 < 0.545 < interval.high
     assert interval.half_width > 5 * latency.ratio_interval(changing(0.5, 0.5), seed=0).half_width
 
 

@@ -236,7 +236,8 @@ def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
     `sitting_half_width` for what changes from sitting to sitting. With fewer than `MIN_SITTINGS`
     sittings, which is all that a short time cap leaves of a slow model, Student's quantile makes
     the latter very wide under noise: there it is bounded by the former together with
-    `SESSION_SPREAD`.
+    `SESSION_SPREAD`. A ratio with a `trend`, of a candidate that heats up alone, is not known
+    better than by all of the trend.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
@@ -247,7 +248,7 @@ def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
     known = math.inf
     if n_sittings < MIN_SITTINGS:
         known = NORMAL_QUANTILE * SESSION_SPREAD / math.sqrt(n_sittings)
-    half = max(fast, min(slow, math.hypot(fast, known)))
+    half = max(fast, min(slow, math.hypot(fast, known)), abs(trend(pairs.log_ratios.values)))
     return Interval(low=_exp(center - half), high=_exp(center + half), center=math.exp(center))
 
 
@@ -348,17 +349,20 @@ def reference_trend(blocks: Sequence[TimedBlock]) -> float | None:
     together and are not nine independent values, their parts nearly are. A single step is no
     trend: what slows both models from one moment on cancels in the ratio.
     """
-    references = reference_medians(blocks)
-    if references.size < TREND_PARTS:
-        return None
-    parts = np.array_split(np.log(references), TREND_PARTS)
-    logs = np.array([median(part) for part in parts])
-    first, second = np.triu_indices(TREND_PARTS, k=1)
-    rises = logs[second] - logs[first]
-    if abs(float(np.sign(rises).sum())) < TREND_SCORE:
-        return None
-    change = math.expm1(float(median(rises / (second - first))) * (TREND_PARTS - 1))
+    change = math.expm1(trend(np.log(reference_medians(blocks))))
     return change if abs(change) > LARGEST_TREND else None
+
+
+def trend(values: Floats) -> float:
+    """By how much these values rise from first to last, shape `(n,)`; 0 where that may be noise."""
+    if values.size < TREND_PARTS:
+        return 0.0
+    parts = np.array([median(part) for part in np.array_split(values, TREND_PARTS)])
+    first, second = np.triu_indices(TREND_PARTS, k=1)
+    rises = parts[second] - parts[first]
+    if abs(float(np.sign(rises).sum())) < TREND_SCORE:
+        return 0.0
+    return float(median(rises / (second - first))) * (TREND_PARTS - 1)
 
 
 def reference_medians(blocks: Sequence[TimedBlock]) -> Floats:

@@ -348,6 +348,24 @@ def test_a_ratio_that_changes_half_way_widens_the_interval():
     assert interval.half_width > 5 * latency.ratio_interval(changing(0.5, 0.5), seed=0).half_width
 
 
+def test_a_candidate_that_goes_on_becoming_slower_is_not_taken_for_a_disturbed_one():
+    is_candidate, medians = simulated_device("quiet", 6, 60)
+    slower = np.linspace(1, 1.6, 120)
+    interval = latency.ratio_interval(
+        blocks_of(is_candidate, medians * np.where(is_candidate, slower, 1)), seed=0
+    )
+    assert interval.low < RATIO < 1.5 * RATIO < interval.high
+
+
+@pytest.mark.parametrize("kind", ["quiet", "noisy", "disturbed", "correlated"])
+def test_noise_of_the_ratio_is_seldom_taken_for_a_trend(kind):
+    found = 0
+    for seed in range(200):
+        blocks = blocks_of(*simulated_device(kind, seed, 40))
+        found += latency.trend(Pairs.of(blocks).log_ratios.values) != 0
+    assert found <= 6
+
+
 def summary_of(blocks, **changes):
     options = {"seed": 0, "reference_latency_ns": None} | changes
     return latency.summarize(blocks, **options)

@@ -365,11 +365,6 @@ class Agent:
             return MeasurementOutcome(outcome=Outcome.DEVICE_DISK, reason=str(error))
         except ServiceUnreachable as error:
             return MeasurementOutcome(outcome=Outcome.LOST, reason=str(error))
-        own = (request.artifact.sha256, request.runtime)
-        rest_cap_s = self._patience.rest_cap_s(
-            request.plan,
-            is_reference=own == (request.reference.sha256, request.reference_runtime),
-        )
         measurement = Measurement(
             candidate=paths[0],
             reference=paths[1],
@@ -377,14 +372,12 @@ class Agent:
             reference_runtime=request.reference_runtime,
             plan=request.plan,
             profile=request.profile,
-            rest_cap_s=rest_cap_s,
+            patience=self._patience,
         )
         held.attach(measurement)
         died = MeasurementOutcome(outcome=Outcome.LOST, reason=DIED)
         self._outbox.promise(_result(held, request, died))
-        ended = measurement.run()
-        self._patience.learn(request.plan, ended.report, rest_cap_s=rest_cap_s)
-        return ended
+        return measurement.run()
 
     def _fetch(self, artifact: ArtifactReference, held: HeldLease, keep: tuple[str, ...]) -> Path:
         cached = self._cache.get(artifact.sha256)

@@ -242,7 +242,10 @@ def ratio_interval(blocks: Sequence[Timed], *, seed: int) -> Interval:
     Raises:
         ValueError: if the blocks do not come in pairs.
     """
-    pairs = Pairs.of(blocks)
+    return _interval(Pairs.of(blocks), seed=seed)
+
+
+def _interval(pairs: Pairs, *, seed: int) -> Interval:
     center, fast = pairs.log_ratios.mean(), bootstrap_half_width(pairs.log_ratios, seed=seed)
     slow, n_sittings = sitting_half_width(pairs), distinct(pairs.sittings).size
     known = math.inf
@@ -262,7 +265,7 @@ def summarize(
     """All statistics of a finished measurement.
 
     `reference_latency_ns` is the reference's calibrated latency on this device; None takes that of
-    its undisturbed samples here. All latencies are scaled by calibrated over measured reference,
+    its undisturbed blocks here. All latencies are scaled by calibrated over measured reference,
     and where these differ the bounds are `state_uncertainty` further apart; `is_reference` says
     that the candidate is the same file run the same way. Whether the measurement is steady is not
     a matter of that: it may be all that this device has to offer now.
@@ -270,8 +273,9 @@ def summarize(
     Raises:
         ValueError: if the blocks do not come in pairs.
     """
-    measured = ratio_interval(blocks, seed=seed)
-    reference_ns = math.exp(Pairs.of(blocks).level("reference").mean())
+    pairs = Pairs.of(blocks)
+    measured = _interval(pairs, seed=seed)
+    reference_ns = pairs.undisturbed_ns("reference")
     calibrated_ns = reference_latency_ns or reference_ns
     apart = math.exp(state_uncertainty(reference_ns, calibrated_ns, is_reference=is_reference))
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
@@ -292,7 +296,7 @@ def summarize(
         reference_latency_ns=calibrated_ns,
         n_samples=sum(len(b.samples_ns) for b in blocks),
         n_blocks=len(blocks),
-        undisturbed_share=undisturbed_share(blocks, "candidate"),
+        undisturbed_share=undisturbed_share(samples, pairs.undisturbed_ns("candidate")),
         is_steady=reason is None,
         unsteady_reason=reason,
     )

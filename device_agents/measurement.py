@@ -31,6 +31,7 @@ from device_agents.protocol import (
     Outcome,
     RuntimeRequest,
 )
+from device_agents.rest import Patience
 
 MEMORY_FRACTION = 0.9
 """Share of the memory that is available at the start which a measurement may take."""
@@ -55,9 +56,9 @@ class Measurement:
 
     `reference_runtime` is what the reference runs with; by default what the candidate does.
     With `profile` the candidate's kernels are timed too, in a session of their own at the end.
-    `rest_cap_s` takes the place of the plan's time cap while the device is not at rest
-    (`rest.py`); None does not wait. `cancel` may come from any thread, before, during or after
-    `run`.
+    `patience` says how long it waits for a device at rest, and learns from it; by default that of
+    an agent that has just been started. `cancel` may come from any thread, before, during or
+    after `run`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Measurement:
         plan: MeasurementPlan,
         reference_runtime: RuntimeRequest | None = None,
         profile: bool = False,
-        rest_cap_s: float | None = None,
+        patience: Patience | None = None,
         memory_limit_bytes: int | None = None,
     ) -> None:
         self._candidate = candidate
@@ -78,7 +79,8 @@ class Measurement:
         self._reference_runtime = reference_runtime or runtime
         self._plan = plan
         self._profile = profile
-        self._rest_cap_s = rest_cap_s
+        self._patience = patience or Patience()
+        self._rest_cap_s = self._patience.rest_cap_s(plan, is_reference=self._is_reference)
         self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
         self._child: subprocess.Popen[bytes] | None = None
         self._killed: Outcome | None = None
@@ -98,7 +100,14 @@ class Measurement:
                 ended = self._run_in(Path(name))
         except OSError as error:
             return _not_begun(error)
-        return interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
+        outcome = interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
+        self._patience.learn(self._plan, outcome.report, rest_cap_s=self._rest_cap_s)
+        return outcome
+
+    @property
+    def _is_reference(self) -> bool:
+        candidate = (self._candidate, self._runtime)
+        return candidate == (self._reference, self._reference_runtime)
 
     def _run_in(self, folder: Path) -> ChildEnd:
         job_path, report_path = folder / "job.json", folder / "report.json"

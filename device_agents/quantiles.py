@@ -88,13 +88,13 @@ def _bounds(
     """Above for the sign 1, below for -1; the reference, divided by, counts the other way."""
     bound_of = upper_quantile if sign > 0 else lower_quantile
     candidate = [b for b in blocks if b.subject == "candidate"]
-    if not are_pairs(blocks) or min(map(_least, blocks)) <= 0:
+    if not are_pairs(blocks):
         return dict.fromkeys(QUANTILES)
     sittings = np.array([block.sitting for block in candidate])
     places = _parts(sittings)
-    level = Pairs.of(blocks).level("reference")
-    reference = reference_ns or math.exp(level.mean())
-    beside = bootstrap_half_width(level, seed=0)
+    pairs = Pairs.of(blocks)
+    reference = reference_ns or pairs.undisturbed_ns("reference")
+    beside = bootstrap_half_width(pairs.level("reference"), seed=0)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
     scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, calibrated))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
@@ -172,10 +172,6 @@ def independent(parts: Sequence[Floats], share: float) -> int:
     variance = n_parts / (n_parts - 1) * float(residuals @ residuals) / n**2
     effect = max(1.0, variance / (ratio * (1 - ratio) / n))
     return int(n / effect)
-
-
-def _least(block: Timed) -> int:
-    return min(block.samples_ns, default=0)
 
 
 def _rank(n: int, share: float) -> int:

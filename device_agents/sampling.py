@@ -237,12 +237,12 @@ def sample(
     """Pairs of blocks until the interval is narrow enough or the time cap is reached.
 
     The time begins when both models are loaded for the first time; past the cap it goes on while
-    the device has not been at rest once, to the plan's `rest_cap_s`. A pair during which the
-    device was disturbed (`watch.taint`) is measured again; where most pairs are, that is the device
-    as it is, and they count. A reference with a trend means a device that heats up or is
-    still busy: after a pause everything begins anew, `MAX_RESTARTS` times at most and only
-    while there is time for it. Noise is no trend: it slows both blocks of a pair, and what does
-    not cancel belongs into the interval.
+    the device has not been at rest once, to the plan's `rest_cap_s`. A pair during which the device
+    was disturbed (`watch.taint`) is measured again; where most pairs are, that is the device as it
+    is, and they count. A reference with a trend means a device that heats up or is still busy:
+    after a pause everything begins anew, `MAX_RESTARTS` times at most and only while there is time
+    for it. Noise is no trend: it slows both blocks of a pair, and what does not cancel belongs into
+    the interval.
 
     Raises:
         InvalidDuration: the clock cannot be trusted.
@@ -392,9 +392,9 @@ class _Attempt:
         calibrated_ns = self.plan.reference_latency_ns
         if calibrated_ns is None or self.plan.rest_cap_s is None:
             return False
-        level = Pairs.of(self.blocks).level("reference")
-        is_short = self._waits and level.effective_size < MIN_SITTINGS
-        return is_short or is_restless(math.exp(level.mean()), calibrated_ns)
+        pairs = Pairs.of(self.blocks)
+        is_short = self._waits and pairs.log_ratios.effective_size < MIN_SITTINGS
+        return is_short or is_restless(pairs.undisturbed_ns("reference"), calibrated_ns)
 
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
         """Pairs of one sitting."""

@@ -29,12 +29,12 @@ SLOWDOWN = 0.04
 """A pair that is slower than the fastest by this, in logarithms, counts 1 / e of that. On a host at
 rest the pairs are worth three quarters of as many equal ones; a neighbour's bursts cost 0.25 to
 0.45. What slows one of the models alone counts half: by a tenth during three fifths of a
-measurement it moves the ratio by 0.035, which two thirds of the intervals hold. Of
-three sets of 24 to 60 measurements of INT8 mobilenet_v2 at 224 pixels beside a loaded core, in a
-calm, a restless and a bad hour, the middle is 0.450, 0.451 and 0.463, where medians of all pairs
-have 0.452, 0.461 and 0.482; the interquartile range is 0.29, 0.20 and 0.56 of that of 20 runs after
-10 (medians: 0.18, 0.48, 0.38), and 0.22, 0.15 and 0.38 where the device is waited for
-(`rest.REST_CAPS`). With 0.03 to 0.07 it is the same to 0.05. Chosen on these."""
+measurement it moves the ratio by 0.035, which two thirds of the intervals hold. Of three sets of 24
+to 60 measurements of INT8 mobilenet_v2 at 224 pixels beside a loaded core, in a calm, a restless
+and a bad hour, the middle is 0.450, 0.451 and 0.463, where medians of all pairs have 0.452, 0.461
+and 0.482; the interquartile range is 0.29, 0.20 and 0.56 of that of 20 runs after 10 (medians:
+0.18, 0.48, 0.38), and 0.22, 0.15 and 0.38 where the device is waited for (`rest.REST_CAPS`). With
+0.03 to 0.07 it is the same to 0.05. Chosen on these."""
 LUCKY = 2
 """So many of the fastest pairs may be luck: the third is what the others are held against."""
 LARGEST_EXPONENT = 300.0
@@ -109,10 +109,12 @@ class Pairs:
         of the difference of their variances over `SLOWDOWN`: 0.5 % with 3 and 2 %.
 
         Raises:
-            ValueError: they do not, there are none, or one is empty.
+            ValueError: they do not, there are none, or samples are missing or not positive.
         """
         if not are_pairs(blocks):
-            raise ValueError("blocks must come in pairs of one candidate and one reference block")
+            raise ValueError(
+                "blocks must come in pairs of a candidate and a reference block of positive samples"
+            )
         candidate, reference = (
             np.log([float(median(x.samples_ns)) for x in blocks if x.subject == name])
             for name in ("candidate", "reference")
@@ -130,13 +132,17 @@ class Pairs:
         values = self.candidate if subject == "candidate" else self.reference
         return Weighted(values, self.weights)
 
+    def undisturbed_ns(self, subject: str) -> float:
+        """What one of the two takes while nothing disturbs it."""
+        return math.exp(self.level(subject).mean())
+
 
 def are_pairs(blocks: Sequence[Timed]) -> bool:
-    """Each two blocks are one of the candidate and one of the reference, with samples in both."""
+    """Each two blocks are one of the candidate and one of the reference, of positive samples."""
     subjects = [block.subject for block in blocks]
     is_alternating = not any(map(eq, subjects[0::2], subjects[1::2]))
-    full = all(len(block.samples_ns) > 0 for block in blocks)
-    return bool(blocks) and len(blocks) % 2 == 0 and is_alternating and full
+    is_positive = all(min(block.samples_ns, default=0) > 0 for block in blocks)
+    return bool(blocks) and len(blocks) % 2 == 0 and is_alternating and is_positive
 
 
 def weights_of(logs: Floats) -> Floats:
@@ -160,20 +166,13 @@ def fastest(logs: Floats) -> float:
     return float(np.partition(logs, rank)[rank])
 
 
-def undisturbed_ns(blocks: Sequence[Timed], subject: str) -> float:
-    """What a model takes while nothing disturbs it.
+def undisturbed_share(samples_ns: Floats, undisturbed_ns: float) -> float:
+    """How many samples of a model that takes so long undisturbed were so, as a share.
 
-    Raises:
-        ValueError: the blocks do not come in pairs.
+    >>> undisturbed_share(np.array([100.0, 102.0, 109.0, 140.0]), 100.0)
+    0.75
     """
-    return math.exp(Pairs.of(blocks).level(subject).mean())
-
-
-def undisturbed_share(blocks: Sequence[Timed], subject: str) -> float:
-    """How many of a model's samples were undisturbed, as a share."""
-    slowest_ns = undisturbed_ns(blocks, subject) * math.exp(UNDISTURBED)
-    samples = np.concatenate([block.samples_ns for block in blocks if block.subject == subject])
-    return float((samples <= slowest_ns).mean())
+    return float((samples_ns <= undisturbed_ns * math.exp(UNDISTURBED)).mean())
 
 
 def run_length(n: int) -> int:

@@ -24,7 +24,7 @@ from autotune.search.interruption import DeviceAway, Stopped
 from autotune.search.renewal import require_unchanged
 from autotune.search.targets import target_on
 from device_agents.protocol import LatencyReport, MeasurementPlan, MeasurementRequest, Outcome
-from device_agents.undisturbed import are_pairs, undisturbed_ns
+from device_agents.undisturbed import Pairs, are_pairs
 from storage.identifiers import MEASUREMENT, new_id
 from storage.records import (
     CanaryRecord,
@@ -312,9 +312,6 @@ class _Canaries:
 
 def reading_ns(report: LatencyReport) -> float:
     """What the canary took undisturbed; of an older agent's samples, whose figure is a median."""
-    if report.undisturbed_share is not None:
+    if report.undisturbed_share is not None or not are_pairs(report.blocks):
         return report.reference_p50_ns
-    blocks = report.blocks
-    if not are_pairs(blocks) or min(x for block in blocks for x in block.samples_ns) <= 0:
-        return report.reference_p50_ns
-    return undisturbed_ns(blocks, "reference")
+    return Pairs.of(report.blocks).undisturbed_ns("reference")

@@ -4,11 +4,11 @@ Six FP32 models from 0.1 to 100 ms, each against a second session of itself, so 
 is known: 1. Each is calibrated once beforehand, as a job's FP32 baseline does it for all of the
 job's measurements, which `raw` keeps and no key counts. A model against itself does not wait for a
 device at rest: what waiting costs a candidate is in the `device_seconds` of
-`tests.benchmarks.latency_spread`. The agent's measurement (to ±2 %, 30 s at
-most) takes turns with 10 warm-up and 100 timed runs of each of the two, all in fresh processes.
-Fixed runs in one process are as precise as they happen to be: sessions differ, and no number of
-calls in one of them shows it. So the comparison at equal coverage asks how often they would have to
-be done again, in fresh processes, for the mean to lie within ±2 % at the agent's level, 95 %. Keys:
+`tests.benchmarks.latency_spread`. The agent's measurement (to ±2 %, 30 s at most) takes turns with
+10 warm-up and 100 timed runs of each of the two, all in fresh processes. Fixed runs in one process
+are as precise as they happen to be: sessions differ, and no number of calls in one of them shows
+it. So the comparison at equal coverage asks how often they would have to be done again, in fresh
+processes, for the mean to lie within ±2 % at the agent's level, 95 %. Keys:
 
 - `device_seconds_ratio`: seconds of the agent's measurements over those of as many fixed runs as
   that takes, summed over the models, each model's median; from loading the runtime to the

@@ -87,18 +87,14 @@ def by_agent(
         is_calibration=is_calibration,
         seed=seed,
     )
-    patience, runtime = patience or Patience(), runtime or RuntimeRequest()
-    is_reference = (candidate, runtime) == (reference, RuntimeRequest())
-    rest_cap_s = patience.rest_cap_s(plan, is_reference=is_reference)
     ended = Measurement(
         candidate=candidate,
         reference=reference,
-        runtime=runtime,
+        runtime=runtime or RuntimeRequest(),
         reference_runtime=RuntimeRequest(),
         plan=plan,
-        rest_cap_s=rest_cap_s,
+        patience=patience,
     ).run()
-    patience.learn(plan, ended.report, rest_cap_s=rest_cap_s)
     if ended.report is None:
         raise SystemExit(f"a measurement ended as {ended.outcome}: {ended.reason}")
     return from_report(ended.report)

@@ -17,7 +17,6 @@ from device_agents.undisturbed import (
     Weighted,
     bootstrap,
     run_length,
-    undisturbed_ns,
 )
 
 RATIO = 0.5
@@ -135,12 +134,16 @@ def samples_of(logs):
     ]
 
 
+def at_rest_ns_of(logs):
+    return Pairs.of(samples_of(logs)).undisturbed_ns("reference")
+
+
 def test_blocks_that_something_slowed_hardly_count():
     generator = np.random.default_rng(3)
     logs = generator.normal(14, 0.02, (30, 10))
     slowed = np.concatenate([logs, 14.3 + generator.exponential(0.3, (50, 10))])
-    at_rest_ns = undisturbed_ns(samples_of(logs), "reference")
-    assert undisturbed_ns(samples_of(slowed), "reference") == pytest.approx(at_rest_ns, rel=0.005)
+    at_rest_ns = at_rest_ns_of(logs)
+    assert at_rest_ns_of(slowed) == pytest.approx(at_rest_ns, rel=0.005)
     assert at_rest_ns == pytest.approx(math.exp(14), rel=0.005)
     at_rest, disturbed = (Pairs.of(samples_of(x)).log_ratios for x in (logs, slowed))
     assert at_rest.effective_size > 25, "at rest nearly all count"
@@ -149,9 +152,9 @@ def test_blocks_that_something_slowed_hardly_count():
 
 def test_a_lucky_block_moves_nothing():
     logs = np.random.default_rng(4).normal(14, 0.02, (30, 10))
-    plain_ns = undisturbed_ns(samples_of(logs), "reference")
+    plain_ns = at_rest_ns_of(logs)
     logs[3] -= 0.5
-    lucky_ns = undisturbed_ns(samples_of(logs), "reference")
+    lucky_ns = at_rest_ns_of(logs)
     assert lucky_ns == pytest.approx(plain_ns * math.exp(-0.5 / 30), rel=0.01)
 
 

@@ -423,6 +423,16 @@ def test_a_measurement_waits_for_a_device_at_rest_as_long_as_it_was_told(tmp_pat
     assert waited > 2 * ended
 
 
+def test_the_reference_against_itself_does_not_wait_for_a_device_at_rest(tmp_path):
+    own, reference = artifact(tmp_path, noise=0.01), artifact(tmp_path, "reference", noise=0.01)
+    plan = MeasurementPlan(time_cap_s=1.0, reference_latency_ns=1e5)
+    waited, alike = (
+        Measurement(candidate=path, reference=reference, runtime=SIMULATED, plan=plan).run()
+        for path in (own, reference)
+    )
+    assert waited.report.n_blocks > 2 * alike.report.n_blocks
+
+
 def test_two_measurements_with_one_seed_are_equal_on_a_simulated_device(tmp_path):
     first, second = (measurement_child.measure(child_job(tmp_path))["report"] for _ in range(2))
     assert first["blocks"] == second["blocks"]

@@ -18,7 +18,7 @@ from device_agents.quantiles import (
     upper_bounds,
     upper_quantile,
 )
-from device_agents.undisturbed import undisturbed_ns
+from device_agents.undisturbed import Pairs
 
 
 def measured(
@@ -57,7 +57,9 @@ def true_quantiles(correlation: float) -> dict[str, float]:
     blocks = measured(999, pairs=4_000, sittings=400, per_block=20, correlation=correlation)
     samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
     short = [
-        undisturbed_ns(measured(seed, pairs=50, per_block=16, correlation=correlation), "reference")
+        Pairs.of(measured(seed, pairs=50, per_block=16, correlation=correlation)).undisturbed_ns(
+            "reference"
+        )
         for seed in range(80)
     ]
     p90, p99 = np.quantile(samples, [0.9, 0.99]) * 2e6 / np.median(short)
@@ -104,7 +106,7 @@ def test_few_samples_have_no_bound_and_more_are_asked_for() -> None:
 
 def test_a_reference_that_was_slow_here_scales_the_bound_and_widens_it() -> None:
     blocks = measured(1, pairs=80)
-    at_rest_ns = undisturbed_ns(blocks, "reference")
+    at_rest_ns = Pairs.of(blocks).undisturbed_ns("reference")
     calibrated = (at_rest_ns, at_rest_ns / 2)
     apart = math.exp(state_uncertainty(2.0, 1.0))
     at_rest, slow = (upper_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in calibrated)

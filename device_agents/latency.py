@@ -162,8 +162,8 @@ def small_sample_factor(n: int) -> float:
     nor that the scale was estimated. Both are mended as for a mean of `n / run_length` runs: the
     root of `n / (n - run_length)`, and Student's over the normal quantile (Abramowitz and Stegun
     26.7.5). The last 1.1 pays for the looks of `StoppingRule`. With the three, intervals of 95 %
-    cover 95 to 98 % of 300 in simulations of quiet, noisy, disturbed and correlated devices that
-    stop at the target, and without the three 91 to 95 %.
+    cover 94 to 98 % of 300 in simulations of quiet, noisy, disturbed and correlated devices that
+    stop at the target, and without the three 90 to 94 %.
     (`tests/unit/test_latency.py` repeats it.)
 
     >>> round(small_sample_factor(9), 2), round(small_sample_factor(1000), 2)

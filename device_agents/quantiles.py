@@ -154,7 +154,7 @@ def independent(parts: Sequence[Floats], share: float) -> int:
     "Confidence intervals for proportions with small expected number of positive counts estimated
     from survey data"). An effect below one is chance and counts as one, which pays for estimating
     it from so few parts: in simulation bounds hold in 97 to 100 % of measurements on a quiet
-    device, whose sessions differ or not, and in 94 to 100 % where noise is correlated over ten
+    device, whose sessions differ or not, and in 91 to 100 % where noise is correlated over ten
     blocks. Where the device switches between two states that last a twelfth of the measurement,
     p90's holds in 77 to 92 %: what was not seen cannot be bounded.
     (`tests/unit/test_quantiles.py` repeats it.)

@@ -47,7 +47,7 @@ from device_agents.protocol import (
     MeasurementResult,
     Outcome,
 )
-from device_agents.rest import Patience
+from device_agents.rest import RestMemory
 from device_agents.transfer import Transfer
 
 LONG_POLL_S = 20.0
@@ -115,7 +115,7 @@ class Agent:
         )
         self._transfer = Transfer(self._connection, self._cache)
         self._outbox = Outbox(settings.state_dir / "outbox")
-        self._patience = Patience()
+        self._memory = RestMemory()
         self._pulse = Pulse(
             self._connection,
             held=lambda: self._held,
@@ -372,7 +372,7 @@ class Agent:
             reference_runtime=request.reference_runtime,
             plan=request.plan,
             profile=request.profile,
-            patience=self._patience,
+            memory=self._memory,
         )
         held.attach(measurement)
         died = MeasurementOutcome(outcome=Outcome.LOST, reason=DIED)

@@ -127,6 +127,7 @@ class LatencySummary:
     confidence_level: float
     reference_p50_ns: float
     reference_latency_ns: float
+    reference_rest_ns: float | None
     n_samples: int
     n_blocks: int
     undisturbed_share: float
@@ -260,14 +261,16 @@ def summarize(
     *,
     seed: int,
     reference_latency_ns: float | None,
+    reference_rest_ns: float | None = None,
     is_reference: bool = False,
 ) -> LatencySummary:
     """All statistics of a finished measurement.
 
     `reference_latency_ns` is the reference's calibrated latency on this device; None takes that of
     its undisturbed blocks here. All latencies are scaled by calibrated over measured reference,
-    and where these differ the bounds are `state_uncertainty` further apart; `is_reference` says
-    that the candidate is the same file run the same way. Whether the measurement is steady is not
+    and where these differ, or it is slower than at rest (`reference_rest_ns`, None where that is
+    not known), the bounds are `state_uncertainty` further apart; `is_reference` says that the
+    candidate is the same file run the same way. Whether the measurement is steady is not
     a matter of that: it may be all that this device has to offer now.
 
     Raises:
@@ -277,7 +280,13 @@ def summarize(
     measured = _interval(pairs, seed=seed)
     reference_ns = pairs.undisturbed_ns("reference")
     calibrated_ns = reference_latency_ns or reference_ns
-    apart = math.exp(state_uncertainty(reference_ns, calibrated_ns, is_reference=is_reference))
+    rest_ns = min(reference_ns, reference_rest_ns or reference_ns)
+    apart = math.exp(
+        max(
+            state_uncertainty(reference_ns, other_ns, is_reference=is_reference)
+            for other_ns in (calibrated_ns, rest_ns)
+        )
+    )
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
     samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
     p90, p99 = quantiles(samples, [0.9, 0.99]) * (calibrated_ns / reference_ns)
@@ -294,6 +303,7 @@ def summarize(
         confidence_level=CONFIDENCE_LEVEL,
         reference_p50_ns=reference_ns,
         reference_latency_ns=calibrated_ns,
+        reference_rest_ns=reference_rest_ns,
         n_samples=sum(len(b.samples_ns) for b in blocks),
         n_blocks=len(blocks),
         undisturbed_share=undisturbed_share(samples, pairs.undisturbed_ns("candidate")),
@@ -302,19 +312,17 @@ def summarize(
     )
 
 
-def state_uncertainty(
-    reference_ns: float, calibrated_ns: float, *, is_reference: bool = False
-) -> float:
-    """What is not known of a ratio, or latency, because the device is not in its calibrated state.
+def state_uncertainty(reference_ns: float, other_ns: float, *, is_reference: bool = False) -> float:
+    """What is not known of a ratio, or latency, because the device is in another state.
 
     The half width in logarithms: `NEIGHBOUR_SHARE` of the difference between the reference's
-    latency and its calibrated one as far as a neighbour may cause it, and `STATE_SHARE` of all of
-    it where that is more; `ITSELF_SHARE` where the candidate `is_reference`.
+    latency and that in the other state, as far as a neighbour may cause it, and `STATE_SHARE` of
+    all of it where that is more; `ITSELF_SHARE` where the candidate `is_reference`.
 
     >>> [round(state_uncertainty(math.exp(moved), 1.0), 3) for moved in (0.0, -0.05, 0.1, 0.7)]
     [0.0, 0.05, 0.1, 0.35]
     """
-    moved = abs(math.log(reference_ns / calibrated_ns))
+    moved = abs(math.log(reference_ns / other_ns))
     if is_reference:
         return ITSELF_SHARE * moved
     return max(NEIGHBOUR_SHARE * min(moved, NEIGHBOUR_CHANGE), STATE_SHARE * moved)

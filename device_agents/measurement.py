@@ -31,7 +31,7 @@ from device_agents.protocol import (
     Outcome,
     RuntimeRequest,
 )
-from device_agents.rest import Patience
+from device_agents.rest import RestMemory
 
 MEMORY_FRACTION = 0.9
 """Share of the memory that is available at the start which a measurement may take."""
@@ -56,7 +56,7 @@ class Measurement:
 
     `reference_runtime` is what the reference runs with; by default what the candidate does.
     With `profile` the candidate's kernels are timed too, in a session of their own at the end.
-    `patience` says how long it waits for a device at rest, and learns from it; by default that of
+    `memory` says how long it waits for a device at rest, and learns from it; by default that of
     an agent that has just been started. `cancel` may come from any thread, before, during or
     after `run`.
     """
@@ -70,7 +70,7 @@ class Measurement:
         plan: MeasurementPlan,
         reference_runtime: RuntimeRequest | None = None,
         profile: bool = False,
-        patience: Patience | None = None,
+        memory: RestMemory | None = None,
         memory_limit_bytes: int | None = None,
     ) -> None:
         self._candidate = candidate
@@ -79,8 +79,10 @@ class Measurement:
         self._reference_runtime = reference_runtime or runtime
         self._plan = plan
         self._profile = profile
-        self._patience = patience or Patience()
-        self._rest_cap_s = self._patience.rest_cap_s(plan, is_reference=self._is_reference)
+        self._memory = memory or RestMemory()
+        self._rest = self._memory.ask(
+            self._reference_key, plan, is_reference=self._candidate_key == self._reference_key
+        )
         self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
         self._child: subprocess.Popen[bytes] | None = None
         self._killed: Outcome | None = None
@@ -101,13 +103,16 @@ class Measurement:
         except OSError as error:
             return _not_begun(error)
         outcome = interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
-        self._patience.learn(self._plan, outcome.report, rest_cap_s=self._rest_cap_s)
+        self._memory.learn(self._reference_key, self._plan, outcome.report)
         return outcome
 
     @property
-    def _is_reference(self) -> bool:
-        candidate = (self._candidate, self._runtime)
-        return candidate == (self._reference, self._reference_runtime)
+    def _candidate_key(self) -> tuple[Path, str]:
+        return self._candidate, self._runtime.model_dump_json()
+
+    @property
+    def _reference_key(self) -> tuple[Path, str]:
+        return self._reference, self._reference_runtime.model_dump_json()
 
     def _run_in(self, folder: Path) -> ChildEnd:
         job_path, report_path = folder / "job.json", folder / "report.json"
@@ -138,7 +143,8 @@ class Measurement:
             "reference_options": reference.model_dump(exclude={"runtime"}),
             "target_half_width": plan.target_half_width,
             "time_cap_s": plan.time_cap_s,
-            "rest_cap_s": self._rest_cap_s,
+            "rest_ns": self._rest.reference_ns,
+            "rest_cap_s": self._rest.cap_s,
             "is_calibration": plan.is_calibration,
             "min_blocks": plan.min_blocks,
             "quantile": plan.quantile,

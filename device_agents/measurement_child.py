@@ -50,8 +50,8 @@ OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "Mem
 class ChildJob:
     """What the parent asks for; the fields mean what `protocol.MeasurementRequest` says.
 
-    `memory_limit_bytes` bounds the private writable memory of the process, None leaves it;
-    `cpu_limit_s` is CPU time over all threads.
+    `rest_ns` and `rest_cap_s` are `rest.Rest`. `memory_limit_bytes` bounds the private writable
+    memory of the process, None leaves it; `cpu_limit_s` is CPU time over all threads.
     """
 
     candidate_path: str
@@ -62,6 +62,7 @@ class ChildJob:
     reference_options: RuntimeOptions
     target_half_width: float
     time_cap_s: float
+    rest_ns: float | None
     rest_cap_s: float | None
     is_calibration: bool
     min_blocks: int
@@ -164,7 +165,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         min_blocks=job.min_blocks,
         quantile=job.quantile,
         seed=job.seed,
-        reference_latency_ns=job.reference_latency_ns,
+        rest_ns=job.rest_ns,
         rest_cap_s=job.rest_cap_s,
         is_calibration=job.is_calibration,
     )
@@ -191,6 +192,7 @@ def measure(job: ChildJob) -> dict[str, Any]:
         blocks,
         seed=job.seed,
         reference_latency_ns=job.reference_latency_ns,
+        reference_rest_ns=job.rest_ns,
         is_reference=job.is_reference,
     )
     if sampled.drift is not None:

@@ -46,6 +46,7 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-22: the ratio of a `LatencyReport`, `p50_ns` and `reference_p50_ns` are of undisturbed
 # blocks, `undisturbed_share` tells of samples; an agent that does not say it took medians of all.
 # `MeasurementPlan.is_calibration`; an agent that does not know it stops where it is narrow.
+# 2026-11-23: `reference_rest_ns` of `LatencyReport`, None from an agent that does not know.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -276,7 +277,7 @@ class MeasurementPlan(Message):
 
     `target_half_width` is the half width of the 95 % interval as a fraction of the ratio to
     the reference at which sampling stops; `time_cap_s` bounds the timed part, up to four times as
-    much does while the reference is slower than calibrated (`rest.py`). `reference_latency_ns` is
+    much does while the reference is slower than at rest (`rest.py`). `reference_latency_ns` is
     the reference's own calibrated latency on this device; where it is given, latencies are the
     ratio times it, which cancels the drift of the machine. `is_calibration` takes the whole of
     `time_cap_s`, however soon it is narrow, so that the device comes to rest meanwhile. Sampling
@@ -397,7 +398,8 @@ class LatencyReport(Message):
     `p50_ns` is `ratio` times the reference's calibrated latency (`reference_latency_ns`); the
     interval at `confidence_level` is the wider of a block bootstrap's and one over the sittings, of
     the ratio, scaled likewise, and wider by what the distance of the reference (`reference_p50_ns`)
-    from its calibrated latency leaves open (little where it is the reference itself that is
+    from its calibrated latency, or from what it takes on this device at rest as far as the agent
+    knows (`reference_rest_ns`), leaves open (little where it is the reference itself that is
     measured). `p90_ns` and `p99_ns` are quantiles of all of the candidate's samples, disturbed ones
     too, scaled by the same calibration; their bounds (`quantiles.py`) pass for as sure as those of
     `p50_ns` and are None where the samples are too few for one. A sample of a model faster than
@@ -428,6 +430,7 @@ class LatencyReport(Message):
     confidence_level: float = 0.95
     reference_p50_ns: float
     reference_latency_ns: float
+    reference_rest_ns: float | None = None
     n_samples: int
     n_blocks: int
     undisturbed_share: float | None = None

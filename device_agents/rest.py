@@ -1,69 +1,107 @@
-"""How long a measurement waits for a device at rest, and when waiting is given up.
+"""What a reference model takes on a device at rest, and how long a measurement waits for that.
 
-A device is at rest while the reference model takes what it took when it was calibrated. Owns what
-counts as that, the most that a measurement waits, and an agent's memory of waits in vain. Loads
-neither numpy nor pydantic: the agent's parent process decides, the timed loop of its child
-(`sampling.py`) waits.
+A calibration may fall into a bad minute, and what it finds out is not what the device does at
+rest. An agent remembers what its last measurements found instead. Owns that memory, what counts
+as rest, and the most that a measurement waits. Loads neither numpy nor pydantic: the agent's
+parent process decides, the timed loop of its child (`sampling.py`) waits.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from device_agents.protocol import LatencyReport, MeasurementPlan
 
 RESTLESS = 0.03
-"""By which fraction the reference is slower than when it was calibrated, at least."""
+"""By which fraction the reference is slower than at rest, at least."""
 REST_CAPS = 4
 """Time caps that a measurement may take until the device is at rest. While a neighbour is busy
-whole stretches of 8 s have no undisturbed sample: of three sets of measurements of INT8
-mobilenet_v2 in a calm, a restless and a bad hour, with a calibrated latency as in the fastest
-quarter of the hour, the interquartile range was 0.29, 0.20 and 0.56 of that of 20 runs after 10
-with one cap, 0.26, 0.16 and 0.44 with two and 0.22, 0.15 and 0.38 with four, which took 2.0, 1.5
-and 1.6 times as long. Chosen on these."""
-MAX_IN_VAIN = 2
-"""Measurements in a row that waited in vain; the next ones do not wait until one finds rest. A
-neighbour's minute is waited for, a device that is slower today than when it was calibrated is not:
-its bounds are wider by that instead (`latency.state_uncertainty`). A choice."""
+whole stretches of 8 s have no undisturbed sample, and such stretches last from ten seconds to two
+minutes. In two of the worst hours, of 402 and 600 s of pairs of INT8 and FP32 mobilenet_v2 in a
+row, one cap gives an interquartile range of 0.55 of that of 20 runs after 10, four give 0.27, and
+so do seven and a half, which take up to a half longer (ten replays of each). Chosen on these."""
+MEMORY = 12
+"""Measurements of one reference that are remembered."""
+REST_SHARE = 0.25
+"""Of these found the device at rest, or better: less than what measurements that wait find in a
+bad hour (0.6 to 0.9), and more than one minute of a faster clock fills. A device that is slower
+from today on is waited for in vain nine times. Chosen on the same hours as `REST_CAPS`, where the
+fastest of all is waited for longer and gives no better ratios."""
+MAX_REFERENCES = 64
+"""Of which levels are remembered: more than an agent serves within days."""
 
 
-def is_restless(reference_ns: float, calibrated_ns: float) -> bool:
-    """The reference is slower than when it was calibrated, by `RESTLESS` or more.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest:
+    """What a measurement is told of rest.
+
+    `reference_ns` is what the reference takes there, as far as known. `cap_s` takes the place of
+    the plan's time cap while it takes `RESTLESS` more; None does not wait for rest.
+    """
+
+    reference_ns: float | None = None
+    cap_s: float | None = None
+
+
+def is_restless(reference_ns: float, rest_ns: float) -> bool:
+    """The reference is slower than at rest, by `RESTLESS` or more.
 
     >>> is_restless(1.02e6, 1e6), is_restless(1.04e6, 1e6)
     (False, True)
     """
-    return reference_ns > (1 + RESTLESS) * calibrated_ns
+    return reference_ns > (1 + RESTLESS) * rest_ns
 
 
-class Patience:
-    """Decides for one measurement after the other whether it waits for the device at rest."""
+class RestMemory:
+    """What an agent's measurements found their references to take, of one after the other.
+
+    A reference is named by anything that tells it, run in one way, from all others.
+    """
 
     def __init__(self) -> None:
-        self._in_vain = 0
+        self._levels: OrderedDict[Hashable, deque[float]] = OrderedDict()
 
-    def rest_cap_s(self, plan: MeasurementPlan, *, is_reference: bool) -> float | None:
-        """What takes the place of the plan's time cap while the device is not at rest.
+    def ask(self, reference: Hashable, plan: MeasurementPlan, *, is_reference: bool) -> Rest:
+        """What a measurement with this reference has to know.
 
-        `REST_CAPS` of these and half of the timeout at most, never less than the cap; None does
-        not wait: nothing is calibrated yet, those before waited in vain, or the candidate
-        `is_reference`, whose ratio to itself is the same in every state.
+        It waits for `REST_CAPS` time caps and half of the timeout at most, never less than the
+        cap. Not where nothing is known of the reference, nor where the candidate `is_reference`,
+        whose ratio to itself is the same in every state; but for a calibration, which is to find
+        out what the device takes at rest.
         """
-        if plan.reference_latency_ns is None or is_reference or self._in_vain >= MAX_IN_VAIN:
-            return None
-        return max(plan.time_cap_s, min(REST_CAPS * plan.time_cap_s, plan.timeout_s / 2))
+        levels = self._levels.get(reference)
+        rest_ns = level_at_rest(levels) if levels else plan.reference_latency_ns
+        if rest_ns is None or (is_reference and not plan.is_calibration):
+            return Rest(reference_ns=rest_ns)
+        cap_s = max(plan.time_cap_s, min(REST_CAPS * plan.time_cap_s, plan.timeout_s / 2))
+        return Rest(reference_ns=rest_ns, cap_s=cap_s)
 
     def learn(
-        self, plan: MeasurementPlan, report: LatencyReport | None, *, rest_cap_s: float | None
+        self, reference: Hashable, plan: MeasurementPlan, report: LatencyReport | None
     ) -> None:
-        """Take note of how a measurement found the device, that waited to `rest_cap_s` or not.
+        """Remember what a measurement found its reference to take; one without a report, nothing.
 
-        One without a report says nothing, and one that did not wait nothing of waiting.
+        The first one also what the reference was calibrated at, maybe before the agent's start.
         """
-        if report is None or plan.reference_latency_ns is None:
+        if report is None:
             return
-        if not is_restless(report.reference_p50_ns, plan.reference_latency_ns):
-            self._in_vain = 0
-        elif rest_cap_s is not None:
-            self._in_vain += 1
+        levels = self._levels.setdefault(reference, deque(maxlen=MEMORY))
+        if not levels and plan.reference_latency_ns is not None:
+            levels.append(plan.reference_latency_ns)
+        levels.append(report.reference_p50_ns)
+        self._levels.move_to_end(reference)
+        if len(self._levels) > MAX_REFERENCES:
+            self._levels.popitem(last=False)
+
+
+def level_at_rest(levels: deque[float]) -> float:
+    """The level that `REST_SHARE` of these reach, or the fastest of four and fewer.
+
+    >>> level_at_rest(deque([1.1, 1.0, 1.4])), level_at_rest(deque([1.4] * 9 + [1.0, 1.1, 1.2]))
+    (1.0, 1.2)
+    """
+    return sorted(levels)[int(REST_SHARE * (len(levels) - 1))]

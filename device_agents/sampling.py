@@ -96,9 +96,9 @@ class InvalidDuration(Exception):
 class SamplingPlan:
     """How long to sample; the fields mean what `protocol.MeasurementPlan` says.
 
-    `rest_cap_s` takes the place of the time cap while the device is not at rest (`rest.py`), by
-    `reference_latency_ns`; None does not wait for that. What `is_calibration` takes all of the time
-    cap, however soon it is narrow, so that the device comes to rest meanwhile.
+    `rest_ns` is what the reference takes on this device at rest, None where that is not known, and
+    `rest_cap_s` takes the place of the time cap while it takes longer here (`rest.py`); None does
+    not wait for that. What `is_calibration` takes all of the time cap, however soon it is narrow.
     """
 
     target_half_width: float
@@ -106,7 +106,7 @@ class SamplingPlan:
     min_blocks: int
     seed: int
     quantile: str = "p50"
-    reference_latency_ns: float | None = None
+    rest_ns: float | None = None
     rest_cap_s: float | None = None
     is_calibration: bool = False
 
@@ -377,24 +377,24 @@ class _Attempt:
             self.seats.change()
 
     def _trend(self) -> float | None:
-        """The reference's, but for a device that becomes as fast as it was when calibrated."""
+        """The reference's, but for a device that comes to rest."""
         trend = reference_trend(self.blocks)
-        is_known = self.plan.reference_latency_ns is not None
+        is_known = self.plan.rest_ns is not None
         return None if trend is not None and trend < 0 and is_known else trend
 
     @property
     def _is_restless(self) -> bool:
-        """The reference has not been as fast here as it was when it was calibrated.
+        """The reference has not been as fast here as it is at rest.
 
         Or for too short a time: once that has been waited for, as many pairs are wanted of it as
         there are before the first look.
         """
-        calibrated_ns = self.plan.reference_latency_ns
-        if calibrated_ns is None or self.plan.rest_cap_s is None:
+        rest_ns = self.plan.rest_ns
+        if rest_ns is None or self.plan.rest_cap_s is None:
             return False
         pairs = Pairs.of(self.blocks)
         is_short = self._waits and pairs.log_ratios.effective_size < MIN_SITTINGS
-        return is_short or is_restless(pairs.undisturbed_ns("reference"), calibrated_ns)
+        return is_short or is_restless(pairs.undisturbed_ns("reference"), rest_ns)
 
     def _sit(self, order: Iterator[tuple[Subject, Subject]], cap_ns: float) -> None:
         """Pairs of one sitting."""

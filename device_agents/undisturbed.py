@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import eq
-from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -25,18 +24,20 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-SLOWDOWN = 0.04
-"""A pair that is slower than the fastest by this, in logarithms, counts 1 / e of that. On a host at
-rest the pairs are worth three quarters of as many equal ones; a neighbour's bursts cost 0.25 to
-0.45. What slows one of the models alone counts half: by a tenth during three fifths of a
-measurement it moves the ratio by 0.034, which 55 % of 300 simulated intervals hold. Of three sets
-of 24 to 60 measurements of INT8 mobilenet_v2 at 224 pixels beside a loaded core, in a calm, a
-restless and a bad hour, the middle is 0.450, 0.451 and 0.463, where medians of all pairs have
-0.452, 0.461 and 0.482; the interquartile range is 0.29, 0.20 and 0.56 of that of 20 runs after 10
-(medians: 0.18, 0.48, 0.38), and 0.22, 0.15 and 0.38 where the device is waited for
-(`rest.REST_CAPS`). With 0.03 to 0.07 it is the same to 0.05. Chosen on these."""
+SLOWDOWN = 0.03
+"""What is slower than the fastest by this, in logarithms, counts 1 / e of that: a sample against
+the fastest of its block, a pair of blocks against the fastest pairs. On a host at rest the pairs
+are worth two thirds of as many equal ones; a neighbour's bursts cost 0.25 to 0.45. Bad minutes
+leave gaps of single calls, which a block's median does not see: of two traces of 402 and 600 s of
+INT8 and FP32 mobilenet_v2 in bad hours, ratios of 8 s with medians and 0.04 have an interquartile
+range of 0.55 of that of 20 runs after 10, with this 0.34, and 0.16 where the device is waited for
+(`rest.REST_CAPS`; medians: 0.26). Of four sets of measurements, in a bad, a restless and a calm hour
+and of the 64-pixel models, it is 0.62, 0.54, 1.1 and 0.14 of what it is with medians; FP32 against
+itself spreads as before. With 0.02 to 0.04 it is the same to 0.1 but in the calm hour, where less
+costs pairs. Chosen on these."""
 LUCKY = 2
-"""So many of the fastest pairs may be luck: the third is what the others are held against."""
+"""So many of the fastest pairs may be luck: the third is what the others are held against. Of the
+few samples of a block, which have to agree with no other, the fastest."""
 LARGEST_EXPONENT = 300.0
 """No weight is 0, not even of samples that nobody can have measured."""
 UNDISTURBED = 0.1
@@ -91,8 +92,8 @@ class Weighted:
 class Pairs:
     """What the pairs of a measurement took, in order of time; all of shape `(n,)`.
 
-    `candidate` and `reference` are the logarithms of their blocks' medians in ns, `weights` how
-    much each pair counts, `sittings` the number of its sitting, ascending.
+    `candidate` and `reference` are what `levels_of` says of their blocks, `weights` how much each
+    pair counts, `sittings` the number of its sitting, ascending.
     """
 
     candidate: Floats
@@ -115,10 +116,9 @@ class Pairs:
             raise ValueError(
                 "blocks must come in pairs of a candidate and a reference block of positive samples"
             )
-        candidate, reference = (
-            np.log([float(median(x.samples_ns)) for x in blocks if x.subject == name])
-            for name in ("candidate", "reference")
-        )
+        levels = levels_of([x.samples_ns for x in blocks])
+        is_candidate = np.array([x.subject == "candidate" for x in blocks])
+        candidate, reference = levels[is_candidate], levels[~is_candidate]
         weights = weights_of((candidate + reference) / 2)
         return cls(candidate, reference, weights, np.array([x.sitting for x in blocks[0::2]]))
 
@@ -143,6 +143,24 @@ def are_pairs(blocks: Sequence[Timed]) -> bool:
     is_alternating = not any(map(eq, subjects[0::2], subjects[1::2]))
     is_positive = all(min(block.samples_ns, default=0) > 0 for block in blocks)
     return bool(blocks) and len(blocks) % 2 == 0 and is_alternating and is_positive
+
+
+def levels_of(samples_ns: Sequence[Sequence[int]]) -> Floats:
+    """What a model took undisturbed in each of these blocks, in logarithms, shape `(n,)`.
+
+    The mean over a block's samples, of which one counts 1 / e for each `SLOWDOWN` that it is
+    slower than the block's fastest. Blocks of two models have to have as many samples to be
+    compared; none may be empty.
+
+    >>> np.exp(levels_of([[100, 100, 160], [100, 101, 102]])).round(1).tolist()
+    [100.0, 100.8]
+    """
+    starts = np.cumsum([0, *map(len, samples_ns[:-1])])
+    logs = np.log(np.concatenate(samples_ns))
+    fastest_of_its = np.repeat(np.minimum.reduceat(logs, starts), list(map(len, samples_ns)))
+    weights = np.exp(-np.minimum((logs - fastest_of_its) / SLOWDOWN, LARGEST_EXPONENT))
+    levels: Floats = np.add.reduceat(weights * logs, starts) / np.add.reduceat(weights, starts)
+    return levels
 
 
 def weights_of(logs: Floats) -> Floats:

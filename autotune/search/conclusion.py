@@ -247,15 +247,19 @@ def state_in_words(report: LatencyReport | None) -> str:
     """Why an interval is wide though it was measured for long; nothing where it is not."""
     if report is None:
         return ""
-    calibrated_ns = report.reference_latency_ns
-    wider = math.expm1(state_uncertainty(report.reference_p50_ns, calibrated_ns))
+    found_ns = report.reference_p50_ns
+    others = {"when it was calibrated": report.reference_latency_ns}
+    if report.reference_rest_ns is not None and report.reference_rest_ns < found_ns:
+        others["it does on this device at rest"] = report.reference_rest_ns
+    state, other_ns = max(others.items(), key=lambda item: state_uncertainty(found_ns, item[1]))
+    wider = math.expm1(state_uncertainty(found_ns, other_ns))
     if wider < _WORTH_SAYING:
         return ""
-    moved = report.reference_p50_ns / calibrated_ns - 1
+    moved = found_ns / other_ns - 1
     return (
         f"while it was measured FP32 took {abs(moved):.0%} {'more' if moved > 0 else 'less'} time "
-        f"than when it was calibrated (by a neighbour on the host, or by its clock), which makes "
-        f"its interval of latency {wider:.0%} wider on each side"
+        f"than {state} (by a neighbour on the host, or by its clock), which makes its interval of "
+        f"latency {wider:.0%} wider on each side"
     )
 
 

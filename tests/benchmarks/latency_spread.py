@@ -5,7 +5,9 @@ times while another process computes on one core. In each repeat the agent's mea
 screens by default: to ±2 %, but 8 s at most) takes turns with what is usually done, 10 warm-up and
 20 timed runs of each model and the ratio of the means, all in fresh processes. FP32 against FP32
 is measured by the agent half as often; once beforehand in each condition, which calibrates the
-reference, as a job's FP32 baseline does. Keys:
+reference, as a job's FP32 baseline does. The agent waits for a device at rest, so a repeat begins
+when a period is over and with the usual runs: right after the agent's they would meet the state
+that it has waited for. Keys:
 
 - `iqr_ratio_idle`, `iqr_ratio_loaded`: interquartile range of the agent's ratios over that of the
   usual ones, of their logarithms; at most a third under load;
@@ -18,7 +20,9 @@ reference, as a job's FP32 baseline does. Keys:
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +32,7 @@ import numpy as np
 import onnx
 
 from autotune.spec import MeasurementSpec
-from device_agents.rest import Patience
+from device_agents.rest import RestMemory
 from search_spaces import INT8
 from tests.benchmarks.harness import Benchmark, Figure, start
 from tests.benchmarks.models import fp32_model, images
@@ -47,6 +51,8 @@ MODEL, SIZE, QUICK_SIZE = "mobilenet_v2", 224, 64
 REPEATS, QUICK_REPEATS = 40, 3
 USUAL_RUNS = 20
 QUICK_TIME_CAP_S = 1.2
+PERIOD_S = 15.0
+"""From the beginning of a repeat to that of the next one, at least."""
 CALIBRATION_IMAGES = 8
 RESAMPLES = 2000
 
@@ -59,9 +65,10 @@ def main() -> int:
     fp32 = fp32_model(MODEL, QUICK_SIZE if benchmark.quick else SIZE)
     int8 = int8_file(fp32, QUICK_SIZE if benchmark.quick else SIZE)
     found: dict[str, Repeats] = {}
+    memory = RestMemory()
     for condition, load in (("idle", contextlib.nullcontext), ("loaded", busy_core)):
         with load():
-            found[condition] = repeats(benchmark, condition, int8, fp32)
+            found[condition] = repeats(benchmark, condition, int8, fp32, memory)
     for key, figure in figures(found).items():
         benchmark.add(key, figure)
     benchmark.raw["repeats"] = {
@@ -88,18 +95,23 @@ def int8_file(fp32: Path, size: int) -> Path:
     return path
 
 
-def repeats(benchmark: Benchmark, condition: str, int8: Path, fp32: Path) -> Repeats:
+def repeats(
+    benchmark: Benchmark, condition: str, int8: Path, fp32: Path, memory: RestMemory
+) -> Repeats:
     """All repeats under one condition; each takes a turn of every way."""
     screening = MeasurementSpec()
     target = screening.target_half_width
     cap = QUICK_TIME_CAP_S if benchmark.quick else screening.time_cap_s
-    measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap, patience=Patience())
+    measure = partial(by_agent, reference=fp32, target=target, time_cap_s=cap, memory=memory)
     calibration = measure(fp32, seed=0, is_calibration=True)
     measure = partial(measure, reference_latency_ns=calibration.reference_ns)
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}
+    period_s, begun_s = 0.0 if benchmark.quick else PERIOD_S, -math.inf
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
-        found["agent"].append(measure(int8, seed=seed))
+        time.sleep(max(0.0, begun_s + period_s - time.monotonic()))
+        begun_s = time.monotonic()
         found["usual"].append(by_fixed_runs(int8, fp32, runs=USUAL_RUNS, seed=seed))
+        found["agent"].append(measure(int8, seed=seed))
         if seed % 2 == 0:
             found["agent_same"].append(measure(fp32, seed=seed))
         benchmark.say(

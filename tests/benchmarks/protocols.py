@@ -23,7 +23,7 @@ import numpy as np
 from device_agents.latency import CONFIDENCE_LEVEL
 from device_agents.measurement import Measurement
 from device_agents.protocol import LatencyReport, MeasurementPlan, RuntimeRequest
-from device_agents.rest import Patience
+from device_agents.rest import RestMemory
 from tests.benchmarks.harness import ROOT, Figure
 
 WARM_UP_RUNS = 10
@@ -67,13 +67,13 @@ def by_agent(
     runtime: RuntimeRequest | None = None,
     reference_latency_ns: float | None = None,
     is_calibration: bool = False,
-    patience: Patience | None = None,
+    memory: RestMemory | None = None,
 ) -> Measured:
     """The agent's measurement, in the child process that an agent starts.
 
     `runtime` is the candidate's, by default one thread of onnxruntime as the reference's is;
     `reference_latency_ns` is the reference's calibrated latency, as a job has it, and
-    `is_calibration` finds it out. `patience` is the agent's, from one measurement to the next; by
+    `is_calibration` finds it out. `memory` is the agent's, from one measurement to the next; by
     default that of an agent that has just been started.
 
     Raises:
@@ -93,7 +93,7 @@ def by_agent(
         runtime=runtime or RuntimeRequest(),
         reference_runtime=RuntimeRequest(),
         plan=plan,
-        patience=patience,
+        memory=memory,
     ).run()
     if ended.report is None:
         raise SystemExit(f"a measurement ended as {ended.outcome}: {ended.reason}")

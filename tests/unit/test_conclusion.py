@@ -97,6 +97,14 @@ def test_a_device_in_another_state_than_when_it_was_calibrated_is_told_with_what
     assert "20% less time" in state_in_words(latency(2.0, reference_p50_ns=3.2e6))
 
 
+def test_a_device_that_was_calibrated_in_a_bad_minute_is_told_by_what_it_does_at_rest() -> None:
+    bad = state_in_words(latency(2.0, reference_p50_ns=4.01e6, reference_rest_ns=3.8e6))
+    assert "took 6% more time than it does on this device at rest" in bad
+    assert bad.endswith("which makes its interval of latency 6% wider on each side")
+    fast = latency(2.0, reference_p50_ns=3.98e6, reference_rest_ns=4.5e6)
+    assert state_in_words(fast) == "", "faster than at rest is no worse"
+
+
 @pytest.mark.parametrize("report", [None, latency(2.0), latency(2.0, reference_p50_ns=4.05e6)])
 def test_a_device_in_its_calibrated_state_is_not_talked_about(report: LatencyReport | None) -> None:
     assert state_in_words(report) == ""

@@ -144,7 +144,8 @@ def test_blocks_that_something_slowed_hardly_count():
     slowed = np.concatenate([logs, 14.3 + generator.exponential(0.3, (50, 10))])
     at_rest_ns = at_rest_ns_of(logs)
     assert at_rest_ns_of(slowed) == pytest.approx(at_rest_ns, rel=0.005)
-    assert at_rest_ns == pytest.approx(math.exp(14), rel=0.005)
+    below = 0.02**2 / SLOWDOWN  # of the mean, so tilted (Gaussian noise)
+    assert at_rest_ns == pytest.approx(math.exp(14 - below), rel=0.005)
     at_rest, disturbed = (Pairs.of(samples_of(x)).log_ratios for x in (logs, slowed))
     assert at_rest.effective_size > 25, "at rest nearly all count"
     assert disturbed.effective_size < 35
@@ -155,7 +156,7 @@ def test_a_lucky_block_moves_nothing():
     plain_ns = at_rest_ns_of(logs)
     logs[3] -= 0.5
     lucky_ns = at_rest_ns_of(logs)
-    assert lucky_ns == pytest.approx(plain_ns * math.exp(-0.5 / 30), rel=0.01)
+    assert math.exp(-2 * 0.5 / 30) < lucky_ns / plain_ns < 1
 
 
 def test_the_latency_is_one_of_the_candidates_own():
@@ -384,14 +385,17 @@ def test_latencies_are_scaled_to_the_calibrated_reference():
     assert scaled.p50_low_ns < scaled.p50_ns < scaled.p50_high_ns
 
 
-def test_bounds_leave_open_what_another_state_of_the_device_does_to_the_ratio():
+@pytest.mark.parametrize("state", ["reference_latency_ns", "reference_rest_ns"])
+def test_bounds_leave_open_what_another_state_of_the_device_does_to_the_ratio(state):
     blocks = blocks_of(*simulated_device("quiet", 2, 20))
     plain = summary_of(blocks)
-    slow = summary_of(blocks, reference_latency_ns=plain.reference_p50_ns / 1.1)
+    slow = summary_of(blocks, **{state: plain.reference_p50_ns / 1.1})
     apart = 1.1**latency.NEIGHBOUR_SHARE
     assert slow.ratio_high == pytest.approx(plain.ratio_high * apart)
     assert slow.ratio_low == pytest.approx(plain.ratio_low / apart)
     assert (slow.ratio, slow.is_steady) == (plain.ratio, True)
+    better = summary_of(blocks, reference_rest_ns=plain.reference_p50_ns * 1.1)
+    assert better.ratio_high == plain.ratio_high, "faster than at rest is no worse"
 
 
 def test_a_model_against_itself_is_known_to_move_as_its_reference_does():

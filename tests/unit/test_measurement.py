@@ -23,6 +23,7 @@ from device_agents.isolation import can_leave_network
 from device_agents.measurement import ChildEnd, Measurement, interpret
 from device_agents.measurement_child import LARGEST_FILE_BYTES, ChildJob
 from device_agents.protocol import MeasurementPlan, Outcome, RuntimeRequest
+from device_agents.rest import RestMemory
 from device_agents.runtimes import RuntimeOptions, TensorSpec, UnsupportedModel
 from device_agents.runtimes.simulated import SimulatedModel
 
@@ -381,6 +382,7 @@ def child_job(folder, **changes):
         "reference_options": RuntimeOptions(),
         "target_half_width": 0.02,
         "time_cap_s": 10.0,
+        "rest_ns": None,
         "rest_cap_s": None,
         "is_calibration": False,
         "min_blocks": 8,
@@ -417,7 +419,7 @@ def test_the_reference_against_itself_is_told_from_any_other_candidate(tmp_path)
 
 
 def test_a_measurement_waits_for_a_device_at_rest_as_long_as_it_was_told(tmp_path):
-    job = child_job(tmp_path, reference_latency_ns=1e5, time_cap_s=1.0)
+    job = child_job(tmp_path, rest_ns=1e5, time_cap_s=1.0)
     waiting = replace(job, rest_cap_s=4.0)
     waited, ended = (measurement_child.measure(x)["report"]["n_blocks"] for x in (waiting, job))
     assert waited > 2 * ended
@@ -431,6 +433,23 @@ def test_the_reference_against_itself_does_not_wait_for_a_device_at_rest(tmp_pat
         for path in (own, reference)
     )
     assert waited.report.n_blocks > 2 * alike.report.n_blocks
+
+
+def test_what_one_measurement_found_of_rest_the_next_one_is_told(tmp_path):
+    own, reference = artifact(tmp_path, noise=0.01), artifact(tmp_path, "reference", noise=0.01)
+    memory = RestMemory()
+
+    def measure(**known):
+        plan = MeasurementPlan(time_cap_s=1.0, **known)
+        ended = Measurement(
+            candidate=own, reference=reference, runtime=SIMULATED, plan=plan, memory=memory
+        ).run()
+        return ended.report
+
+    first = measure()
+    assert first.reference_rest_ns is None
+    after = measure(reference_latency_ns=2 * first.reference_p50_ns)
+    assert after.reference_rest_ns == first.reference_p50_ns, "whatever was calibrated"
 
 
 def test_two_measurements_with_one_seed_are_equal_on_a_simulated_device(tmp_path):

@@ -1,20 +1,25 @@
-"""How long measurements wait for a device at rest, and when they do not any more."""
+"""What an agent knows of a device at rest, and how long measurements wait for it."""
 
 import pytest
 
 from device_agents.protocol import MeasurementPlan
-from device_agents.rest import MAX_IN_VAIN, REST_CAPS, Patience
+from device_agents.rest import MAX_REFERENCES, MEMORY, REST_CAPS, Rest, RestMemory, is_restless
 from tests.unit.records import latency
 
 PLAN = MeasurementPlan(time_cap_s=8, timeout_s=120, reference_latency_ns=1e6)
-RESTLESS, AT_REST = (latency(1.0, reference_p50_ns=ns) for ns in (1.05e6, 1.01e6))
+UNKNOWN = PLAN.model_copy(update={"reference_latency_ns": None})
+CALIBRATION = UNKNOWN.model_copy(update={"is_calibration": True})
 
 
-def after(*reports, rest_cap_s=32.0):
-    patience = Patience()
-    for report in reports:
-        patience.learn(PLAN, report, rest_cap_s=rest_cap_s)
-    return patience.rest_cap_s(PLAN, is_reference=False)
+def memory_of(*levels_ns, plan=PLAN):
+    memory = RestMemory()
+    for level_ns in levels_ns:
+        memory.learn("fp32", plan, latency(1.0, reference_p50_ns=level_ns))
+    return memory
+
+
+def ask(memory, plan=PLAN, *, reference="fp32", is_reference=False):
+    return memory.ask(reference, plan, is_reference=is_reference)
 
 
 @pytest.mark.parametrize(
@@ -22,29 +27,58 @@ def after(*reports, rest_cap_s=32.0):
 )
 def test_a_measurement_waits_some_time_caps_and_spares_half_of_its_timeout(time_cap_s, rest_cap_s):
     plan = PLAN.model_copy(update={"time_cap_s": time_cap_s})
-    assert Patience().rest_cap_s(plan, is_reference=False) == rest_cap_s
+    assert ask(RestMemory(), plan).cap_s == rest_cap_s
 
 
-def test_nothing_is_waited_for_where_nothing_is_calibrated():
-    plan = PLAN.model_copy(update={"reference_latency_ns": None})
-    patience = Patience()
-    for _ in range(MAX_IN_VAIN):
-        patience.learn(plan, RESTLESS, rest_cap_s=32.0)
-    assert patience.rest_cap_s(plan, is_reference=False) is None
-    assert patience.rest_cap_s(PLAN, is_reference=False) is not None, "nothing was in vain"
+def test_nothing_is_waited_for_where_nothing_is_known():
+    assert ask(RestMemory(), UNKNOWN) == ask(RestMemory(), CALIBRATION, is_reference=True) == Rest()
 
 
-def test_the_reference_against_itself_does_not_wait():
-    assert Patience().rest_cap_s(PLAN, is_reference=True) is None
+def test_the_reference_against_itself_waits_only_to_be_calibrated():
+    memory = memory_of(1e6)
+    assert ask(memory, is_reference=True) == Rest(reference_ns=1e6, cap_s=None)
+    assert ask(memory, CALIBRATION, is_reference=True).cap_s == REST_CAPS * 8
 
 
-def test_waiting_in_vain_ends_until_the_device_is_found_at_rest():
-    assert after(*[RESTLESS] * (MAX_IN_VAIN - 1)) is not None
-    assert after(*[RESTLESS] * MAX_IN_VAIN) is None
-    assert after(*[RESTLESS] * MAX_IN_VAIN, None) is None, "no report, nothing learned"
-    assert after(*[RESTLESS] * MAX_IN_VAIN, AT_REST) is not None
-    assert after(RESTLESS, AT_REST, RESTLESS) is not None
+def test_a_calibration_in_a_bad_minute_is_not_taken_for_rest():
+    """FP32 was calibrated at 1 ms; one later measurement found it a tenth faster."""
+    assert ask(memory_of(1.02e6)).reference_ns == 1e6
+    assert ask(memory_of(1.02e6, 0.9e6, 1.01e6)).reference_ns == 0.9e6
 
 
-def test_who_did_not_wait_did_not_wait_in_vain():
-    assert after(*[RESTLESS] * MAX_IN_VAIN, rest_cap_s=None) is not None
+def test_some_measurements_of_a_faster_clock_are_not_what_a_device_does_at_rest():
+    faster = MEMORY // 4 - 1
+    memory = memory_of(*[1e6] * MEMORY, *[0.9e6] * faster)
+    assert ask(memory).reference_ns == 1e6
+    memory.learn("fp32", PLAN, latency(1.0, reference_p50_ns=0.9e6))
+    assert ask(memory).reference_ns == 0.9e6
+
+
+def test_a_device_that_is_slower_from_now_on_is_not_waited_for_for_ever():
+    memory, n_in_vain = memory_of(*[1e6] * MEMORY), 0
+    while is_restless(1.1e6, ask(memory).reference_ns):
+        memory.learn("fp32", PLAN, latency(1.0, reference_p50_ns=1.1e6))
+        n_in_vain += 1
+    assert 6 <= n_in_vain <= 10
+
+
+def test_each_reference_has_its_own_rest():
+    memory = memory_of(1e6)
+    assert ask(memory, UNKNOWN, reference="another") == Rest()
+    memory.learn("another", UNKNOWN, latency(1.0, reference_p50_ns=5e6))
+    assert ask(memory, UNKNOWN, reference="another").reference_ns == 5e6
+    assert ask(memory, UNKNOWN).reference_ns == 1e6
+
+
+def test_a_measurement_without_a_report_teaches_nothing():
+    memory = RestMemory()
+    memory.learn("fp32", PLAN, None)
+    assert ask(memory, UNKNOWN) == Rest()
+
+
+def test_references_of_long_ago_are_forgotten():
+    memory = memory_of(1e6)
+    for number in range(MAX_REFERENCES):
+        memory.learn(number, UNKNOWN, latency(1.0, reference_p50_ns=5e6))
+    assert ask(memory, UNKNOWN) == Rest()
+    assert ask(memory, UNKNOWN, reference=0).reference_ns == 5e6

@@ -11,6 +11,7 @@ from device_agents.latency import MIN_SITTINGS, ratio_interval, reference_median
 from device_agents.runtimes import Clock, RuntimeOptions
 from device_agents.runtimes.simulated import SimulatedModel, SimulatedRuntime, SimulatedSession
 from device_agents.sampling import InvalidDuration, SamplingPlan
+from device_agents.undisturbed import Pairs
 from device_agents.watch import Glimpse
 
 PLAN = SamplingPlan(target_half_width=0.02, time_cap_s=10.0, min_blocks=8, seed=1)
@@ -302,15 +303,13 @@ def with_a_neighbour(*, until_s, slower, is_fading=False):
 
 
 BURSTS = {"candidate": 1.45, "reference": 1.28}
-RESTING = replace(PLAN, time_cap_s=8.0, rest_cap_s=32.0, reference_latency_ns=4e6)
+RESTING = replace(PLAN, time_cap_s=8.0, rest_cap_s=32.0, rest_ns=4e6)
 
 
 @pytest.mark.parametrize(
     ("until_s", "at_least_s", "at_most_s"), [(0, 0, 8), (8.5, 9, 12), (20, 20, 24), (26, 26, 30)]
 )
-def test_sampling_waits_until_the_reference_is_as_fast_as_when_it_was_calibrated(
-    until_s, at_least_s, at_most_s
-):
+def test_sampling_waits_until_the_reference_is_as_fast_as_at_rest(until_s, at_least_s, at_most_s):
     device = with_a_neighbour(until_s=until_s, slower=BURSTS)
     measured = device.sample(RESTING)
     assert at_least_s <= device.device.now_ns() / 1e9 <= at_most_s
@@ -333,10 +332,19 @@ def test_a_device_that_comes_to_rest_does_not_drift():
     assert ratio_interval(measured.blocks, seed=1).center == pytest.approx(0.5, rel=0.03)
 
 
-def test_nobody_waits_for_a_reference_of_unknown_latency():
+def test_nobody_waits_for_a_rest_that_is_not_known():
     device = with_a_neighbour(until_s=1000, slower=BURSTS)
-    device.sample(replace(RESTING, reference_latency_ns=None))
+    device.sample(replace(RESTING, rest_ns=None))
     assert device.device.now_ns() / 1e9 <= 8.5
+
+
+def test_a_calibration_waits_for_rest_where_that_is_known():
+    plan = replace(RESTING, is_calibration=True)
+    device = with_a_neighbour(until_s=20, slower=BURSTS)
+    measured = device.sample(plan)
+    assert 20 <= device.device.now_ns() / 1e9 <= 24
+    reference_ns = Pairs.of(measured.blocks).undisturbed_ns("reference")
+    assert reference_ns == pytest.approx(4e6, rel=0.03)
 
 
 def test_a_calibration_takes_all_of_its_time():

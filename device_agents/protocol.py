@@ -46,7 +46,8 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # 2026-11-22: the ratio of a `LatencyReport`, `p50_ns` and `reference_p50_ns` are of undisturbed
 # blocks, `undisturbed_share` tells of samples; an agent that does not say it took medians of all.
 # `MeasurementPlan.is_calibration`; an agent that does not know it stops where it is narrow.
-# 2026-11-23: `reference_rest_ns` of `LatencyReport`, None from an agent that does not know.
+# 2026-11-23: `reference_rest_ns` of `LatencyReport`, None from an agent that does not know; what
+# is undisturbed is told by samples and not only by blocks: latencies are up to 1 % shorter.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late

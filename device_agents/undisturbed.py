@@ -1,13 +1,14 @@
 """The estimator of latency: what two models take while nothing disturbs them.
 
-Owns how much each pair of blocks counts, the ratio of candidate to reference from these, and its
-bootstrap. Pure numpy: no clock, no runtime, no protocol. Intervals and rules are `latency.py`'s.
+Owns how much each sample and each pair of blocks counts, the ratio of candidate to reference from
+these, and its bootstrap. Pure numpy: no clock, no runtime, no protocol. Intervals and rules are
+`latency.py`'s.
 
 Why pairs of blocks: what slows both for a while, such as a clock that stays low or a device that is
 slower today, cancels in their ratio. Why the undisturbed ones: on a shared host a neighbour slows
 whole blocks by a tenth to a half, for 0.1 s or for most of a minute, and not both models alike, so
 that a median over all pairs tells how much of a measurement was disturbed. The fastest pairs are
-the same in a calm hour and a restless one. A clock that falls for a part of the time is a
+the same in a calm hour and a restless one, and of a bad minute the fastest calls. A clock that falls for a part of the time is a
 disturbance like any other: the tail tells of it, and so do the tainted pairs of a report.
 """
 
@@ -106,8 +107,9 @@ class Pairs:
         """Of blocks that come in pairs of one of each, in random order.
 
         A pair's weight is by the mean of its two latencies, which tells nothing of their ratio
-        where both are equally noisy. Where they are not, the noisier one comes out faster by half
-        of the difference of their variances over `SLOWDOWN`: 0.5 % with 3 and 2 %.
+        where both are equally noisy. Where they are not, the noisier one comes out faster, by the
+        difference of the variances of their samples over `SLOWDOWN`: 1.6 % with 3 and 2 %, 0.2 %
+        with 1 and 0.5 %.
 
         Raises:
             ValueError: they do not, there are none, or samples are missing or not positive.

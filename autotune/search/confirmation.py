@@ -20,7 +20,7 @@ ALWAYS_CONFIRMED = 3
 
 MOST_CONFIRMED = 6
 """Attempts beside baselines and winners: one takes up to the confirmation's time cap, 15 s, or
-four times that while the device is slower than when it was calibrated."""
+four times that while the device is slower than at rest."""
 
 
 def next_to_confirm(

@@ -1,4 +1,4 @@
-"""The estimator, its interval and the rules, against naive code and by simulation."""
+"""The interval of a ratio, the rules and the figures of a report, by simulation."""
 
 import math
 import subprocess
@@ -11,33 +11,8 @@ from scipy.stats import t as student
 
 from device_agents import latency
 from device_agents.latency import StoppingRule, TimedBlock
-from device_agents.undisturbed import (
-    SLOWDOWN,
-    Pairs,
-    Weighted,
-    bootstrap,
-    run_length,
-)
-
-RATIO = 0.5
-
-
-def pair_order(generator, n_pairs):
-    first = generator.random(n_pairs) < 0.5
-    return np.column_stack([first, ~first]).ravel()
-
-
-def blocks_of(is_candidate, medians, *, sitting_pairs=3):
-    names = {True: "candidate", False: "reference"}
-    return [
-        TimedBlock(
-            subject=names[bool(c)],
-            samples_ns=(round(m),),
-            median_ns=float(m),
-            sitting=i // (2 * sitting_pairs),
-        )
-        for i, (c, m) in enumerate(zip(is_candidate, medians, strict=True))
-    ]
+from device_agents.undisturbed import Pairs, Weighted, run_length
+from tests.unit.simulated_blocks import RATIO, blocks_of, in_spells, simulated_device
 
 
 def pairs_of(log_ratios, weights=None, *, sitting_pairs=3):
@@ -45,41 +20,6 @@ def pairs_of(log_ratios, weights=None, *, sitting_pairs=3):
     counts = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
     sittings = np.arange(values.size) // sitting_pairs
     return Pairs(values, np.zeros_like(values), counts, sittings)
-
-
-def disturbances(kind, generator, n):
-    """The logarithm of each block's slowdown on a device of that kind."""
-    if kind == "quiet":
-        return generator.normal(0, 0.01, n)
-    if kind == "noisy":
-        return generator.normal(0, 0.04, n)
-    if kind == "disturbed":
-        struck = generator.random(n) < 0.15
-        return generator.normal(0, 0.02, n) + struck * generator.exponential(0.4, n)
-    values = np.zeros(n)  # correlated
-    for i in range(1, n):
-        values[i] = 0.8 * values[i - 1] + generator.normal(0, 0.03)
-    return values
-
-
-def in_spells(seed, *, n_pairs, share, of_candidate, of_reference):
-    """Blocks that are slower by these factors for `share` of the time, for ten pairs each."""
-    generator = np.random.default_rng(seed)
-    odds = share / (1 - share) / 10
-    state, states = generator.random() < share, []
-    for _ in range(n_pairs):
-        state = generator.random() >= 0.1 if state else generator.random() < odds
-        states.append(state)
-    slower = np.where(np.array(states)[:, np.newaxis], [of_candidate, of_reference], 1.0)
-    medians = 1e6 * slower * [RATIO, 1.0] * np.exp(generator.normal(0, 0.02, (n_pairs, 2)))
-    return blocks_of(np.tile([True, False], n_pairs), medians.ravel())
-
-
-def simulated_device(kind, seed, n_pairs):
-    generator = np.random.default_rng(seed)
-    is_candidate = pair_order(generator, n_pairs)
-    slowdown = np.exp(disturbances(kind, generator, 2 * n_pairs))
-    return is_candidate, np.where(is_candidate, RATIO, 1.0) * 1e6 * slowdown
 
 
 def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
@@ -99,66 +39,6 @@ def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
         n_sittings = min(max_sittings, rule.next_look(n_sittings))
 
 
-def test_pairs_agree_with_a_loop_over_blocks():
-    generator = np.random.default_rng(1)
-    is_candidate = pair_order(generator, 40)
-    medians = np.round(generator.uniform(1e5, 2e5, 80))
-    found = Pairs.of(blocks_of(is_candidate, medians))
-    logs = np.log(medians).reshape(40, 2).mean(axis=1)
-    fastest = sorted(logs)[2]
-    for i in range(40):
-        of_candidate, of_reference = (0, 1) if is_candidate[2 * i] else (1, 0)
-        ratio = math.log(medians[2 * i + of_candidate] / medians[2 * i + of_reference])
-        assert found.log_ratios.values[i] == pytest.approx(ratio)
-        slower = max(0, logs[i] - fastest)
-        assert found.log_ratios.weights[i] == pytest.approx(math.exp(-slower / SLOWDOWN))
-    assert found.sittings.tolist() == [i // 3 for i in range(40)]
-
-
-def test_a_weighted_mean_agrees_with_a_loop():
-    generator = np.random.default_rng(2)
-    values, weights = generator.normal(size=9), generator.random(9)
-    series = Weighted(values, weights)
-    naive = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-    assert series.mean() == pytest.approx(naive)
-    assert series.mean(np.array([4])) == pytest.approx(values[4])
-
-
-def samples_of(logs):
-    """Pairs of two copies of one model with these logarithms of samples, by block and sample."""
-    rows = np.round(np.exp(logs)).astype(int).tolist()
-    return [
-        TimedBlock(subject=subject, samples_ns=tuple(row), median_ns=float(np.median(row)))
-        for row in rows
-        for subject in ("candidate", "reference")
-    ]
-
-
-def at_rest_ns_of(logs):
-    return Pairs.of(samples_of(logs)).undisturbed_ns("reference")
-
-
-def test_blocks_that_something_slowed_hardly_count():
-    generator = np.random.default_rng(3)
-    logs = generator.normal(14, 0.02, (30, 10))
-    slowed = np.concatenate([logs, 14.3 + generator.exponential(0.3, (50, 10))])
-    at_rest_ns = at_rest_ns_of(logs)
-    assert at_rest_ns_of(slowed) == pytest.approx(at_rest_ns, rel=0.005)
-    below = 0.02**2 / SLOWDOWN  # of the mean, so tilted (Gaussian noise)
-    assert at_rest_ns == pytest.approx(math.exp(14 - below), rel=0.005)
-    at_rest, disturbed = (Pairs.of(samples_of(x)).log_ratios for x in (logs, slowed))
-    assert at_rest.effective_size > 25, "at rest nearly all count"
-    assert disturbed.effective_size < 35
-
-
-def test_a_lucky_block_moves_nothing():
-    logs = np.random.default_rng(4).normal(14, 0.02, (30, 10))
-    plain_ns = at_rest_ns_of(logs)
-    logs[3] -= 0.5
-    lucky_ns = at_rest_ns_of(logs)
-    assert math.exp(-2 * 0.5 / 30) < lucky_ns / plain_ns < 1
-
-
 def test_the_latency_is_one_of_the_candidates_own():
     """However much noisier its reference is: both are of the same pairs."""
     generator = np.random.default_rng(13)
@@ -173,52 +53,6 @@ def test_samples_that_nobody_can_have_measured_are_no_numbers_that_fail():
     blocks = blocks_of(np.tile([True, False], 20), np.tile([1.0, 1e15, 1e15, 1.0], 10))
     interval = latency.ratio_interval(blocks, seed=0)
     assert not math.isnan(interval.center + interval.low)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
-def test_a_neighbour_that_slows_one_model_more_leaves_the_ratio_as_it_is_at_rest(share):
-    centers = []
-    for seed in range(40):
-        blocks = in_spells(seed, n_pairs=120, share=share, of_candidate=1.45, of_reference=1.28)
-        centers.append(latency.ratio_interval(blocks, seed=0).center)
-    assert np.quantile(centers, [0.05, 0.95]) == pytest.approx(RATIO, rel=0.02)
-
-
-def test_exchanging_the_models_inverts_the_ratio():
-    is_candidate, medians = simulated_device("disturbed", 3, 25)
-    there = latency.ratio_interval(blocks_of(is_candidate, medians), seed=0).center
-    back = latency.ratio_interval(blocks_of(~is_candidate, medians), seed=0).center
-    assert there * back == pytest.approx(1)
-
-
-@pytest.mark.parametrize("subjects", [[], [True], [True, True], [True, False, False]])
-def test_blocks_that_are_no_pairs_are_refused(subjects):
-    with pytest.raises(ValueError, match="pairs"):
-        Pairs.of(blocks_of(np.array(subjects, dtype=bool), np.ones(len(subjects))))
-
-
-@pytest.mark.parametrize("n", [3, 9, 30])
-def test_the_bootstrap_agrees_with_a_naive_one(n):
-    generator = np.random.default_rng(5)
-    series = Weighted(generator.normal(size=n), generator.random(n))
-    length = run_length(n)
-    starts = np.random.default_rng(7).integers(0, n, size=(50, -(-n // length), 1))
-    naive = []
-    for resample in starts:
-        picks = [(start[0] + k) % n for start in resample for k in range(length)][:n]
-        added = [series.weights[i] * (series.values[i] - series.mean()) for i in picks]
-        naive.append(sum(added) / sum(series.weights))
-    np.testing.assert_allclose(bootstrap(series, seed=7, n_resamples=50), naive, atol=1e-12)
-
-
-def test_the_bootstrap_tells_the_spread_of_weighted_means():
-    """Of values that count by e^-7 more or less, as at rest and beside a neighbour."""
-    generator = np.random.default_rng(12)
-    weights = np.where(np.arange(150) < 120, math.exp(-7), 1.0)
-    drawn = generator.normal(0, 0.02, (400, 150))
-    means = [Weighted(values, weights).mean() for values in drawn]
-    told = [np.std(bootstrap(Weighted(values, weights), seed=0)) for values in drawn[:40]]
-    assert np.mean(told) == pytest.approx(np.std(means), rel=0.15)
 
 
 def test_the_same_seed_gives_the_same_interval():

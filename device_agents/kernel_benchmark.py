@@ -31,7 +31,8 @@ MODELS = Path(__file__).parent / "kernel_models"
 SPEEDS_VERSION = 2
 # Version 1 (2026-11-21): {"version", "speeds": [KernelSpeed, ...]}; the file's name holds a digest
 # of the hardware, the runtime and its version.
-# Version 2 (2026-11-22): ratios are of undisturbed blocks.
+# Version 2 (2026-11-22): ratios are of undisturbed blocks; since 2026-11-23 of undisturbed samples,
+# which moves them by less than their intervals are wide.
 
 LIMIT_S = 60.0
 """What the whole benchmark may take; figures that are missing then are told as missing."""

@@ -280,13 +280,8 @@ def summarize(
     measured = _interval(pairs, seed=seed)
     reference_ns = pairs.undisturbed_ns("reference")
     calibrated_ns = reference_latency_ns or reference_ns
-    rest_ns = min(reference_ns, reference_rest_ns or reference_ns)
-    apart = math.exp(
-        max(
-            state_uncertainty(reference_ns, other_ns, is_reference=is_reference)
-            for other_ns in (calibrated_ns, rest_ns)
-        )
-    )
+    other_ns = farther_state_ns(reference_ns, calibrated_ns, reference_rest_ns)
+    apart = math.exp(state_uncertainty(reference_ns, other_ns, is_reference=is_reference))
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
     samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
     p90, p99 = quantiles(samples, [0.9, 0.99]) * (calibrated_ns / reference_ns)
@@ -310,6 +305,22 @@ def summarize(
         is_steady=reason is None,
         unsteady_reason=reason,
     )
+
+
+def farther_state_ns(
+    reference_ns: float, calibrated_ns: float, reference_rest_ns: float | None
+) -> float:
+    """What the reference takes in the state of which this measurement tells least.
+
+    That is the calibrated one or, where it is farther away, the device at rest; a reference that
+    is faster than at rest is in no worse state.
+
+    >>> [farther_state_ns(ns, 1.0, 0.9) for ns in (0.8, 0.91, 1.0, 1.2)]
+    [1.0, 1.0, 0.9, 0.9]
+    """
+    is_slower = reference_rest_ns is not None and reference_rest_ns < reference_ns
+    others_ns = [calibrated_ns, *([reference_rest_ns] if is_slower else [])]
+    return max(others_ns, key=lambda other_ns: abs(math.log(reference_ns / other_ns)))
 
 
 def state_uncertainty(reference_ns: float, other_ns: float, *, is_reference: bool = False) -> float:

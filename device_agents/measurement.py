@@ -80,9 +80,7 @@ class Measurement:
         self._plan = plan
         self._profile = profile
         self._memory = memory or RestMemory()
-        self._rest = self._memory.ask(
-            self._reference_key, plan, is_reference=self._candidate_key == self._reference_key
-        )
+        self._rest = self._memory.ask(self._reference_key, plan, is_reference=self._is_reference)
         self._memory_limit_bytes = memory_limit_bytes or default_memory_limit()
         self._child: subprocess.Popen[bytes] | None = None
         self._killed: Outcome | None = None
@@ -103,12 +101,15 @@ class Measurement:
         except OSError as error:
             return _not_begun(error)
         outcome = interpret(ended, runtime=self._runtime, timeout_s=self._plan.timeout_s)
-        self._memory.learn(self._reference_key, self._plan, outcome.report)
+        self._memory.learn(
+            self._reference_key, self._plan, outcome.report, is_reference=self._is_reference
+        )
         return outcome
 
     @property
-    def _candidate_key(self) -> tuple[Path, str]:
-        return self._candidate, self._runtime.model_dump_json()
+    def _is_reference(self) -> bool:
+        candidate = (self._candidate, self._runtime)
+        return candidate == (self._reference, self._reference_runtime)
 
     @property
     def _reference_key(self) -> tuple[Path, str]:

@@ -201,7 +201,11 @@ def measure(job: ChildJob) -> dict[str, Any]:
         "outcome": "ok" if summary.is_steady else "unstable",
         "reason": summary.unsteady_reason,
         "report": asdict(summary)
-        | tail_bounds(blocks, reference_latency_ns=job.reference_latency_ns)
+        | tail_bounds(
+            blocks,
+            reference_latency_ns=job.reference_latency_ns,
+            reference_rest_ns=job.rest_ns,
+        )
         | {
             "blocks": [asdict(block) for block in blocks],
             "before": before,

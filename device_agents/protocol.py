@@ -47,7 +47,8 @@ SPOKEN_VERSIONS = range(OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)
 # blocks, `undisturbed_share` tells of samples; an agent that does not say it took medians of all.
 # `MeasurementPlan.is_calibration`; an agent that does not know it stops where it is narrow.
 # 2026-11-23: `reference_rest_ns` of `LatencyReport`, None from an agent that does not know; what
-# is undisturbed is told by samples and not only by blocks: latencies are up to 1 % shorter.
+# is undisturbed is told by samples and not only by blocks: latencies are shorter by the variance of
+# a model's samples over 0.03, some tenths of a percent on a device at rest.
 
 REQUEST_HEADER = "X-Request-ID"
 """Names a request; its answer bears the same name. Behind a line that says things twice, a late
@@ -59,7 +60,7 @@ PROBLEM_TYPE = "application/problem+json"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quantile = Literal["p50", "p90", "p99"]
 """Of the latencies of single inferences 90 % and 99 % are faster; `p50` is what one takes while
-nothing disturbs the device, which is their median where nothing does."""
+nothing disturbs the device: their median where nothing does, but for some tenths of a percent."""
 
 
 class Message(BaseModel):

@@ -25,6 +25,7 @@ from device_agents.latency import (
     TAIL,
     bootstrap_half_width,
     distinct,
+    farther_state_ns,
     quantiles,
     sitting_parts,
     state_uncertainty,
@@ -64,6 +65,7 @@ def tail_bounds(
     blocks: Sequence[Timed],
     *,
     reference_latency_ns: float | None,
+    reference_rest_ns: float | None = None,
     reference_ns: float | None = None,
 ) -> dict[str, float | None]:
     """Both, under the names that a latency report has for them, such as `p90_low_ns`.
@@ -74,13 +76,16 @@ def tail_bounds(
     return {
         f"{name}_{end}_ns": ns
         for end, sign in (("low", -1), ("high", 1))
-        for name, ns in _bounds(blocks, reference_latency_ns, reference_ns, sign=sign).items()
+        for name, ns in _bounds(
+            blocks, reference_latency_ns, reference_rest_ns, reference_ns, sign=sign
+        ).items()
     }
 
 
 def _bounds(
     blocks: Sequence[Timed],
     reference_latency_ns: float | None,
+    reference_rest_ns: float | None = None,
     reference_ns: float | None = None,
     *,
     sign: int,
@@ -96,7 +101,8 @@ def _bounds(
     reference = reference_ns or pairs.undisturbed_ns("reference")
     beside = bootstrap_half_width(pairs.level("reference"), seed=0)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
-    scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, calibrated))
+    other = farther_state_ns(reference, calibrated, reference_rest_ns)
+    scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, other))
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
     n_sittings = distinct(sittings).size
     spread = 0.0

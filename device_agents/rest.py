@@ -22,15 +22,17 @@ REST_CAPS = 4
 """Time caps that a measurement may take until the device is at rest. While a neighbour is busy
 whole stretches of 8 s have no undisturbed sample, and such stretches last from ten seconds to two
 minutes. In two of the worst hours, of 402 and 600 s of pairs of INT8 and FP32 mobilenet_v2 in a
-row, one cap gives an interquartile range of 0.55 of that of 20 runs after 10, four give 0.27, and
-so do seven and a half, which take up to a half longer (ten replays of each). Chosen on these."""
-MEMORY = 12
+row, one cap gives an interquartile range of 0.34 and 0.35 of that of 20 runs after 10, four give
+0.16 and 0.18, and seven and a half 0.17 and 0.15, which take up to a half longer (ten replays of
+each). Chosen on these."""
+MEMORY = 8
 """Measurements of one reference that are remembered."""
 REST_SHARE = 0.25
-"""Of these found the device at rest, or better: less than what measurements that wait find in a
-bad hour (0.6 to 0.9), and more than one minute of a faster clock fills. A device that is slower
-from today on is waited for in vain nine times. Chosen on the same hours as `REST_CAPS`, where the
-fastest of all is waited for longer and gives no better ratios."""
+"""Of these found the device at rest, or better: less than the share of waiting measurements that
+find rest in a bad hour (0.7 to 0.9), and of eight two, so that one under a faster clock does not
+count. A device that is slower from today on is waited for in vain seven times. Chosen on the same
+hours as `REST_CAPS`, where six or twelve give the same; the fastest of all is waited for longer and
+gives no better ratios."""
 MAX_REFERENCES = 64
 """Of which levels are remembered: more than an agent serves within days."""
 
@@ -81,13 +83,20 @@ class RestMemory:
         return Rest(reference_ns=rest_ns, cap_s=cap_s)
 
     def learn(
-        self, reference: Hashable, plan: MeasurementPlan, report: LatencyReport | None
+        self,
+        reference: Hashable,
+        plan: MeasurementPlan,
+        report: LatencyReport | None,
+        *,
+        is_reference: bool,
     ) -> None:
-        """Remember what a measurement found its reference to take; one without a report, nothing.
+        """Remember what a measurement found its reference to take.
 
-        The first one also what the reference was calibrated at, maybe before the agent's start.
+        Nothing of one without a report, nor of one whose candidate `is_reference`, but for a
+        calibration: those that compare devices are short and many. From the first one also what
+        the reference was calibrated at, maybe before the agent's start.
         """
-        if report is None:
+        if report is None or (is_reference and not plan.is_calibration):
             return
         levels = self._levels.setdefault(reference, deque(maxlen=MEMORY))
         if not levels and plan.reference_latency_ns is not None:
@@ -101,7 +110,7 @@ class RestMemory:
 def level_at_rest(levels: deque[float]) -> float:
     """The level that `REST_SHARE` of these reach, or the fastest of four and fewer.
 
-    >>> level_at_rest(deque([1.1, 1.0, 1.4])), level_at_rest(deque([1.4] * 9 + [1.0, 1.1, 1.2]))
-    (1.0, 1.2)
+    >>> level_at_rest(deque([1.1, 1.0, 1.4])), level_at_rest(deque([1.4] * 6 + [1.0, 1.1]))
+    (1.0, 1.1)
     """
     return sorted(levels)[int(REST_SHARE * (len(levels) - 1))]

@@ -166,7 +166,7 @@ def warm_up(call: Call, clock: Clock) -> float:
 def make_timers(calls: Mapping[Subject, Call], clock: Clock) -> dict[Subject, Timer]:
     """Timers for warmed-up calls, with as many samples in a block of either.
 
-    Equal numbers, because the median of few skewed samples depends on how many they are.
+    Equal numbers, because what the faster ones of few samples take depends on how many they are.
     """
     fastest_ns = {subject: warm_up(call, clock) for subject, call in calls.items()}
     groups = {s: max(1, math.ceil(SAMPLE_NS / ns)) for s, ns in fastest_ns.items()}
@@ -377,7 +377,10 @@ class _Attempt:
             self.seats.change()
 
     def _trend(self) -> float | None:
-        """The reference's, but for a device that comes to rest."""
+        """The reference's; one that becomes faster is no drift where its level at rest is known.
+
+        How far it is from that is in the bounds, and its trend cancels.
+        """
         trend = reference_trend(self.blocks)
         is_known = self.plan.rest_ns is not None
         return None if trend is not None and trend < 0 and is_known else trend
@@ -386,6 +389,8 @@ class _Attempt:
     def _is_restless(self) -> bool:
         """The reference has not been as fast here as it is at rest.
 
+        What the candidate takes at rest nobody knows: one whose calls are longer than the gaps
+        that a neighbour leaves may be slower than that where the reference is not.
         Or for too short a time: once that has been waited for, as many pairs are wanted of it as
         there are before the first look.
         """

@@ -8,8 +8,9 @@ Why pairs of blocks: what slows both for a while, such as a clock that stays low
 slower today, cancels in their ratio. Why the undisturbed ones: on a shared host a neighbour slows
 whole blocks by a tenth to a half, for 0.1 s or for most of a minute, and not both models alike, so
 that a median over all pairs tells how much of a measurement was disturbed. The fastest pairs are
-the same in a calm hour and a restless one, and of a bad minute the fastest calls. A clock that falls for a part of the time is a
-disturbance like any other: the tail tells of it, and so do the tainted pairs of a report.
+the same in a calm hour and a restless one, and of a bad minute the fastest calls. A clock that
+falls for a part of the time is a disturbance like any other: the tail tells of it, and so do the
+tainted pairs of a report.
 """
 
 from __future__ import annotations
@@ -27,18 +28,16 @@ Floats = NDArray[np.float64]
 
 SLOWDOWN = 0.03
 """What is slower than the fastest by this, in logarithms, counts 1 / e of that: a sample against
-the fastest of its block, a pair of blocks against the fastest pairs. On a host at rest the pairs
-are worth two thirds of as many equal ones; a neighbour's bursts cost 0.25 to 0.45. Bad minutes
-leave gaps of single calls, which a block's median does not see: of two traces of 402 and 600 s of
-INT8 and FP32 mobilenet_v2 in bad hours, ratios of 8 s with medians and 0.04 have an interquartile
-range of 0.55 of that of 20 runs after 10, with this 0.34, and 0.16 where the device is waited for
-(`rest.REST_CAPS`; medians: 0.26). Of four sets of measurements, in a bad, a restless and a calm hour
-and of the 64-pixel models, it is 0.62, 0.54, 1.1 and 0.14 of what it is with medians; FP32 against
-itself spreads as before. With 0.02 to 0.04 it is the same to 0.1 but in the calm hour, where less
-costs pairs. Chosen on these."""
+the fastest of its block, a pair of blocks against the fastest pairs. Bad minutes leave gaps of
+single calls, which a block's median does not see: of two traces of 402 and 600 s of INT8 and FP32
+mobilenet_v2 in bad hours, ratios of 8 s with medians and 0.04 have an interquartile range of 0.57
+and 0.53 of that of 20 runs after 10, with this 0.34 and 0.35, and 0.16 and 0.18 where the device is
+waited for (`rest.REST_CAPS`; medians: 0.23 and 0.30). FP32 against itself spreads as with medians.
+With 0.02 to 0.04 for either it is the same to 0.15 in bad hours; in a calm one less costs pairs, by
+a quarter of the spread at 0.02. Chosen on these."""
 LUCKY = 2
-"""So many of the fastest pairs may be luck: the third is what the others are held against. Of the
-few samples of a block, which have to agree with no other, the fastest."""
+"""So many of the fastest pairs may be luck: the third is what the others are held against. Samples
+of a block have no such guard: no call is faster than it can be, but by an error of the clock."""
 LARGEST_EXPONENT = 300.0
 """No weight is 0, not even of samples that nobody can have measured."""
 UNDISTURBED = 0.1

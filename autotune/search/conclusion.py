@@ -21,7 +21,7 @@ from autotune.search.front import Answer, latency_of
 from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
-from device_agents.latency import state_uncertainty
+from device_agents.latency import farther_state_ns, state_uncertainty
 from device_agents.protocol import LatencyReport
 from search_spaces import (
     LayerGroup,
@@ -248,10 +248,10 @@ def state_in_words(report: LatencyReport | None) -> str:
     if report is None:
         return ""
     found_ns = report.reference_p50_ns
-    others = {"when it was calibrated": report.reference_latency_ns}
-    if report.reference_rest_ns is not None and report.reference_rest_ns < found_ns:
-        others["it does on this device at rest"] = report.reference_rest_ns
-    state, other_ns = max(others.items(), key=lambda item: state_uncertainty(found_ns, item[1]))
+    calibrated_ns = report.reference_latency_ns
+    other_ns = farther_state_ns(found_ns, calibrated_ns, report.reference_rest_ns)
+    is_calibrated = other_ns == calibrated_ns
+    state = "when it was calibrated" if is_calibrated else "it does on this device at rest"
     wider = math.expm1(state_uncertainty(found_ns, other_ns))
     if wider < _WORTH_SAYING:
         return ""

@@ -126,6 +126,7 @@ def bounded(report: LatencyReport) -> LatencyReport:
     bounds = tail_bounds(
         report.blocks,
         reference_latency_ns=report.reference_latency_ns,
+        reference_rest_ns=report.reference_rest_ns,
         reference_ns=report.reference_p50_ns,
     )
     return report.model_copy(update=bounds)

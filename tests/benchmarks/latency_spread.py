@@ -6,8 +6,8 @@ screens by default: to ±2 %, but 8 s at most) takes turns with what is usually 
 20 timed runs of each model and the ratio of the means, all in fresh processes. FP32 against FP32
 is measured by the agent half as often; once beforehand in each condition, which calibrates the
 reference, as a job's FP32 baseline does. The agent waits for a device at rest, so a repeat begins
-when a period is over and with the usual runs: right after the agent's they would meet the state
-that it has waited for. Keys:
+with the usual runs and at the next tick of a period: right after the agent's they would meet the
+state that it has waited for. Keys:
 
 - `iqr_ratio_idle`, `iqr_ratio_loaded`: interquartile range of the agent's ratios over that of the
   usual ones, of their logarithms; at most a third under load;
@@ -20,7 +20,6 @@ that it has waited for. Keys:
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -52,7 +51,7 @@ REPEATS, QUICK_REPEATS = 40, 3
 USUAL_RUNS = 20
 QUICK_TIME_CAP_S = 1.2
 PERIOD_S = 15.0
-"""From the beginning of a repeat to that of the next one, at least."""
+"""A repeat begins at a multiple of this."""
 CALIBRATION_IMAGES = 8
 RESAMPLES = 2000
 
@@ -106,10 +105,10 @@ def repeats(
     calibration = measure(fp32, seed=0, is_calibration=True)
     measure = partial(measure, reference_latency_ns=calibration.reference_ns)
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}
-    period_s, begun_s = 0.0 if benchmark.quick else PERIOD_S, -math.inf
+    begun_s = time.monotonic()
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
-        time.sleep(max(0.0, begun_s + period_s - time.monotonic()))
-        begun_s = time.monotonic()
+        if not benchmark.quick:
+            time.sleep(-(time.monotonic() - begun_s) % PERIOD_S)
         found["usual"].append(by_fixed_runs(int8, fp32, runs=USUAL_RUNS, seed=seed))
         found["agent"].append(measure(int8, seed=seed))
         if seed % 2 == 0:

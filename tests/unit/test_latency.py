@@ -11,8 +11,14 @@ from scipy.stats import t as student
 
 from device_agents import latency
 from device_agents.latency import StoppingRule, TimedBlock
-from device_agents.undisturbed import Pairs, Weighted, run_length
-from tests.unit.simulated_blocks import RATIO, blocks_of, in_spells, simulated_device
+from device_agents.undisturbed import Pairs, run_length
+from tests.unit.simulated_blocks import (
+    RATIO,
+    blocks_of,
+    disturbances,
+    in_spells,
+    simulated_device,
+)
 
 
 def pairs_of(log_ratios, weights=None, *, sitting_pairs=3):

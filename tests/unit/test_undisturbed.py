@@ -7,6 +7,7 @@ import pytest
 
 from device_agents.latency import TimedBlock, ratio_interval
 from device_agents.undisturbed import (
+    LARGEST_EXPONENT,
     SLOWDOWN,
     Pairs,
     Weighted,
@@ -65,9 +66,10 @@ def at_rest_ns_of(logs):
 def test_the_level_of_a_block_agrees_with_a_loop_over_its_samples():
     generator = np.random.default_rng(15)
     blocks = [generator.integers(100, 150, size).tolist() for size in (1, 2, 7)]
+    blocks.append([1, 10**15])
     for level, samples in zip(levels_of(blocks), blocks, strict=True):
         slower = [math.log(x) - math.log(min(samples)) for x in samples]
-        counts = [math.exp(-x / SLOWDOWN) for x in slower]
+        counts = [math.exp(-min(x / SLOWDOWN, LARGEST_EXPONENT)) for x in slower]
         above = sum(c * x for c, x in zip(counts, slower, strict=True)) / sum(counts)
         assert level == pytest.approx(math.log(min(samples)) + above)
 

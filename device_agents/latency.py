@@ -63,11 +63,17 @@ ITSELF_SHARE = 0.2
 """The same share where the candidate is the reference itself, and moves as it does: a device that
 is not at rest is less even than a few seconds tell. Of 80 intervals of FP32 over itself, in two
 restless hours, 4 leave out 1 without it, none with it."""
+EARLY_SITTINGS = 8
+"""Before a look that has to find the interval narrower than `EARLY_SHARE` of what is asked: a model
+whose pairs hardly differ is known by then, and half of its sittings are spared."""
+EARLY_SHARE = 0.5
+"""Of ratios that differ by `SESSION_SPREAD` from sitting to sitting, eight look as narrow as ±1 % in
+one of 2,000 measurements (the chi-squared distribution of their variance)."""
 MIN_SITTINGS = 12
-"""Before the first look. Of twelve sittings that differ by `SESSION_SPREAD`, with a pair each that
-is off by as much, the mean is known to ±2.2 %; what looks narrow before that is luck. With a first
-look after four sittings of two, half of the measurements that stopped early stated an interval with
-the long-run ratio (18 of 33), of those that went on nine in ten (43 of 47)."""
+"""Before the first full look. Of twelve sittings that differ by `SESSION_SPREAD`, with a pair each
+that is off by as much, the mean is known to ±2.2 %; what looks as narrow before that is luck. With
+a first look after four sittings of two, half of the measurements that stopped early stated an
+interval with the long-run ratio (18 of 33), of those that went on nine in ten (43 of 47)."""
 TREND_PARTS = 9
 """Parts of a measurement whose medians are put in order to see a trend."""
 TREND_SCORE = 28
@@ -139,9 +145,9 @@ class LatencySummary:
 class StoppingRule:
     """When to stop sampling: narrow enough, or out of time.
 
-    The interval is looked at after `MIN_SITTINGS` sittings and then each time their number has
-    grown by half. Stopping at the first narrow interval favours the ones that are narrow by luck;
-    the fewer the looks, the fewer of these.
+    The interval is looked at after `EARLY_SITTINGS` sittings, for one that is very narrow, after
+    `MIN_SITTINGS` and then each time their number has grown by half. Stopping at the first narrow
+    interval favours the ones that are narrow by luck; the fewer the looks, the fewer of these.
     """
 
     target_half_width: float
@@ -151,9 +157,10 @@ class StoppingRule:
         """The number of sittings at the look after one with `n_sittings`."""
         return max(n_sittings + 1, math.ceil(n_sittings * self.growth))
 
-    def is_satisfied(self, interval: Interval) -> bool:
-        """The interval is as narrow as was asked for."""
-        return interval.half_width <= self.target_half_width
+    def is_satisfied(self, interval: Interval, n_sittings: int) -> bool:
+        """The interval of so many sittings is as narrow as was asked for."""
+        share = EARLY_SHARE if n_sittings < MIN_SITTINGS else 1.0
+        return interval.half_width <= share * self.target_half_width
 
 
 def small_sample_factor(n: int) -> float:
@@ -267,11 +274,11 @@ def summarize(
     """All statistics of a finished measurement.
 
     `reference_latency_ns` is the reference's calibrated latency on this device; None takes that of
-    its undisturbed blocks here. All latencies are scaled by calibrated over measured reference,
-    and where these differ, or it is slower than at rest (`reference_rest_ns`, None where that is
-    not known), the bounds are `state_uncertainty` further apart; `is_reference` says that the
-    candidate is the same file run the same way. Whether the measurement is steady is not
-    a matter of that: it may be all that this device has to offer now.
+    its undisturbed blocks here. All latencies are scaled by calibrated over measured reference.
+    `reference_rest_ns` is what it takes at rest, None where that is not known: bounds are
+    `state_uncertainty` further apart, and those in ns hold for both levels (`level_bounds_ns`);
+    `is_reference` says that the candidate is the same file run the same way. Whether the
+    measurement is steady is not a matter of that: it may be all that this device has to offer now.
 
     Raises:
         ValueError: if the blocks do not come in pairs.
@@ -280,16 +287,18 @@ def summarize(
     measured = _interval(pairs, seed=seed)
     reference_ns = pairs.undisturbed_ns("reference")
     calibrated_ns = reference_latency_ns or reference_ns
-    other_ns = farther_state_ns(reference_ns, calibrated_ns, reference_rest_ns)
-    apart = math.exp(state_uncertainty(reference_ns, other_ns, is_reference=is_reference))
+    apart = math.exp(
+        state_uncertainty(reference_ns, calibrated_ns, reference_rest_ns, is_reference=is_reference)
+    )
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
+    low_ns, high_ns = level_bounds_ns(calibrated_ns, reference_rest_ns)
     samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
     p90, p99 = quantiles(samples, [0.9, 0.99]) * (calibrated_ns / reference_ns)
     reason = unsteady_reason(measured)
     return LatencySummary(
         p50_ns=interval.center * calibrated_ns,
-        p50_low_ns=interval.low * calibrated_ns,
-        p50_high_ns=interval.high * calibrated_ns,
+        p50_low_ns=interval.low * low_ns,
+        p50_high_ns=interval.high * high_ns,
         p90_ns=float(p90),
         p99_ns=float(p99),
         ratio=interval.center,
@@ -307,36 +316,44 @@ def summarize(
     )
 
 
-def farther_state_ns(
-    reference_ns: float, calibrated_ns: float, reference_rest_ns: float | None
+def state_uncertainty(
+    reference_ns: float,
+    calibrated_ns: float,
+    reference_rest_ns: float | None = None,
+    *,
+    is_reference: bool = False,
 ) -> float:
-    """What the reference takes in the state of which this measurement tells least.
+    """What is not known of a ratio because the device is not at rest.
 
-    That is the calibrated one or, where it is farther away, the device at rest; a reference that
-    is faster than at rest is in no worse state.
-
-    >>> [farther_state_ns(ns, 1.0, 0.9) for ns in (0.8, 0.91, 1.0, 1.2)]
-    [1.0, 1.0, 0.9, 0.9]
-    """
-    is_slower = reference_rest_ns is not None and reference_rest_ns < reference_ns
-    others_ns = [calibrated_ns, *([reference_rest_ns] if is_slower else [])]
-    return max(others_ns, key=lambda other_ns: abs(math.log(reference_ns / other_ns)))
-
-
-def state_uncertainty(reference_ns: float, other_ns: float, *, is_reference: bool = False) -> float:
-    """What is not known of a ratio, or latency, because the device is in another state.
-
-    The half width in logarithms: `NEIGHBOUR_SHARE` of the difference between the reference's
-    latency and that in the other state, as far as a neighbour may cause it, and `STATE_SHARE` of
-    all of it where that is more; `ITSELF_SHARE` where the candidate `is_reference`.
+    The half width in logarithms, by how much slower than at rest the reference is; where it is not
+    known what that takes there, by how far it is from its calibrated latency, in either direction.
+    `NEIGHBOUR_SHARE` of that as far as a neighbour may cause it, and `STATE_SHARE` of all of it
+    where that is more; `ITSELF_SHARE` where the candidate `is_reference`.
 
     >>> [round(state_uncertainty(math.exp(moved), 1.0), 3) for moved in (0.0, -0.05, 0.1, 0.7)]
     [0.0, 0.05, 0.1, 0.35]
+    >>> [round(state_uncertainty(math.exp(moved), 2.0, 1.0), 3) for moved in (-0.05, 0.05)]
+    [0.0, 0.05]
     """
-    moved = abs(math.log(reference_ns / other_ns))
+    if reference_rest_ns is None:
+        moved = abs(math.log(reference_ns / calibrated_ns))
+    else:
+        moved = max(0.0, math.log(reference_ns / reference_rest_ns))
     if is_reference:
         return ITSELF_SHARE * moved
     return max(NEIGHBOUR_SHARE * min(moved, NEIGHBOUR_CHANGE), STATE_SHARE * moved)
+
+
+def level_bounds_ns(calibrated_ns: float, reference_rest_ns: float | None) -> tuple[float, float]:
+    """What the reference takes, as far as known: what it was calibrated at, or takes at rest.
+
+    A calibration may fall into a bad minute, or into one of a faster clock.
+
+    >>> level_bounds_ns(1.1, 1.0), level_bounds_ns(0.9, 1.0), level_bounds_ns(1.1, None)
+    ((1.0, 1.1), (0.9, 1.0), (1.1, 1.1))
+    """
+    levels_ns = (calibrated_ns, reference_rest_ns or calibrated_ns)
+    return min(levels_ns), max(levels_ns)
 
 
 def energy_per_inference(blocks: Sequence[TimedBlock]) -> float | None:

@@ -25,7 +25,7 @@ from device_agents.latency import (
     TAIL,
     bootstrap_half_width,
     distinct,
-    farther_state_ns,
+    level_bounds_ns,
     quantiles,
     sitting_parts,
     state_uncertainty,
@@ -101,8 +101,9 @@ def _bounds(
     reference = reference_ns or pairs.undisturbed_ns("reference")
     beside = bootstrap_half_width(pairs.level("reference"), seed=0)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
-    other = farther_state_ns(reference, calibrated, reference_rest_ns)
-    scale = calibrated / reference * math.exp(sign * state_uncertainty(reference, other))
+    level = level_bounds_ns(calibrated, reference_rest_ns)[sign > 0]
+    apart = state_uncertainty(reference, calibrated, reference_rest_ns)
+    scale = level / reference * math.exp(sign * apart)
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]
     n_sittings = distinct(sittings).size
     spread = 0.0

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from device_agents.energy import EnergyMeter, NoEnergySensor
 from device_agents.latency import (
+    EARLY_SITTINGS,
     LARGEST_TREND,
     MIN_SITTINGS,
     StoppingRule,
@@ -353,7 +354,7 @@ class _Attempt:
         """Sample to the end, or to the first look that shows a trend, which is returned."""
         plan = self.plan
         rule = StoppingRule(target_half_width=plan.target_half_width)
-        look = MIN_SITTINGS
+        look = EARLY_SITTINGS
         while True:
             self._sit(order, rest_cap_ns if self.clock.now_ns() >= cap_ns else cap_ns)
             n_sittings = len({block.sitting for block in self.blocks})
@@ -361,7 +362,8 @@ class _Attempt:
                 trend = self._trend()
                 if trend is not None:
                     return trend
-                is_narrow = rule.is_satisfied(ratio_interval(self.blocks, seed=plan.seed))
+                interval = ratio_interval(self.blocks, seed=plan.seed)
+                is_narrow = rule.is_satisfied(interval, n_sittings)
                 is_enough = is_narrow and is_bounded(self.blocks, plan.quantile)
                 if is_enough and not (plan.is_calibration or self._is_restless):
                     return None
@@ -392,7 +394,7 @@ class _Attempt:
         What the candidate takes at rest nobody knows: one whose calls are longer than the gaps
         that a neighbour leaves may be slower than that where the reference is not.
         Or for too short a time: once that has been waited for, as many pairs are wanted of it as
-        there are before the first look.
+        there are before the first full look.
         """
         rest_ns = self.plan.rest_ns
         if rest_ns is None or self.plan.rest_cap_s is None:

@@ -21,7 +21,7 @@ from autotune.search.front import Answer, latency_of
 from autotune.search.runtimes import asked_for, remarks
 from autotune.search.targets import View, views
 from autotune.spec import JobSpec
-from device_agents.latency import farther_state_ns, state_uncertainty
+from device_agents.latency import level_bounds_ns, state_uncertainty
 from device_agents.protocol import LatencyReport
 from search_spaces import (
     LayerGroup,
@@ -247,20 +247,28 @@ def state_in_words(report: LatencyReport | None) -> str:
     """Why an interval is wide though it was measured for long; nothing where it is not."""
     if report is None:
         return ""
-    found_ns = report.reference_p50_ns
-    calibrated_ns = report.reference_latency_ns
-    other_ns = farther_state_ns(found_ns, calibrated_ns, report.reference_rest_ns)
-    is_calibrated = other_ns == calibrated_ns
-    state = "when it was calibrated" if is_calibrated else "it does on this device at rest"
-    wider = math.expm1(state_uncertainty(found_ns, other_ns))
-    if wider < _WORTH_SAYING:
-        return ""
-    moved = found_ns / other_ns - 1
-    return (
-        f"while it was measured FP32 took {abs(moved):.0%} {'more' if moved > 0 else 'less'} time "
-        f"than {state} (by a neighbour on the host, or by its clock), which makes its interval of "
-        f"latency {wider:.0%} wider on each side"
-    )
+    found_ns, calibrated_ns = report.reference_p50_ns, report.reference_latency_ns
+    is_rest_known = report.reference_rest_ns is not None
+    rest_ns = report.reference_rest_ns or calibrated_ns
+    said = []
+    wider = math.expm1(state_uncertainty(found_ns, calibrated_ns, report.reference_rest_ns))
+    if wider >= _WORTH_SAYING:
+        moved = found_ns / rest_ns - 1
+        state = "it does on this device at rest" if is_rest_known else "when it was calibrated"
+        said.append(
+            f"while it was measured FP32 took {abs(moved):.0%} {'more' if moved > 0 else 'less'} "
+            f"time than {state} (by a neighbour on the host, or by its clock), which makes its "
+            f"interval of latency {wider:.0%} wider on each side"
+        )
+    low_ns, high_ns = level_bounds_ns(calibrated_ns, rest_ns)
+    if high_ns / low_ns - 1 >= _WORTH_SAYING:
+        moment, side = ("slow", "below") if calibrated_ns == high_ns else ("fast", "above")
+        said.append(
+            f"FP32 was calibrated in a {moment} moment of the device, at "
+            f"{calibrated_ns / 1e6:.4g} ms where it takes {rest_ns / 1e6:.4g} ms at rest, which "
+            f"makes the interval {high_ns / low_ns - 1:.0%} wider {side}"
+        )
+    return "; ".join(said)
 
 
 def compared_with(job: JobRecord, trials: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -65,7 +65,7 @@ def test_an_older_agents_reading_is_made_like_the_others() -> None:
         for subject in ("candidate", "reference")
     )
     told = latency(1.0, reference_p50_ns=1.2e6, blocks=blocks)
-    assert reading_ns(told) == pytest.approx(1.009e6, rel=1e-3)
+    assert reading_ns(told) == pytest.approx(1.008e6, rel=1e-3)
     assert reading_ns(told.model_copy(update={"undisturbed_share": 0.6})) == reading_ns(told)
     assert reading_ns(told.model_copy(update={"blocks": ()})) == 1.2e6
     empty = (blocks[0], blocks[1].model_copy(update={"samples_ns": ()}))

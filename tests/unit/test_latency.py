@@ -37,10 +37,10 @@ def stopped_interval(kind, seed, *, sitting_pairs=1, max_pairs=72):
     medians = medians * np.exp(np.where(is_candidate, candidate, reference))
     blocks = blocks_of(is_candidate, medians, sitting_pairs=sitting_pairs)
     rule = StoppingRule(target_half_width=0.02)
-    n_sittings = latency.MIN_SITTINGS
+    n_sittings = latency.EARLY_SITTINGS
     while True:
         interval = latency.ratio_interval(blocks[: n_blocks * n_sittings], seed=seed)
-        if rule.is_satisfied(interval) or n_sittings == max_sittings:
+        if rule.is_satisfied(interval, n_sittings) or n_sittings == max_sittings:
             return interval
         n_sittings = min(max_sittings, rule.next_look(n_sittings))
 
@@ -96,10 +96,18 @@ def test_two_blocks_of_each_tell_nothing_about_the_spread():
 
 def test_looks_are_few():
     rule = StoppingRule(target_half_width=0.02)
-    looks = [latency.MIN_SITTINGS]
+    looks = [latency.EARLY_SITTINGS]
     while looks[-1] < 40:
         looks.append(rule.next_look(looks[-1]))
-    assert looks == [12, 18, 27, 41]
+    assert looks == [8, 12, 18, 27, 41]
+    assert latency.MIN_SITTINGS in looks
+
+
+@pytest.mark.parametrize(("half_width", "enough_at"), [(0.009, 8), (0.011, 12), (0.019, 12)])
+def test_a_measurement_ends_early_only_where_it_is_known_very_well(half_width, enough_at):
+    rule = StoppingRule(target_half_width=0.02)
+    interval = latency.Interval(low=0.5 * (1 - half_width), high=0.5 * (1 + half_width), center=0.5)
+    assert next(n for n in (8, 12) if rule.is_satisfied(interval, n)) == enough_at
 
 
 @pytest.mark.parametrize("n_sittings", [3, 4, 6])
@@ -234,8 +242,26 @@ def test_bounds_leave_open_what_another_state_of_the_device_does_to_the_ratio(st
     assert slow.ratio_high == pytest.approx(plain.ratio_high * apart)
     assert slow.ratio_low == pytest.approx(plain.ratio_low / apart)
     assert (slow.ratio, slow.is_steady) == (plain.ratio, True)
+
+
+@pytest.mark.parametrize("off", [1.1, 1 / 1.1])
+def test_a_calibration_in_a_bad_minute_leaves_the_ratio_at_rest_alone(off):
+    """What it leaves open are the latencies in ns, towards what FP32 takes at rest."""
+    blocks = blocks_of(*simulated_device("quiet", 2, 20))
+    plain = summary_of(blocks)
+    rest_ns = plain.reference_p50_ns
+    found = summary_of(blocks, reference_latency_ns=off * rest_ns, reference_rest_ns=rest_ns)
+    assert (found.ratio_low, found.ratio_high) == (plain.ratio_low, plain.ratio_high)
+    assert found.p50_ns == pytest.approx(plain.p50_ns * off)
+    assert found.p50_low_ns == pytest.approx(plain.p50_low_ns * min(off, 1))
+    assert found.p50_high_ns == pytest.approx(plain.p50_high_ns * max(off, 1))
+
+
+def test_a_device_that_is_faster_than_at_rest_is_in_no_worse_state():
+    blocks = blocks_of(*simulated_device("quiet", 2, 20))
+    plain = summary_of(blocks)
     better = summary_of(blocks, reference_rest_ns=plain.reference_p50_ns * 1.1)
-    assert better.ratio_high == plain.ratio_high, "faster than at rest is no worse"
+    assert better.ratio_high == plain.ratio_high
 
 
 def test_a_model_against_itself_is_known_to_move_as_its_reference_does():

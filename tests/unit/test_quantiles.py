@@ -15,6 +15,7 @@ from device_agents.quantiles import (
     is_bounded,
     lower_bounds,
     lower_quantile,
+    tail_bounds,
     upper_bounds,
     upper_quantile,
 )
@@ -115,6 +116,17 @@ def test_a_reference_that_was_slow_here_scales_the_bound_and_widens_it() -> None
     below, slow = (lower_bounds(blocks, reference_latency_ns=ns)["p90"] for ns in calibrated)
     assert below is not None
     assert slow == pytest.approx(below / 2 / apart)
+
+
+def test_the_tail_of_a_device_that_is_not_at_rest_is_as_open_as_its_p50() -> None:
+    blocks = measured(1, pairs=80)
+    found_ns = Pairs.of(blocks).undisturbed_ns("reference")
+    plain = tail_bounds(blocks, reference_latency_ns=found_ns)
+    rest = tail_bounds(blocks, reference_latency_ns=found_ns, reference_rest_ns=found_ns / 1.05)
+    assert plain["p90_high_ns"] is not None
+    assert plain["p90_low_ns"] is not None
+    assert rest["p90_high_ns"] == pytest.approx(plain["p90_high_ns"] * 1.05)
+    assert rest["p90_low_ns"] == pytest.approx(plain["p90_low_ns"] / 1.05**2)
 
 
 def test_one_sitting_leaves_room_for_how_sessions_differ() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from device_agents import sampling
-from device_agents.latency import MIN_SITTINGS, ratio_interval, reference_medians
+from device_agents.latency import EARLY_SITTINGS, MIN_SITTINGS, ratio_interval, reference_medians
 from device_agents.runtimes import Clock, RuntimeOptions
 from device_agents.runtimes.simulated import SimulatedModel, SimulatedRuntime, SimulatedSession
 from device_agents.sampling import InvalidDuration, SamplingPlan
@@ -66,15 +66,15 @@ def test_a_quiet_device_needs_no_more_than_the_first_look():
     device = bench(noisy(2e5), noisy(4e5))
     measured = device.sample()
     sittings = [block.sitting for block in measured.blocks]
-    assert device.n_loaded == 1 + max(sittings) == MIN_SITTINGS
-    assert all(sittings.count(n) >= 2 * sampling.MIN_SITTING_PAIRS for n in range(MIN_SITTINGS))
+    assert device.n_loaded == 1 + max(sittings) == EARLY_SITTINGS
+    assert all(sittings.count(n) >= 2 * sampling.MIN_SITTING_PAIRS for n in range(EARLY_SITTINGS))
     assert (measured.n_restarts, measured.tainted_pairs) == (0, {})
 
 
 def test_the_device_is_observed_from_sitting_to_sitting():
     device = bench(noisy(2e5), noisy(4e5))
     measured = device.sample(observe=lambda: {"sessions so far": device.n_loaded})
-    assert [x["sessions so far"] for x in measured.between] == list(range(1, MIN_SITTINGS))
+    assert [x["sessions so far"] for x in measured.between] == list(range(1, EARLY_SITTINGS))
 
 
 def test_of_many_observations_some_are_kept_at_even_distances():
@@ -119,7 +119,7 @@ def test_a_session_that_has_ended_is_not_called_again():
 
     device.load = load
     device.sample()
-    assert device.n_loaded == MIN_SITTINGS
+    assert device.n_loaded == EARLY_SITTINGS
 
 
 def test_the_time_cap_ends_a_hopeless_measurement():

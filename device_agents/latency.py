@@ -63,12 +63,13 @@ ITSELF_SHARE = 0.2
 """The same share where the candidate is the reference itself, and moves as it does: a device that
 is not at rest is less even than a few seconds tell. Of 80 intervals of FP32 over itself, in two
 restless hours, 4 leave out 1 without it, none with it."""
-EARLY_SITTINGS = 8
+EARLY_SITTINGS = 9
 """Before a look that has to find the interval narrower than `EARLY_SHARE` of what is asked: a model
-whose pairs hardly differ is known by then, and half of its sittings are spared."""
+whose pairs hardly differ is known by then. As many as show a trend (`TREND_PARTS`). The bounds of
+its tail are wider (`quantiles.py`), so one that is asked about that goes on."""
 EARLY_SHARE = 0.5
-"""Of eight sittings with a pair each that differ by 0.005, 0.008 and 0.012, 96, 57 and 16 % look as
-narrow as ±1 %, and of their intervals 99, 98 and 94 % hold the ratio; of some that differ by
+"""Of nine sittings with a pair each that differ by 0.005, 0.008 and 0.012, 99, 73 and 22 % look as
+narrow as ±1 %, and of their intervals 98, 99 and 93 % hold the ratio; of some that differ by
 `SESSION_SPREAD` one in 400 looks so by luck (simulations of 1,500 and 12,000)."""
 MIN_SITTINGS = 12
 """Before the first full look. Of twelve sittings that differ by `SESSION_SPREAD`, with a pair each
@@ -156,6 +157,8 @@ class StoppingRule:
 
     def next_look(self, n_sittings: int) -> int:
         """The number of sittings at the look after one with `n_sittings`."""
+        if n_sittings < MIN_SITTINGS:
+            return MIN_SITTINGS
         return max(n_sittings + 1, math.ceil(n_sittings * self.growth))
 
     def is_satisfied(self, interval: Interval, n_sittings: int) -> bool:
@@ -292,7 +295,7 @@ def summarize(
         state_uncertainty(reference_ns, calibrated_ns, reference_rest_ns, is_reference=is_reference)
     )
     interval = replace(measured, low=measured.low / apart, high=measured.high * apart)
-    low_ns, high_ns = level_bounds_ns(calibrated_ns, reference_rest_ns)
+    low_ns, high_ns = level_bounds_ns(reference_ns, calibrated_ns, reference_rest_ns)
     samples = np.concatenate([b.samples_ns for b in blocks if b.subject == "candidate"])
     p90, p99 = quantiles(samples, [0.9, 0.99]) * (calibrated_ns / reference_ns)
     reason = unsteady_reason(measured)
@@ -345,16 +348,21 @@ def state_uncertainty(
     return max(NEIGHBOUR_SHARE * min(moved, NEIGHBOUR_CHANGE), STATE_SHARE * moved)
 
 
-def level_bounds_ns(calibrated_ns: float, reference_rest_ns: float | None) -> tuple[float, float]:
-    """What the reference takes, as far as known: what it was calibrated at, or takes at rest.
+def level_bounds_ns(
+    reference_ns: float, calibrated_ns: float, reference_rest_ns: float | None
+) -> tuple[float, float]:
+    """What the reference takes where nothing disturbs it, as far as known: from, to.
 
-    A calibration may fall into a bad minute, or into one of a faster clock.
+    What it was calibrated at, which may have been in a bad minute or in one of a faster clock; what
+    it takes at rest, None where that is not known; and what was found here, if that is faster.
 
-    >>> level_bounds_ns(1.1, 1.0), level_bounds_ns(0.9, 1.0), level_bounds_ns(1.1, None)
-    ((1.0, 1.1), (0.9, 1.0), (1.1, 1.1))
+    >>> level_bounds_ns(1.2, 1.1, 1.0), level_bounds_ns(1.0, 0.9, 1.0)
+    ((1.0, 1.1), (0.9, 1.0))
+    >>> level_bounds_ns(1.0, 1.1, 1.1), level_bounds_ns(1.2, 1.1, None)
+    ((1.0, 1.1), (1.1, 1.1))
     """
     levels_ns = (calibrated_ns, reference_rest_ns or calibrated_ns)
-    return min(levels_ns), max(levels_ns)
+    return min(*levels_ns, reference_ns), max(levels_ns)
 
 
 def energy_per_inference(blocks: Sequence[TimedBlock]) -> float | None:

@@ -402,11 +402,12 @@ class LatencyReport(Message):
     the ratio, and wider by what is open because the reference (`reference_p50_ns`) was slower than
     on this device at rest, as far as the agent knows that (`reference_rest_ns`; else by how far it
     was from its calibrated latency), which is little where it is the reference itself that is
-    measured. `p50_low_ns` and `p50_high_ns` are the ratio's bounds times the calibrated latency or
-    that at rest, the lower and the higher of both. `p90_ns` and `p99_ns` are quantiles of all of
-    the candidate's samples, disturbed ones too, scaled by the same calibration; their bounds
-    (`quantiles.py`) pass for as sure as those of `p50_ns` and are None where the samples are too
-    few for one. A sample of a model faster than 0.1 ms is a mean of some calls.
+    measured. `p50_low_ns` and `p50_high_ns` are the ratio's bounds times the lowest of the
+    calibrated latency, that at rest and that found here, and times the higher of the former two.
+    `p90_ns` and `p99_ns` are quantiles of all of the candidate's samples, disturbed ones too,
+    scaled by the same calibration; their bounds (`quantiles.py`) pass for as sure as those of
+    `p50_ns` and are None where the samples are too few for one. A sample of a model faster than
+    0.1 ms is a mean of some calls.
     `is_steady` is false where the interval is too wide to order anything; what slows both
     models alike cancels. `runtime` is the candidate's. `energy_joules` is what one inference of
     the candidate cost what `energy_source` names, idle share included; where it is None,
@@ -433,7 +434,7 @@ class LatencyReport(Message):
     confidence_level: float = 0.95
     reference_p50_ns: float
     reference_latency_ns: float
-    reference_rest_ns: float | None = None
+    reference_rest_ns: float | None = Field(default=None, gt=0)
     n_samples: int
     n_blocks: int
     undisturbed_share: float | None = None

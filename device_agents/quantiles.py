@@ -101,7 +101,7 @@ def _bounds(
     reference = reference_ns or pairs.undisturbed_ns("reference")
     beside = bootstrap_half_width(pairs.level("reference"), seed=0)
     calibrated = reference if reference_latency_ns is None else reference_latency_ns
-    level = level_bounds_ns(calibrated, reference_rest_ns)[sign > 0]
+    level = level_bounds_ns(reference, calibrated, reference_rest_ns)[sign > 0]
     apart = state_uncertainty(reference, calibrated, reference_rest_ns)
     scale = level / reference * math.exp(sign * apart)
     samples = [np.concatenate([candidate[i].samples_ns for i in part]) for part in places]

@@ -93,10 +93,11 @@ class RestMemory:
         """Remember what a measurement found its reference to take.
 
         Nothing of one without a report, nor of one whose candidate `is_reference`, but for a
-        calibration: those that compare devices are short and many. From the first one also what
-        the reference was calibrated at, maybe before the agent's start.
+        calibration and the very first: those that compare devices are short and many. From the
+        first one also what the reference was calibrated at, maybe before the agent's start.
         """
-        if report is None or (is_reference and not plan.is_calibration):
+        is_known = reference in self._levels
+        if report is None or (is_reference and is_known and not plan.is_calibration):
             return
         levels = self._levels.setdefault(reference, deque(maxlen=MEMORY))
         if not levels and plan.reference_latency_ns is not None:

@@ -364,7 +364,8 @@ class _Attempt:
                     return trend
                 interval = ratio_interval(self.blocks, seed=plan.seed)
                 is_narrow = rule.is_satisfied(interval, n_sittings)
-                is_enough = is_narrow and is_bounded(self.blocks, plan.quantile)
+                is_early = n_sittings < MIN_SITTINGS and plan.quantile != "p50"
+                is_enough = is_narrow and not is_early and is_bounded(self.blocks, plan.quantile)
                 if is_enough and not (plan.is_calibration or self._is_restless):
                     return None
                 look = rule.next_look(n_sittings)
@@ -391,10 +392,10 @@ class _Attempt:
     def _is_restless(self) -> bool:
         """The reference has not been as fast here as it is at rest.
 
-        What the candidate takes at rest nobody knows: one whose calls are longer than the gaps
-        that a neighbour leaves may be slower than that where the reference is not.
         Or for too short a time: once that has been waited for, as many pairs are wanted of it as
-        there are before the first full look.
+        there are before the first full look. What the candidate takes at rest nobody knows: one
+        whose calls are longer than the gaps that a neighbour leaves may be slower than that where
+        the reference is not.
         """
         rest_ns = self.plan.rest_ns
         if rest_ns is None or self.plan.rest_cap_s is None:

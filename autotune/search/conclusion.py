@@ -260,14 +260,15 @@ def state_in_words(report: LatencyReport | None) -> str:
             f"time than {state} (by a neighbour on the host, or by its clock), which makes its "
             f"interval of latency {wider:.0%} wider on each side"
         )
-    low_ns, high_ns = level_bounds_ns(calibrated_ns, rest_ns)
-    if high_ns / low_ns - 1 >= _WORTH_SAYING:
-        moment, side = ("slow", "below") if calibrated_ns == high_ns else ("fast", "above")
-        said.append(
-            f"FP32 was calibrated in a {moment} moment of the device, at "
-            f"{calibrated_ns / 1e6:.4g} ms where it takes {rest_ns / 1e6:.4g} ms at rest, which "
-            f"makes the interval {high_ns / low_ns - 1:.0%} wider {side}"
-        )
+    low_ns, high_ns = level_bounds_ns(found_ns, calibrated_ns, report.reference_rest_ns)
+    for moment, side, other_ns in (("slow", "below", low_ns), ("fast", "above", high_ns)):
+        apart = max(calibrated_ns / other_ns, other_ns / calibrated_ns) - 1
+        if apart >= _WORTH_SAYING:
+            said.append(
+                f"FP32 was calibrated in a {moment} moment of the device, at "
+                f"{calibrated_ns / 1e6:.4g} ms where it takes {other_ns / 1e6:.4g} ms, which makes "
+                f"the interval {apart:.0%} wider {side}"
+            )
     return "; ".join(said)
 
 

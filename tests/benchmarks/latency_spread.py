@@ -107,7 +107,7 @@ def repeats(
     found: Repeats = {"agent": [], "usual": [], "agent_same": []}
     begun_s = time.monotonic()
     for seed in range(QUICK_REPEATS if benchmark.quick else REPEATS):
-        if not benchmark.quick:
+        if seed and not benchmark.quick:
             time.sleep(-(time.monotonic() - begun_s) % PERIOD_S)
         found["usual"].append(by_fixed_runs(int8, fp32, runs=USUAL_RUNS, seed=seed))
         found["agent"].append(measure(int8, seed=seed))

@@ -99,15 +99,16 @@ def test_looks_are_few():
     looks = [latency.EARLY_SITTINGS]
     while looks[-1] < 40:
         looks.append(rule.next_look(looks[-1]))
-    assert looks == [8, 12, 18, 27, 41]
-    assert latency.MIN_SITTINGS in looks
+    assert looks == [9, 12, 18, 27, 41]
+    assert rule.next_look(10) == latency.MIN_SITTINGS
+    assert latency.EARLY_SITTINGS >= latency.TREND_PARTS, "else a drift would not be seen"
 
 
-@pytest.mark.parametrize(("half_width", "enough_at"), [(0.009, 8), (0.011, 12), (0.019, 12)])
+@pytest.mark.parametrize(("half_width", "enough_at"), [(0.009, 9), (0.011, 12), (0.019, 12)])
 def test_a_measurement_ends_early_only_where_it_is_known_very_well(half_width, enough_at):
     rule = StoppingRule(target_half_width=0.02)
     interval = latency.Interval(low=0.5 * (1 - half_width), high=0.5 * (1 + half_width), center=0.5)
-    assert next(n for n in (8, 12) if rule.is_satisfied(interval, n)) == enough_at
+    assert next(n for n in (9, 12) if rule.is_satisfied(interval, n)) == enough_at
 
 
 @pytest.mark.parametrize("n_sittings", [3, 4, 6])
@@ -255,6 +256,16 @@ def test_a_calibration_in_a_bad_minute_leaves_the_ratio_at_rest_alone(off):
     assert found.p50_ns == pytest.approx(plain.p50_ns * off)
     assert found.p50_low_ns == pytest.approx(plain.p50_low_ns * min(off, 1))
     assert found.p50_high_ns == pytest.approx(plain.p50_high_ns * max(off, 1))
+
+
+def test_a_reference_faster_than_all_that_was_known_of_it_leaves_latencies_open_below():
+    """The first measurement after a calibration in a bad minute, which is all that is known."""
+    blocks = blocks_of(*simulated_device("quiet", 2, 20))
+    plain = summary_of(blocks)
+    bad_ns = 1.1 * plain.reference_p50_ns
+    found = summary_of(blocks, reference_latency_ns=bad_ns, reference_rest_ns=bad_ns)
+    assert found.p50_low_ns == pytest.approx(plain.p50_low_ns)
+    assert found.p50_high_ns == pytest.approx(plain.p50_high_ns * 1.1)
 
 
 def test_a_device_that_is_faster_than_at_rest_is_in_no_worse_state():

@@ -89,12 +89,14 @@ def test_bounds_hold_as_often_as_they_say(
 
 
 def test_a_quiet_devices_bound_is_close_to_its_quantile() -> None:
-    bound = upper_bounds(measured(3, pairs=200, per_block=10), reference_latency_ns=2e6)["p90"]
-    assert bound is not None
-    assert 1 < bound / true_quantiles(0.0)["p90"] < 1.1
-    below = lower_bounds(measured(3, pairs=200, per_block=10), reference_latency_ns=2e6)["p90"]
-    assert below is not None
-    assert 0.9 < below / true_quantiles(0.0)["p90"] < 1
+    blocks = measured(3, pairs=200, per_block=10)
+    calibrated_ns = Pairs.of(blocks).undisturbed_ns("reference")
+    bounds = tail_bounds(blocks, reference_latency_ns=calibrated_ns)
+    true_ns = true_quantiles(0.0)["p90"] * calibrated_ns / 2e6
+    assert bounds["p90_high_ns"] is not None
+    assert 1 < bounds["p90_high_ns"] / true_ns < 1.1
+    assert bounds["p90_low_ns"] is not None
+    assert 0.9 < bounds["p90_low_ns"] / true_ns < 1
 
 
 def test_few_samples_have_no_bound_and_more_are_asked_for() -> None:

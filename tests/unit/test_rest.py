@@ -90,6 +90,12 @@ def test_devices_that_are_compared_by_it_do_not_tell_what_a_reference_takes_at_r
     assert ask(memory).reference_ns == 0.9e6
 
 
+def test_the_first_comparison_tells_a_member_of_a_pool_what_it_takes_itself():
+    memory = RestMemory()
+    learn(memory, 1.04e6, UNKNOWN, is_reference=True)
+    assert ask(memory).reference_ns == 1.04e6, "and not what its pool does"
+
+
 def test_references_of_long_ago_are_forgotten():
     memory = memory_of(1e6)
     for number in range(MAX_REFERENCES):

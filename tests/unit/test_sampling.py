@@ -84,6 +84,12 @@ def test_of_many_observations_some_are_kept_at_even_distances():
     assert sampling.evenly(seen[:5], 5) == seen[:5]
 
 
+def test_a_tail_is_not_looked_at_early():
+    device = bench(noisy(2e5), noisy(4e5))
+    device.sample(replace(PLAN, quantile="p90"))
+    assert device.n_loaded >= MIN_SITTINGS
+
+
 def test_a_narrower_target_takes_more_sittings():
     plan = SamplingPlan(target_half_width=0.002, time_cap_s=10.0, min_blocks=8, seed=1)
     device = bench(noisy(2e5), noisy(4e5))
